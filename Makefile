@@ -1,0 +1,29 @@
+# `make demo` and `make test` work on a fresh clone: each makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python -m vit_jax.demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {v}: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# timm without its dependencies: it would bring torchvision, which the tests do without.
+.venv/installed-test: .venv/installed pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
+	touch $@
+
+clean:
+	rm -rf .venv runs

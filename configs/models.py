@@ -1,0 +1,50 @@
+"""The named architectures as ConfigDicts, for recipes: `MODEL_CONFIGS["ViT-B_16"]`, `AUGREG_CONFIGS["B_16"]`."""
+
+import ml_collections
+from ml_collections import config_dict
+
+from vit_jax.errors import unknown
+from vit_jax.models import zoo
+
+
+def _config(fields: dict) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict(fields)
+    if fields.get("representation_size", 0) is None:
+        config.representation_size = config_dict.placeholder(int)  # so that the command line can set it
+    return config
+
+
+MODEL_CONFIGS = {name: _config(fields) for name, fields in (zoo.VIT | zoo.MIXER).items()}
+AUGREG_CONFIGS = {name: MODEL_CONFIGS[zoo.augreg_to_model_name(name)] for name in zoo.AUGREG}
+
+SHORT_NAMES = {
+    "testing": "testing",
+    "testing_unpooled": "testing-unpooled",
+    "micro4": "ViT-Micro_4",
+    "ti16": "ViT-Ti_16",
+    "s16": "ViT-S_16",
+    "b16": "ViT-B_16",
+    "l16": "ViT-L_16",
+    "h14": "ViT-H_14",
+    "b8": "ViT-B_8",
+    "s32": "ViT-S_32",
+    "b32": "ViT-B_32",
+    "l32": "ViT-L_32",
+    "s16_gap_norep": "ViT-S_16-gap-norep",
+    "b16_gap_norep": "ViT-B_16-gap-norep",
+    "s32_gap_norep": "ViT-S_32-gap-norep",
+    "b32_gap_norep": "ViT-B_32-gap-norep",
+    "r_ti16": "R+ViT-Ti_16",
+    "r50_b16": "R50+ViT-B_16",
+    "r26_b32": "R26+ViT-B_32",
+    "r26_s32": "R26+ViT-S_32",
+    "r50_l32": "R50+ViT-L_32",
+}
+
+
+def by_name(name: str) -> ml_collections.ConfigDict:
+    """A fresh copy of the architecture with this short or full name."""
+    full = SHORT_NAMES.get(name, name)
+    if full not in MODEL_CONFIGS:
+        raise unknown("model", name, [*SHORT_NAMES, *MODEL_CONFIGS])
+    return _config((zoo.VIT | zoo.MIXER)[full])

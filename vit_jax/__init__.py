@@ -1,0 +1,1 @@
+"""Vision Transformers in JAX and Flax: train, fine-tune, evaluate and use them."""

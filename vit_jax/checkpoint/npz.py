@@ -1,0 +1,116 @@
+"""The published file format: a flat .npz, one array a parameter, "/" between the names of modules."""
+
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.errors import UserError
+
+Params = dict[str, Any]
+
+_REMOTE = re.compile(r"^(gs|https?|hf|s3)://")
+# Newer flax numbers the layers of a block per class; the published files number them across the block.
+_NEW_NAME = re.compile(r"(.*\bencoderblock_\d+/)(LayerNorm_1|MultiHeadDotProductAttention_0|MlpBlock_0)(/.*)")
+_OLD_NAME = {
+    "LayerNorm_1": "LayerNorm_2",
+    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+    "MlpBlock_0": "MlpBlock_3",
+}
+
+
+def load(path: str | os.PathLike) -> Params:
+    """Reads a published or saved .npz as a nested dict of arrays under the names that `models` use.
+
+    Accepts layer names of old and new flax, an `opt/target/` prefix, and group norms of shape (1, 1, 1, c). Never
+    unpickles. Raises UserError for a file that is missing, truncated, pickled, or no .npz.
+    """
+    flat = _read(path)
+    if any(name.startswith("opt/target/") for name in flat):
+        flat = {name.removeprefix("opt/target/"): x for name, x in flat.items() if name.startswith("opt/target/")}
+    return unflatten_dict({_old_name(name): _squeeze_group_norm(name, x) for name, x in flat.items()}, sep="/")
+
+
+def save(params: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Writes a (nested) dict of arrays in the published layout: beside `path` first, then renamed onto it.
+
+    bfloat16, which .npz cannot hold, is widened to float32. The same parameters always give the same bytes.
+    """
+    path = Path(path)
+    flat = flatten_dict(jax.device_get(dict(params)), sep="/")
+    arrays = {name: _storable(flat[name]) for name in sorted(flat)}
+    write_atomically(path, lambda f: np.savez(f, **arrays))
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls `write(file)` on a temporary file beside `path` and renames it: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    if _REMOTE.match(str(path)):
+        raise UserError(_download_by_hand(str(path)))
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}{_files_beside(path)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is a single array, not an .npz with one array a parameter")
+            return {name: archive[name] for name in archive.files}
+    except UserError:
+        raise
+    except ValueError as e:
+        if "pickle" not in str(e).lower():
+            raise UserError(f"{path} is damaged: {e}. Fetch or write it again.") from e
+        raise UserError(
+            f"{path} is no .npz or holds pickled objects, which can run code and are never loaded; "
+            "a checkpoint must be an .npz of plain arrays"
+        ) from e
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as e:
+        size = path.stat().st_size
+        raise UserError(f"{path} is truncated or damaged ({size:,} bytes: {e}). Fetch or write it again.") from e
+
+
+def _download_by_hand(url: str) -> str:
+    public = re.sub(r"^gs://", "https://storage.googleapis.com/", url)
+    advice = f"  curl -O {public}\n" if public.startswith("http") else ""
+    return f"{url} is not a local file. Download it first\n{advice}and give its folder as --config.pretrained_dir=DIR"
+
+
+def _files_beside(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (the folder {path.parent} does not exist)"
+    found = sorted(p.name for p in path.parent.glob("*.npz"))
+    return f" (the folder holds {', '.join(found[:10])})" if found else " (the folder holds no .npz)"
+
+
+def _old_name(name: str) -> str:
+    match = _NEW_NAME.fullmatch(name)
+    return match[1] + _OLD_NAME[match[2]] + match[3] if match else name
+
+
+def _squeeze_group_norm(name: str, x: np.ndarray) -> np.ndarray:
+    is_group_norm = re.search(r"(^|/)gn\w*/(scale|bias)$", name)
+    return x.reshape(-1) if is_group_norm and x.shape[:-1] == (1, 1, 1) else x
+
+
+def _storable(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x

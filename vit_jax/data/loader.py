@@ -1,0 +1,124 @@
+"""From a source to batches on the device: order, threads, batches, and where to start after an interruption.
+
+Everything is a pure function of (seed, position): position counts examples from the start of training, every epoch is
+a permutation of its own, and an example's randomness depends on its position alone. So starting at any step gives what
+an undisturbed run would have seen, on any number of threads, devices and processes.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from vit_jax.data import preprocess
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[..., np.ndarray]
+
+log = logging.getLogger("vit_jax")
+
+
+def train_batches(
+    source: Source,
+    transform: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    shuffle: bool = True,
+    skip_bad_images: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless batches {"image": uint8 (b h w 3), "label": int32 (b,), "seed": uint32 (b,)} from `start_step` on.
+
+    Args:
+      transform: (decoded image, generator) → uint8 image of the one size.
+      batch_size: over all processes, which share a batch's examples out among themselves; this one gets its part.
+      shuffle: False keeps the source's order.
+      skip_bad_images: replaces an image that cannot be decoded by the next one of the source, and logs it;
+        otherwise it is an error that names the image.
+    """
+    order = grain.MapDataset.range(len(source)).seed(seed)
+    if shuffle:
+        order = order.shuffle()
+    examples = order.repeat().random_map(_TrainExample(source, transform, skip_bad_images))
+    local = batch_size // process_count
+    examples = examples[process_index::process_count][start_step * local :]
+    return _batches(examples, local)
+
+
+def eval_batches(
+    source: Source,
+    transform: Callable[[np.ndarray], np.ndarray],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every example once: {"image": float32 (b h w 3), "label": int32 (b,), "mask": bool (b,)}.
+
+    The last batch is padded to `batch_size`, with mask False; all processes get the same number of batches.
+    """
+    rounded_up = -(-len(source) // batch_size) * batch_size
+    examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, transform))
+    return _batches(examples[process_index::process_count], batch_size // process_count)
+
+
+def load(source: Source, index: int) -> tuple[np.ndarray, int]:
+    """Example `index` as (decoded uint8 image (h w 3), label); an error names the example."""
+    example = source[index]
+    label = int(example["label"])
+    if not 0 <= label < source.num_classes:
+        raise UserError(f"{source.where(index)} has label {label}, allowed are 0 to {source.num_classes - 1}")
+    try:
+        return preprocess.decode(example["image"], exif_rotated=source.exif_rotated), label
+    except preprocess.ImageError as e:
+        raise preprocess.ImageError(f"{source.where(index)}: {e}") from e
+
+
+class _TrainExample(grain.transforms.RandomMap):
+    def __init__(self, source: Source, transform: Transform, skip_bad_images: bool):
+        self.source, self.transform, self.skip_bad_images = source, transform, skip_bad_images
+        self.bad: set[int] = set()
+
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        image, label = self._load(index) if self.skip_bad_images else load(self.source, index)
+        image = self.transform(image, rng)
+        return {"image": image, "label": np.int32(label), "seed": rng.integers(2**32, dtype=np.uint32)}
+
+    def _load(self, index: int) -> tuple[np.ndarray, int]:
+        for candidate in ((index + i) % len(self.source) for i in range(len(self.source))):
+            try:
+                return load(self.source, candidate)
+            except preprocess.ImageError as e:
+                if candidate not in self.bad:
+                    self.bad.add(candidate)
+                    log.warning("skipped bad image %d: %s", len(self.bad), e)
+        raise UserError(f"none of the {len(self.source)} images can be decoded")
+
+
+class _EvalExample(grain.transforms.Map):
+    def __init__(self, source: Source, transform: Transform):
+        self.source, self.transform = source, transform
+
+    def map(self, index: int) -> dict[str, Any]:
+        padding = index >= len(self.source)
+        image, label = load(self.source, 0 if padding else index)
+        return {"image": self.transform(image), "label": np.int32(label), "mask": np.bool_(not padding)}
+
+
+def _batches(examples: grain.MapDataset, batch_size: int) -> Iterator[Batch]:
+    """Loads examples on as many threads as there are cores and stacks them, one batch ahead of the one asked for."""
+    threads = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=max(batch_size, 64))
+    batched = examples.to_iter_dataset(threads).batch(batch_size)
+    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batched, prefetch_buffer_size=1))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

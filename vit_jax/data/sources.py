@@ -1,0 +1,292 @@
+"""Where examples come from: the bundled digits, a folder of images, or a tfds dataset, all with random access."""
+
+import hashlib
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+log = logging.getLogger("vit_jax")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif")
+HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder itself keeps none
+TEST_NAMES = ("validation", "val", "test")  # one stands in for another, the first before the last
+# Where these stand for classes, splits were meant: training must not take them for its classes.
+SPLIT_LIKE = (*TEST_NAMES, "valid", "train", "training", "testing")
+
+
+class Source(Protocol):
+    """Examples by number: `source[i]` is {"image": uint8 array (h w c) or encoded bytes, "label": int}."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    exif_rotated: bool  # whether images are to be turned upright as their EXIF tag says
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+    def where(self, index: int) -> str:
+        """Returns how an error names the example: the path of its file, or 'digits train, example 17'."""
+        ...
+
+
+def get_source(
+    dataset: str, split: str, *, tfds_data_dir: str | None = None, tfds_manual_dir: str | None = None
+) -> Source:
+    """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
+
+    `dataset` is `digits`, `digits_0to4`, the path of an existing folder (see FolderSource), or a tfds name such as
+    `cifar10`, for which alone the two tfds folders are. Raises UserError for an unknown dataset, split or empty part.
+    """
+    if dataset in ("digits", "digits_0to4"):
+        return DigitsSource(dataset, split)
+    path = os.path.expanduser(dataset)
+    if os.path.isdir(path):
+        return FolderSource(path, split)
+    # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
+    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z]\w*(:[\w.*]+)?(/[\w.+-]+(:[\w.*]+)?)?", dataset):
+        raise UserError(
+            f"dataset {dataset!r}: no such folder. A dataset is 'digits', 'digits_0to4', the path of a folder of images"
+            f" ({{train,test}}/{{class}}/image or {{class}}/image), or a tfds name such as 'cifar10'"
+        )
+    from vit_jax.data.tfds_source import TfdsSource  # slow to import, and of no use to the others
+
+    return TfdsSource(dataset, split, data_dir=tfds_data_dir, manual_dir=tfds_manual_dir)
+
+
+def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:
+    """Reads tfds' syntax for (parts of) splits: 'train[:98%]' → ('train', range(0, 98 % of sizes['train'])).
+
+    A bound is a number of examples or a percentage, and counts from the end if negative. A percentage is rounded in the
+    same way wherever it stands, so that 'train[:98%]' and 'train[98%:]', or 'train[-2%:]', tile the split.
+    Raises UserError for a name that `sizes` lacks, for bounds outside the split, and for an empty part.
+    """
+    match = re.fullmatch(r"([\w-]+)(?:\[(-?[\d.]+)?(%)?:(-?[\d.]+)?(%)?\])?", split)
+    if not match or match[1] not in sizes:
+        raise UserError(f"unknown split {split!r}: allowed are {', '.join(sizes)}, and parts such as 'train[:98%]'")
+    name, start, start_unit, stop, stop_unit = match.groups()
+    size = sizes[name]
+
+    def position(bound: str | None, default: int) -> int:
+        if bound is None:
+            return default
+        try:
+            if start_unit or stop_unit:  # as with tfds, one % is enough for both
+                percent = Fraction(bound)
+                return round(size * (100 + percent if percent < 0 else percent) / 100)
+            return size + int(bound) if int(bound) < 0 else int(bound)
+        except ValueError:
+            raise UserError(f"split {split!r}: {bound!r} is no number of examples") from None
+
+    part = range(position(start, 0), position(stop, size))
+    if part.start < 0 or part.stop > size:
+        raise UserError(f"split {split!r} reaches beyond the {size:,} examples of {name!r}")
+    if not part:
+        raise UserError(f"split {split!r} is empty: {name!r} has {size:,} examples")
+    return name, part
+
+
+class DigitsSource:
+    """Handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 for training, 360 for testing, stratified.
+
+    `digits_0to4` keeps the classes 0 to 4 only. Images are uint8 (8 8 1), 0..255. Their order is fixed and mixed.
+    """
+
+    exif_rotated = False
+
+    def __init__(self, dataset: str, split: str):
+        self.num_classes = 5 if dataset == "digits_0to4" else 10
+        self.class_names = tuple(str(digit) for digit in range(self.num_classes))
+        splits = {}
+        for name, (images, labels) in _digits().items():
+            kept = labels < self.num_classes
+            splits[name] = images[kept], labels[kept]
+        name, part = split_range(split, {name: len(labels) for name, (_, labels) in splits.items()})
+        self._images, self._labels = (array[part.start : part.stop] for array in splits[name])
+        self._name = f"{dataset} {split}"
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self._images[index], "label": int(self._labels[index])}
+
+    def where(self, index: int) -> str:
+        return f"{self._name}, example {index}"
+
+
+@cache
+def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns images uint8 (b 8 8 1) and labels (b,) of `train` and `test`."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+    train_images, test_images, train_labels, test_labels = parts
+    return {"train": (train_images, train_labels), "test": (test_images, test_labels)}
+
+
+class FolderSource:
+    """A folder of images, as {train,test}/{class}/image or only {class}/image; the class folders may have sub-folders.
+
+    `test` may also be called `val` or `validation`, and each of these names finds whichever there is. Where there is
+    none, a tenth of the images is held out by a hash of their names, so that adding photos moves no other photo to the
+    other side (but in tiny folders: a class always keeps an image to train on, and at least one image is held out).
+
+    Classes are numbered by the sorted names of the training folders. Examples are ordered by the hash, which is fixed
+    and mixes the classes. Hidden files are ignored; links are followed.
+    Raises UserError for a folder without two classes, a class without images, or a test class that training lacks.
+    """
+
+    exif_rotated = True
+
+    def __init__(self, path: str, split: str):
+        folders = _folders(path)
+        # Without folders of its own, 'train' is no split but a class, the vehicle.
+        train = "train" if "train" in folders and _folders(os.path.join(path, "train")) else ""
+        tests = [name for name in TEST_NAMES if name in folders]
+        asked = re.match(r"[\w-]*", split)[0]
+        self._root = path
+        self.class_names = _training_classes(path, train)
+        self.num_classes = len(self.class_names)
+
+        if train and tests:
+            test = asked if asked in tests else tests[0]
+            examples = self._list(test if asked in TEST_NAMES else train)
+        else:
+            examples = self._list(train)
+            trained, held_out = _hold_out(examples, path)
+            counts = len(held_out), len(examples)
+            log.info("%s has no test folder: %d of its %d images are held out, by a hash of their names", path, *counts)
+            examples = held_out if asked in TEST_NAMES else trained
+
+        _, part = split_range(split, dict.fromkeys(("train", *TEST_NAMES), len(examples)))
+        self._names = [name for _, name, _ in examples[part.start : part.stop]]
+        self._labels = np.array([label for _, _, label in examples[part.start : part.stop]], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.where(index)
+        try:
+            with open(path, "rb") as file:
+                return {"image": file.read(), "label": int(self._labels[index])}
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}. Was it moved after the start?") from error
+
+    def where(self, index: int) -> str:
+        return os.path.join(self._root, self._names[index])
+
+    def _list(self, split: str) -> list[tuple[int, str, int]]:
+        """Returns (hash, name relative to the root, label) of every image below root/split/class, sorted."""
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        top = os.path.join(self._root, split)
+        examples, ignored = [], sum(not entry.is_dir() for entry in _entries(top))
+        for class_name in _folders(top):
+            folder = os.path.join(top, class_name)
+            names = list(_files(self._root, os.path.join(split, class_name)))
+            images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+            ignored += len(names) - len(images)
+            if images and class_name not in labels:
+                raise UserError(
+                    f"{folder}: training has no class {class_name!r}, only {_some(self.class_names)}. Rename the folder"
+                    f" or remove it, or add images of it to {os.path.join(self._root, 'train', class_name)}"
+                )
+            if not images and split not in TEST_NAMES:
+                raise UserError(f"{folder} is a class without images: add some ({_some(IMAGE_SUFFIXES)}) or remove it")
+            examples += [(_hash(name), name, labels[class_name]) for name in images]
+        if ignored:
+            log.info("%s: ignored %d files outside a class folder or without the suffix of an image", top, ignored)
+        if not examples:
+            raise UserError(f"{top} has no images: expected {{class}}/image ({_some(IMAGE_SUFFIXES)})")
+        return sorted(examples)
+
+
+def _training_classes(root: str, train: str) -> tuple[str, ...]:
+    """Returns the sorted class names: the folders of root/train, or of the root itself where `train` is empty."""
+    names = _folders(os.path.join(root, train))
+    expected = f"expected {os.path.join(root, '{train,test}/{class}/image')} or {os.path.join(root, '{class}/image')}"
+    splits = [name for name in names if name.lower() in SPLIT_LIKE and name != "train"]
+    if not train and splits:
+        raise UserError(
+            f"{root} holds {_some(splits)}, which must be splits, but no 'train' with class folders in it: {expected}."
+            " Rename the folders, or give the one with the classes as the dataset"
+        )
+    if not names:
+        raise UserError(f"{os.path.join(root, train)} has no class folders, hence no images: {expected}")
+    if len(names) == 1:
+        raise UserError(
+            f"{os.path.join(root, train)} has one class only, {names[0]!r}; two or more are needed: {expected}."
+            f" If the classes are folders inside {names[0]!r}, give its path as the dataset"
+        )
+    return tuple(names)
+
+
+def _folders(path: str) -> list[str]:
+    return sorted(entry.name for entry in _entries(path) if entry.is_dir())
+
+
+def _files(root: str, folder: str, parents: tuple = ()) -> Iterator[str]:
+    """Yields every visible file below root/folder, relative to the root, following links but never in a circle."""
+    path = os.path.join(root, folder)
+    entries = _entries(path)
+    status = os.stat(path)
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:
+        return
+    for entry in entries:
+        name = os.path.join(folder, entry.name)
+        if entry.is_dir():
+            yield from _files(root, name, (*parents, identity))
+        else:
+            yield name
+
+
+def _entries(path: str) -> list[os.DirEntry]:
+    """Returns what is in a folder, without hidden files and without what unpacking a Mac's archive leaves behind."""
+    try:
+        with os.scandir(path) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    except OSError as error:
+        raise UserError(f"{path} cannot be listed: {error.strerror}") from error
+
+
+def _hash(name: str) -> int:
+    """Returns 64 bits that depend on nothing but the name, which macOS writes in another Unicode form than the rest."""
+    name = unicodedata.normalize("NFC", name.replace(os.sep, "/"))
+    return int.from_bytes(hashlib.blake2s(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+
+
+def _hold_out(examples: list[tuple[int, str, int]], root: str) -> tuple[list, list]:
+    """Splits examples, sorted by hash, into (for training, held out): a hash in the lowest tenth is held out.
+
+    The last image of each class is always for training, and if no hash is that low, the lowest one is held out.
+    """
+    last = {label: position for position, (_, _, label) in enumerate(examples)}
+    spare = [example for position, example in enumerate(examples) if last[example[2]] != position]
+    if not spare:
+        raise UserError(
+            f"{root} has {len(examples)} images in as many classes: none can be held out for testing."
+            " Add images, or a test folder beside a train folder"
+        )
+    limit = max(HELD_OUT * 2**64, spare[0][0] + 1)
+    held_out = [example for example in spare if example[0] < limit]
+    held = set(held_out)
+    return [example for example in examples if example not in held], held_out
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """Returns the names in a line, of many only the first."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

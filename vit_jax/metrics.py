@@ -1,0 +1,94 @@
+"""What is written where: `train.log`, `metrics.jsonl`, TensorBoard events, and the progress that the user watches."""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vit_jax.checkpoint.npz import write_atomically
+
+log = logging.getLogger("vit_jax")
+
+
+@contextlib.contextmanager
+def logging_to(workdir: Path) -> Iterator[None]:
+    """Sends the package's log to `workdir/train.log` and, in plain lines, to standard output."""
+    console, file = _Console(), logging.FileHandler(workdir / "train.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in (console, file):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (console, file):
+            log.removeHandler(handler)
+            handler.close()
+
+
+class Writer:
+    """Writes the scalars of a run, and shows how far it is: a bar on a terminal, plain lines anywhere else."""
+
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, show: bool = True):
+        from tensorboard.summary import Writer as EventWriter
+
+        self._jsonl_path = workdir / "metrics.jsonl"
+        _drop_after(self._jsonl_path, start_step)
+        self._jsonl = open(self._jsonl_path, "a")
+        self._events = EventWriter(str(workdir))
+        self._bar = None
+        if show and sys.stdout.isatty():
+            layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}  {elapsed} < {remaining}{postfix}"
+            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=layout, file=sys.stdout)
+            self._bar.set_postfix_str("compiling the first step")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records named numbers of one step in `metrics.jsonl` and as TensorBoard events."""
+        values = {name: float(value) for name, value in values.items()}
+        self._jsonl.write(json.dumps({"step": step} | values) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def advance(self, step: int, status: str) -> None:
+        """Moves the bar to `step`, with a few words such as 'loss 0.31'."""
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.set_postfix_str(status)
+
+    def close(self) -> None:
+        """Puts everything on disk and takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+        self._jsonl.close()
+        self._events.close()
+
+
+class _Console(logging.Handler):
+    """Prints messages above the bar; where there is a bar, messages marked `progress` are left to it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "progress", False) and sys.stdout.isatty():
+            return
+        text = record.getMessage()
+        tqdm.write(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}", file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step`: a run that starts again at `step` will write them anew."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if _is_up_to(line, step)]
+        write_atomically(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # a line cut off when the last run was killed
+        return False

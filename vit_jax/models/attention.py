@@ -1,0 +1,36 @@
+"""Multi-head self-attention with the parameter names and shapes of the published checkpoints."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """softmax(q·kᵀ / √head_dim)·v for every head, between linear maps `query`, `key`, `value` and `out`.
+
+    Kernels are (d, k, d/k) for the three inputs and (k, d/k, d) for the output, as in flax's module of this name.
+    The softmax is computed in float32 whatever `dtype` is.
+    """
+
+    num_heads: int
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
+        d = x.shape[-1]
+        if d % self.num_heads:
+            raise ValueError(f"a width of {d} cannot be shared out to {self.num_heads} heads: choose a multiple")
+        dense = partial(nn.DenseGeneral, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
+        q, k, v = (dense((self.num_heads, d // self.num_heads), name=name)(x) for name in ("query", "key", "value"))
+        if train and self.dropout_rate > 0:
+            logits = jnp.einsum("bqkd,bskd->bkqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+            weights = nn.Dropout(self.dropout_rate, deterministic=False)(jax.nn.softmax(logits)).astype(v.dtype)
+            y = jnp.einsum("bkqs,bskd->bqkd", weights, v)
+        else:
+            y = jax.nn.dot_product_attention(q, k, v)
+        return dense(d, axis=(-2, -1), name="out")(y)

@@ -1,0 +1,80 @@
+"""The table of every named architecture. `models.get_model` and `configs/models.py` both read it.
+
+Sizes are those of the published checkpoints; a variant is a keyword override, not a new entry.
+"""
+
+from typing import Any
+
+Fields = dict[str, Any]
+
+_SIZES = {
+    "Ti": {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3, "num_layers": 12},
+    "S": {"hidden_size": 384, "mlp_dim": 1536, "num_heads": 6, "num_layers": 12},
+    "B": {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "num_layers": 12},
+    "L": {"hidden_size": 1024, "mlp_dim": 4096, "num_heads": 16, "num_layers": 24, "dropout_rate": 0.1},
+    "H": {"hidden_size": 1280, "mlp_dim": 5120, "num_heads": 16, "num_layers": 32, "dropout_rate": 0.1},
+    "Micro": {"hidden_size": 64, "mlp_dim": 256, "num_heads": 4, "num_layers": 4},
+    "testing": {"hidden_size": 10, "mlp_dim": 10, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.1},
+}
+
+
+def _vit(name: str, size: str, patch: int, *, dropout_rate: float | None = None, **fields: Any) -> tuple[str, Fields]:
+    transformer = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0} | _SIZES[size]
+    if dropout_rate is not None:
+        transformer["dropout_rate"] = dropout_rate
+    base = {"classifier": "token", "representation_size": None, "resnet": None}
+    sizes = {"hidden_size": transformer.pop("hidden_size"), "patches": {"size": (patch, patch)}}
+    return name, {"model_name": name, **base, **sizes, "transformer": transformer, **fields}
+
+
+def _hybrid(name: str, size: str, patch: int, units: tuple[int, ...], **fields: Any) -> tuple[str, Fields]:
+    return _vit(name, size, patch, resnet={"num_layers": units, "width_factor": 1}, **fields)
+
+
+def _mixer(name: str, patch: int, hidden: int, blocks: int, tokens: int, channels: int) -> tuple[str, Fields]:
+    mlps = {"tokens_mlp_dim": tokens, "channels_mlp_dim": channels}
+    return name, {"model_name": name, "patches": {"size": (patch, patch)}, "hidden_dim": hidden, "num_blocks": blocks, **mlps}
+
+
+VIT = dict(
+    [
+        _vit("testing", "testing", 16),
+        _vit("testing-unpooled", "testing", 16, classifier="unpooled"),
+        _vit("ViT-Micro_4", "Micro", 4),  # not published: small enough to train on a laptop's CPU in a minute
+        _vit("ViT-Ti_16", "Ti", 16),
+        _vit("ViT-S_16", "S", 16),
+        _vit("ViT-B_16", "B", 16),
+        _vit("ViT-L_16", "L", 16),
+        _vit("ViT-H_14", "H", 14),
+        _vit("ViT-B_8", "B", 8),
+        _vit("ViT-S_32", "S", 32),
+        _vit("ViT-B_32", "B", 32),
+        _vit("ViT-L_32", "L", 32, dropout_rate=0.0),
+        _vit("ViT-S_16-gap-norep", "S", 16, classifier="gap"),
+        _vit("ViT-B_16-gap-norep", "B", 16, classifier="gap"),
+        _vit("ViT-S_32-gap-norep", "S", 32, classifier="gap"),
+        _vit("ViT-B_32-gap-norep", "B", 32, classifier="gap"),
+        _hybrid("R+ViT-Ti_16", "Ti", 8, ()),
+        _hybrid("R50+ViT-B_16", "B", 1, (3, 4, 9), dropout_rate=0.1),
+        _hybrid("R26+ViT-B_32", "B", 1, (2, 2, 2, 2)),
+        _hybrid("R26+ViT-S_32", "S", 1, (2, 2, 2, 2)),
+        _hybrid("R50+ViT-L_32", "L", 1, (3, 4, 6, 3)),
+    ]
+)
+
+MIXER = dict(
+    [
+        _mixer("Mixer-B_16", 16, 768, 12, 384, 3072),
+        _mixer("Mixer-B_32", 32, 768, 12, 384, 3072),
+        _mixer("Mixer-L_16", 16, 1024, 24, 512, 4096),
+    ]
+)
+
+AUGREG = ("Ti_16", "S_32", "S_16", "B_32", "B_16", "B_8", "L_16", "R_Ti_16", "R26_S_32", "R50_L_32")
+"""Architectures of "How to train your ViT?" (https://arxiv.org/abs/2106.10270), as its checkpoints spell them."""
+
+
+def augreg_to_model_name(name: str) -> str:
+    """`R26_S_32` → `R26+ViT-S_32`, `B_16` → `ViT-B_16`: what the AugReg files call X is `models` name ViT-X here."""
+    *resnet, size, patch = name.split("_")
+    return "+".join([*resnet, f"ViT-{size}_{patch}"])

@@ -1,0 +1,199 @@
+"""Names what is in images: python -m vit_jax.predict --model=WORKDIR_OR_NPZ [--top=5] [--json] IMAGE_OR_FOLDER…"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float
+
+from vit_jax import checkpoint, models, workdir
+from vit_jax.checkpoint import describe
+from vit_jax.data import augment, preprocess, sources
+from vit_jax.errors import UserError
+from vit_jax.models import zoo
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model, ready to use. `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel."""
+
+    model: nn.Module
+    params: dict[str, Any]
+    class_names: Sequence[str]
+    image_size: tuple[int, int]
+    mean: Sequence[float] = (augment.MEAN,) * 3
+    std: Sequence[float] = (augment.STD,) * 3
+
+    @functools.cached_property
+    def _probabilities(self) -> Callable:
+        def run(params, images):
+            logits = self.model.apply({"params": params}, augment.normalize(images, self.mean, self.std), train=False)
+            return jax.nn.softmax(logits.astype(jnp.float32))
+
+        return jax.jit(run)
+
+    def __call__(self, images: Sequence[np.ndarray], *, batch_size: int = 8) -> Float[np.ndarray, "b classes"]:
+        """Probabilities of decoded uint8 images (h w 3) of any sizes. Batches are padded, so that one size compiles."""
+        found = []
+        for i in range(0, len(images), batch_size):
+            batch = [preprocess.eval_image(image, crop=self.image_size) for image in images[i : i + batch_size]]
+            padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
+            found.append(np.asarray(self._probabilities(self.params, np.stack(batch + padding)))[: len(batch)])
+        return np.concatenate(found)
+
+
+def load_classifier(source: str | os.PathLike, *, model_name: str | None = None) -> Classifier:
+    """The classifier in a workdir or an .npz, described by the `model.json` beside it.
+
+    A published file without one needs `model_name`, unless its own name begins with it; its resolution is read from its
+    position embeddings, and 1,000 classes are taken for ImageNet's.
+    """
+    path = workdir.find_npz(source)
+    params = checkpoint.load(path)
+    if "head" not in params:
+        raise UserError(f"{path} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
+    num_classes = params["head"]["kernel"].shape[-1]
+    known = describe.read(path)
+    if known is None:
+        classifier = _from_published(path, params, num_classes, model_name)
+    else:
+        model = models.build(known["model_type"], known["model"])
+        size = tuple(known["image_size"])
+        classifier = Classifier(model, params, known["class_names"], size, known["mean"], known["std"])
+    _check_fits(classifier, path)
+    return classifier
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, or one JSON object an image; returns 1 if some image could not be read."""
+    parser = argparse.ArgumentParser(prog="python -m vit_jax.predict", description="Names what is in images.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
+    parser.add_argument("--model", required=True, metavar="WORKDIR_OR_NPZ", help="the workdir of a run, or an .npz")
+    parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to show (default 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
+    args = parser.parse_args(argv)
+    if args.top < 1 or args.batch < 1:
+        raise UserError(f"--top={args.top} and --batch={args.batch} must be at least 1")
+    paths = list(find_images(args.images))
+    classifier = load_classifier(args.model, model_name=args.model_name)
+    width = max(len(str(path)) for path in paths)
+    failures = 0
+    for i in range(0, len(paths), args.batch):
+        decoded = {}
+        for path in paths[i : i + args.batch]:
+            try:
+                decoded[path] = preprocess.decode(path.read_bytes(), exif_rotated=True)
+            except (preprocess.ImageError, OSError) as e:
+                failures += 1
+                print(f"error: {path}: {e}", file=sys.stderr)
+        if decoded:
+            probabilities = classifier(list(decoded.values()), batch_size=args.batch)
+            for path, p in zip(decoded, probabilities, strict=True):
+                _print(path, _top(p, classifier.class_names, args.top), as_json=args.json, width=width)
+    if failures:
+        print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def find_images(arguments: Sequence[str]) -> Iterator[Path]:
+    """Files as they are given, and every image below the given folders, sorted. UserError for what does not exist."""
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path} holds no images ({', '.join(sources.IMAGE_SUFFIXES)})")
+            yield from inside
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"no such image or folder: {path}")
+
+
+def _from_published(path: Path, params: dict, num_classes: int, model_name: str | None) -> Classifier:
+    name = model_name or _name_in(path.stem)
+    if name is None:
+        raise UserError(
+            f"{describe.path_beside(path)} does not exist, and {path.name} is not named after a model: "
+            "say which one it is with --model_name, e.g. --model_name=ViT-B_16"
+        )
+    representation = {"representation_size": params["pre_logits"]["kernel"].shape[-1]} if "pre_logits" in params else {}
+    model = models.get_model(name, num_classes=num_classes, **representation)
+    try:
+        positions = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
+        size = _image_size(model, round(positions**0.5))
+    except KeyError:
+        size = 224
+    names = imagenet_class_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
+    return Classifier(model, params, names, (size, size))
+
+
+def _image_size(model: nn.Module, side: int) -> int:
+    """The resolution at which the model has side x side patches."""
+    stride = model.patches["size"][0]
+    if model.resnet is not None:
+        stride *= 4 * 2 ** max(0, len(model.resnet["num_layers"]) - 1)
+    return side * stride
+
+
+def _name_in(stem: str) -> str | None:
+    """The model that a published file is named after: `ViT-B_16`, `ViT-B_16-224`, or AugReg's `B_16-i21k-300ep-…`."""
+    names = {name: name for name in zoo.VIT | zoo.MIXER} | {name: zoo.augreg_to_model_name(name) for name in zoo.AUGREG}
+    matches = [name for name in names if stem == name or stem.startswith(f"{name}-")]
+    return names[max(matches, key=len)] if matches else None
+
+
+@functools.cache
+def imagenet_class_names() -> list[str]:
+    """The 1,000 classes of ILSVRC 2012 in their usual order."""
+    return resources.files("vit_jax.data").joinpath("imagenet_classes.txt").read_text().splitlines()
+
+
+def _check_fits(classifier: Classifier, path: Path) -> None:
+    images = jnp.zeros((1, *classifier.image_size, 3))
+    wanted = jax.eval_shape(classifier.model.init, jax.random.key(0), images)["params"]
+    checkpoint.check_fit(classifier.params, wanted, path)
+    if len(classifier.class_names) != classifier.model.num_classes:
+        raise UserError(
+            f"{describe.path_beside(path)} names {len(classifier.class_names)} classes, "
+            f"the head of {path} has {classifier.model.num_classes}"
+        )
+
+
+def _top(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return [{"label": names[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
+
+
+def _print(path: Path, predictions: list[dict[str, Any]], *, as_json: bool, width: int) -> None:
+    if as_json:
+        print(json.dumps({"image": str(path), "predictions": predictions}, ensure_ascii=False), flush=True)
+        return
+    for rank, p in enumerate(predictions):
+        print(f"{str(path) if rank == 0 else '':{width}}  {p['probability']:7.2%}  {p['label']}", flush=True)
+
+
+def cli() -> None:
+    """The console command: errors meant for the user are printed without a traceback, exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

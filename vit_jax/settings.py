@@ -1,0 +1,98 @@
+"""Every field of a training recipe, with its default. `configs/common.py` makes recipes of them; `train.py` reads them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax.errors import UserError, unknown
+
+TRAINERS = ("train", "evaluate", "inference_time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """`config.pp`."""
+
+    train: str = "train"  # split to train on, e.g. train[:98%]
+    test: str = "test"  # split to evaluate on
+    crop: int = 224  # size of the images that the model sees; from Python also (height, width)
+    resize: int | None = None  # train on random crops of images resized to this size, instead of Inception crops
+    area: tuple[float, float] = (0.05, 1.0)  # share of the image that an Inception crop covers
+    flip: bool = True  # mirror at random: off where left and right differ, as in digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`config`: the names and defaults are the reference's where it has them."""
+
+    trainer: str = "train"
+    seed: int = 0
+    # model
+    model_type: str = "ViT"
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"  # what the model computes in; parameters are always float32
+    # where to start from: `pretrained` if set, else a file in `pretrained_dir` if set, else from nothing
+    pretrained: str | None = None  # an .npz, or the workdir of another run
+    pretrained_dir: str | None = "."  # folder of published files: {model_name}.npz, or what model_or_filename says
+    model_or_filename: str | None = None  # AugReg: an architecture such as Ti_16, or the name of a file
+    # data
+    dataset: str | None = None  # digits, a folder of images, or a name that tensorflow-datasets knows
+    tfds_data_dir: str | None = None
+    tfds_manual_dir: str | None = None
+    pp: Preprocessing = dataclasses.field(default_factory=Preprocessing)
+    bad_images: str = "error"  # or "skip": training goes on with another image, and says so
+    shuffle_buffer: int = 50_000  # every epoch is a full permutation, which needs no buffer; 0 keeps the files' order
+    prefetch: int = 2  # batches sent to the devices ahead of time
+    batch: int = 512  # over all devices and micro-batches
+    batch_eval: int = 512
+    # optimisation
+    total_steps: int | None = None
+    accum_steps: int = 8  # micro-batches that a batch is cut into, to save memory
+    optimizer: str = "sgd"  # or adamw
+    optim_dtype: str = "bfloat16"  # of the momentum
+    base_lr: float = 0.03
+    decay_type: str = "cosine"  # or linear
+    warmup_steps: int = 500
+    weight_decay: float = 0.0
+    grad_norm_clip: float | None = 1.0
+    # how often, in steps
+    progress_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 1_000
+    keep: int = 1  # how many checkpoints stay
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Reads a ConfigDict or dict. An unknown field, or a value that makes no sense, is a UserError."""
+        fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        check_names(cls, fields, "config")
+        pp = dict(fields.get("pp") or {})
+        check_names(Preprocessing, pp, "config.pp")
+        settings = cls(**fields | {"pp": Preprocessing(**pp)})
+        settings._check_values()
+        return settings
+
+    def _check_values(self) -> None:
+        if self.trainer not in TRAINERS:
+            raise unknown("config.trainer", self.trainer, TRAINERS)
+        if self.bad_images not in ("error", "skip"):
+            raise unknown("config.bad_images", self.bad_images, ("error", "skip"))
+        if not self.model:
+            raise UserError("config.model is empty: take it from configs.models.MODEL_CONFIGS, or use configs/vit.py:b16")
+        if not self.dataset:
+            raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
+        if self.trainer == "train" and not self.total_steps:
+            raise UserError(f"config.total_steps={self.total_steps}: say how many steps to train")
+        at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0}
+        at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"config.{name}={getattr(self, name)} must be at least {least}")
+
+
+def check_names(cls: type, fields: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a name that is no field of the dataclass `cls`."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            raise unknown(f"field of {where}", name, known)

@@ -1,0 +1,1 @@
+"""What is optimised and measured, one module a task."""

@@ -1,0 +1,57 @@
+"""The folder of a run: whose it is, and what of it others can use."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint.npz import write_atomically
+from vit_jax.errors import UserError
+from vit_jax.settings import Settings
+
+# These may differ when a run is continued: they do not touch what is learnt.
+_FREE = {
+    *("trainer", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
+    *("progress_every", "eval_every", "checkpoint_every", "keep"),
+}
+
+
+def claim(workdir: Path, settings: Settings) -> None:
+    """Makes `workdir` and writes the run's `config.json`; UserError if it holds results of a run with another config."""
+    path = workdir / "config.json"
+    config = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as e:
+            raise UserError(f"{path} is no valid JSON ({e}): move it away to claim the folder anew") from e
+        old, new = _flatten(before), _flatten(config)
+        keys = [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]
+        if keys and _has_results(workdir):
+            lines = [f"  - {k} = {old.get(k)!r}\n  + {k} = {new.get(k)!r}" for k in keys]
+            raise UserError(
+                f"{workdir} belongs to a run with another config (- before, + now):\n" + "\n".join(lines)
+                + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
+            )
+    write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
+
+
+def find_npz(path: str | Path) -> Path:
+    """The parameter file that `path` means: itself, or the `model.npz` of a workdir."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    if not (path / "model.npz").is_file():
+        raise UserError(f"{path} holds no model.npz: the run there has not finished; continue it, or name an .npz")
+    return path / "model.npz"
+
+
+def _has_results(workdir: Path) -> bool:
+    return (workdir / "model.npz").exists() or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -25,7 +25,7 @@ def get_config(model_or_filename: str = "Ti_16") -> ml_collections.ConfigDict:
     config = common.get_config()
     config.pretrained_dir = "gs://vit_models/augreg"
     config.model_or_filename = model_or_filename
-    config.model = models.by_name(zoo.augreg_to_model_name(name))
+    models.use(config, zoo.augreg_to_model_name(name))
     config.model.transformer.dropout_rate = 0.0
     config.base_lr = 0.03
     config.total_steps = 500

@@ -21,17 +21,19 @@ def get_config() -> ml_collections.ConfigDict:
 def with_dataset(config: ml_collections.ConfigDict, dataset: str) -> ml_collections.ConfigDict:
     """Sets the dataset and what `PRESETS` has for it; any other dataset is read as it is, for 500 steps."""
     config.dataset = dataset
-    config.total_steps = 500
-    config.update(PRESETS.get(dataset, {}))
+    config.update(PRESETS.get(dataset, {"total_steps": 500, "warmup_steps": 100}))
     return config
 
 
 _CIFAR = {"total_steps": 10_000, "pp": {"train": "train[:98%]", "test": "test", "crop": 384}}
 _DIGITS = {
-    "pp": {"train": "train", "test": "test", "crop": 16, "area": (0.6, 1.0), "flip": False},
+    "pp": {"train": "train", "test": "test", "crop": 16, "area": (0.7, 1.0), "flip": False},
+    "base_lr": 0.1,
     "batch": 64,
     "batch_eval": 64,
     "accum_steps": 1,
+    "total_steps": 500,
+    "progress_every": 50,
     "warmup_steps": 50,
 }
 PRESETS = {

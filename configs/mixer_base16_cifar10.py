@@ -14,7 +14,6 @@ from configs import common, models
 def get_config() -> ml_collections.ConfigDict:
     """The recipe takes no argument; a Mixer belongs to the resolution of its checkpoint."""
     config = common.with_dataset(common.get_config(), "cifar10")
-    config.model_type = "Mixer"
-    config.model = models.by_name("Mixer-B_16")
+    models.use(config, "Mixer-B_16")
     config.pp.crop = 224
     return config

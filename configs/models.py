@@ -15,7 +15,7 @@ def _config(fields: dict) -> ml_collections.ConfigDict:
 
 
 MODEL_CONFIGS = {name: _config(fields) for name, fields in (zoo.VIT | zoo.MIXER).items()}
-AUGREG_CONFIGS = {name: MODEL_CONFIGS[zoo.augreg_to_model_name(name)] for name in zoo.AUGREG}
+AUGREG_CONFIGS = {name: _config(zoo.VIT[zoo.augreg_to_model_name(name)]) for name in zoo.AUGREG}
 
 SHORT_NAMES = {
     "testing": "testing",
@@ -42,9 +42,10 @@ SHORT_NAMES = {
 }
 
 
-def by_name(name: str) -> ml_collections.ConfigDict:
-    """A fresh copy of the architecture with this short or full name."""
+def use(config: ml_collections.ConfigDict, name: str) -> None:
+    """Sets `config.model` and `config.model_type` to the architecture with this short or full name."""
     full = SHORT_NAMES.get(name, name)
     if full not in MODEL_CONFIGS:
         raise unknown("model", name, [*SHORT_NAMES, *MODEL_CONFIGS])
-    return _config((zoo.VIT | zoo.MIXER)[full])
+    config.model = _config((zoo.VIT | zoo.MIXER)[full])
+    config.model_type = "Mixer" if full in zoo.MIXER else "ViT"

@@ -18,7 +18,7 @@ def get_config(arg: str = "b16,cifar10") -> ml_collections.ConfigDict:
     """`arg` is MODEL,DATASET."""
     model, _, dataset = arg.partition(",")
     config = common.with_dataset(common.get_config(), dataset or "cifar10")
-    config.model = models.by_name(model)
-    if model == "b16" and dataset == "cifar10":
+    models.use(config, model)
+    if config.model.model_name == "ViT-B_16" and config.dataset == "cifar10":
         config.base_lr = 0.01
     return config

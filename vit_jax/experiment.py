@@ -49,9 +49,7 @@ def build(s: Settings) -> Experiment:
     if "unpooled" in s.model.get("classifier", ""):
         raise UserError(f"classifier {s.model['classifier']!r} scores every token; images are classified by token or gap")
     image_size = tuple(s.pp.crop) if isinstance(s.pp.crop, tuple | list) else (s.pp.crop, s.pp.crop)
-    schedule = optim.make_schedule(
-        s.base_lr, s.total_steps or 1, warmup_steps=s.warmup_steps, decay_type=s.decay_type
-    )
+    schedule = optim.make_schedule(s.base_lr, s.total_steps or 1, warmup_steps=s.warmup_steps, decay_type=s.decay_type)
     optimizer = optim.make_optimizer(
         s.optimizer, schedule, grad_norm_clip=s.grad_norm_clip, weight_decay=s.weight_decay, dtype=s.optim_dtype
     )

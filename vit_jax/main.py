@@ -3,11 +3,12 @@
 `config.trainer` says what is done: "train" (the default), "evaluate" or "inference_time".
 """
 
+import os
 import re
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from vit_jax.errors import UserError, unknown
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected arguments {' '.join(argv[1:])}: options begin with --")
     for flag, value in (("workdir", _WORKDIR.value), ("config", _CONFIG.value)):
         if value is None:
-            raise UserError(f"--{flag} is missing. {__doc__}")
+            raise UserError(f"--{flag} is missing. {__doc__.splitlines()[0]}")
     config = _CONFIG.value
     trainer = config.get("trainer", "train")
     if trainer == "train":
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     """The console command: errors meant for the user are printed without a traceback, exit code 2."""
+    sys.path.append(os.getcwd())  # as `python -m` has it, so that recipes find each other from the installed command too
     try:
         app.run(main, flags_parser=_parse)
     except UserError as e:
@@ -48,28 +50,50 @@ def cli() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags and loads the recipe; what absl and ml_collections object to becomes a UserError."""
+    recipe = _recipe(argv)
+    if recipe is not None and not os.path.isfile(path := recipe.partition(":")[0]):
+        raise UserError(f"--config={path}: no such file. It names a recipe such as configs/vit.py, from where you are")
     try:
         rest = flags.FLAGS(argv)
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # Orbax and JAX tell much at absl's own default
-        if _CONFIG.value is not None:
-            _CONFIG.value.lock()
-        return rest
-    except (AttributeError, KeyError) as e:  # ml_collections' words for an override of a field that does not exist
-        text = str(e).strip("\"'")
-        name = re.match(r"\w*", text)[0]
-        flag = next((arg for arg in argv if re.match(rf"--config[\w.]*\.{name}\b", arg)), name)
-        near = re.search(r'Did you mean \\?"(\w+)', text)
-        hint = f"did you mean {near[1]}?" if near else "configs/common.py and vit_jax/settings.py list the fields"
-        raise UserError(f"{flag}: the config has no such field; {hint}") from e
-    except (flags.Error, SyntaxError, ImportError, TypeError, ValueError, OSError) as e:
+    except (AttributeError, KeyError):  # an override of a field that does not exist, or a fault of the recipe
+        config = flags.FLAGS["config"].parser.parse(recipe)
+        raise _unknown_field(argv, config) from None
+    except (flags.Error, ImportError, SyntaxError, TypeError, ValueError) as e:
         raise UserError(_last_words(str(e))) from e
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # Orbax and JAX tell much at absl's own default
+    return rest
+
+
+def _recipe(argv: list[str]) -> str | None:
+    """The value of --config."""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(=(.*))?", arg):
+            return match[2] if match[1] else following
+    return None
+
+
+def _unknown_field(argv: list[str], config: ConfigDict) -> UserError:
+    """The error for the first --config.field of `argv` that `config` has not."""
+    for arg in argv:
+        node, path = config, "config"
+        for name in re.sub(r"^--?(no)?config\.|[=\[].*", "", arg).split(".") if "config." in arg else ():
+            if not isinstance(node, ConfigDict):
+                return UserError(f"{arg}: {path} is {node!r} and has no fields")
+            if name not in node:
+                return unknown(f"field of {path}", name, node)
+            node, path = node[name], f"{path}.{name}"
+    raise AssertionError(f"every field of {argv} exists")
 
 
 def _last_words(text: str) -> str:
-    """Of a recipe's own UserError, which arrives inside a printed traceback, its message; any other text as it is."""
+    """What to show of another library's message: all but the traceback that it may hold and its list of types."""
     head, found, message = text.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
-    return message.strip() if found else text.strip()
+    if found:  # the recipe's own words
+        return message.strip()
+    if match := re.search(r"TypeError: (get_config\(\) .*)", text):
+        return f"{text.partition(': ')[0]}: {match[1]}; after the ':' stands the recipe's argument"
+    return text.partition("Currently supported types")[0].strip()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,33 +18,42 @@ log = logging.getLogger("vit_jax")
 @contextlib.contextmanager
 def logging_to(workdir: Path) -> Iterator[None]:
     """Sends the package's log to `workdir/train.log` and, in plain lines, to standard output."""
-    console, file = _Console(), logging.FileHandler(workdir / "train.log")
+    console, file = _Console(), logging.FileHandler(workdir / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level, propagate = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in (console, file):
         log.addHandler(handler)
     try:
         yield
+    except Exception as e:
+        file.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, str(e), (), None))
+        raise
     finally:
         for handler in (console, file):
             log.removeHandler(handler)
             handler.close()
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 class Writer:
     """Writes the scalars of a run, and shows how far it is: a bar on a terminal, plain lines anywhere else."""
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int, show: bool = True):
-        from tensorboard.summary import Writer as EventWriter
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._jsonl_path = workdir / "metrics.jsonl"
         _drop_after(self._jsonl_path, start_step)
         self._jsonl = open(self._jsonl_path, "a")
-        self._events = EventWriter(str(workdir))
+        self._events = EventFileWriter(str(workdir))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard drops what came after this step
+        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
         self._bar = None
         if show and sys.stdout.isatty():
-            layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}  {elapsed} < {remaining}{postfix}"
+            layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=total_steps, initial=start_step, bar_format=layout, file=sys.stdout)
             self._bar.set_postfix_str("compiling the first step")
 
@@ -52,8 +62,7 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step} | values) + "\n")
         self._jsonl.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.add_event(_event(step, values))
 
     def advance(self, step: int, status: str) -> None:
         """Moves the bar to `step`, with a few words such as 'loss 0.31'."""
@@ -78,6 +87,13 @@ class _Console(logging.Handler):
         text = record.getMessage()
         tqdm.write(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}", file=sys.stdout)
         sys.stdout.flush()
+
+
+def _event(step: int, values: dict[str, float]):
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+
+    scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    return event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=scalars))
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -7,15 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import jax_utils
 from jaxtyping import Array, Int
 
 from vit_jax.errors import UserError
 
 AXIS = "devices"
 Tree = Any
-replicate = jax_utils.replicate
-unreplicate = jax_utils.unreplicate
 
 
 def check_batch(batch_size: int, accum_steps: int) -> None:
@@ -53,6 +50,21 @@ def mean_over_devices(tree: Tree) -> Tree:
     return jax.lax.pmean(tree, AXIS)
 
 
+def replicate(tree: Tree) -> Tree:
+    """A copy on every device of this process, behind a leading axis of devices.
+
+    The copies are placed as `pmap` places its results, else the second step would compile the function again.
+    """
+    n = jax.local_device_count()
+    copies = jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), jax.device_get(tree))
+    return jax.device_put(copies, _over_devices())
+
+
+def unreplicate(tree: Tree) -> Tree:
+    """The first device's copy."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """(b, …) → (devices, b / devices, …) for this process's devices."""
     n = jax.local_device_count()
@@ -61,13 +73,13 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def prefetch(batches: Iterator[dict[str, np.ndarray]], size: int) -> Iterator[dict[str, Array]]:
     """Shards batches and sends them to the devices, `size` of them ahead of the one in use."""
-    sent = (_to_devices(shard(batch)) for batch in batches)
+    sent = (jax.device_put(shard(batch), _over_devices()) for batch in batches)
     queue = deque(itertools.islice(sent, size))
     while queue:
         yield queue.popleft()
         queue.extend(itertools.islice(sent, 1))
 
 
-def _to_devices(sharded: dict[str, np.ndarray]) -> dict[str, Array]:
+def _over_devices() -> jax.sharding.NamedSharding:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(sharded, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))

@@ -71,6 +71,8 @@ def load_classifier(source: str | os.PathLike, *, model_name: str | None = None)
         model = models.build(known["model_type"], known["model"])
         size = tuple(known["image_size"])
         classifier = Classifier(model, params, known["class_names"], size, known["mean"], known["std"])
+    if "unpooled" in getattr(classifier.model, "classifier", ""):
+        raise UserError(f"{path} scores every token ({classifier.model.classifier}), not the image as a whole")
     _check_fits(classifier, path)
     return classifier
 
@@ -90,18 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = list(find_images(args.images))
     classifier = load_classifier(args.model, model_name=args.model_name)
     width = max(len(str(path)) for path in paths)
+    batch_size = min(args.batch, len(paths))
     failures = 0
-    for i in range(0, len(paths), args.batch):
-        decoded = {}
-        for path in paths[i : i + args.batch]:
+    for i in range(0, len(paths), batch_size):
+        decoded = []
+        for path in paths[i : i + batch_size]:
             try:
-                decoded[path] = preprocess.decode(path.read_bytes(), exif_rotated=True)
+                decoded.append((path, preprocess.decode(path.read_bytes(), exif_rotated=True)))
             except (preprocess.ImageError, OSError) as e:
                 failures += 1
                 print(f"error: {path}: {e}", file=sys.stderr)
         if decoded:
-            probabilities = classifier(list(decoded.values()), batch_size=args.batch)
-            for path, p in zip(decoded, probabilities, strict=True):
+            probabilities = classifier([image for _, image in decoded], batch_size=batch_size)
+            for (path, _), p in zip(decoded, probabilities, strict=True):
                 _print(path, _top(p, classifier.class_names, args.top), as_json=args.json, width=width)
     if failures:
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
@@ -188,6 +191,8 @@ def _print(path: Path, predictions: list[dict[str, Any]], *, as_json: bool, widt
 
 def cli() -> None:
     """The console command: errors meant for the user are printed without a traceback, exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as e:

@@ -7,6 +7,7 @@ from typing import Any
 from vit_jax.errors import UserError, unknown
 
 TRAINERS = ("train", "evaluate", "inference_time")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +74,28 @@ class Settings:
         return settings
 
     def _check_values(self) -> None:
-        if self.trainer not in TRAINERS:
-            raise unknown("config.trainer", self.trainer, TRAINERS)
-        if self.bad_images not in ("error", "skip"):
-            raise unknown("config.bad_images", self.bad_images, ("error", "skip"))
+        choices = {"trainer": TRAINERS, "bad_images": ("error", "skip"), "dtype": DTYPES, "optim_dtype": DTYPES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(f"config.{name}", getattr(self, name), allowed)
         if not self.model:
             raise UserError("config.model is empty: take it from configs.models.MODEL_CONFIGS, or use configs/vit.py:b16")
         if not self.dataset:
             raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
-        if self.trainer == "train" and not self.total_steps:
+        if self.trainer == "train" and (self.total_steps or 0) < 1:
             raise UserError(f"config.total_steps={self.total_steps}: say how many steps to train")
         at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0}
         at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"config.{name}={getattr(self, name)} must be at least {least}")
+        crop = self.pp.crop if isinstance(self.pp.crop, tuple | list) else (self.pp.crop, self.pp.crop)
+        if len(crop) != 2 or min(crop) < 1:
+            raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
+        if self.grad_norm_clip is not None and self.grad_norm_clip < 0:
+            raise UserError(f"config.grad_norm_clip={self.grad_norm_clip} must be positive, or 0 for none")
+        if len(self.pp.area) != 2 or not 0 < self.pp.area[0] <= self.pp.area[1] <= 1:
+            raise UserError(f"config.pp.area={self.pp.area} must be two shares of the image, such as (0.05, 1.0)")
 
 
 def check_names(cls: type, fields: Mapping[str, Any], where: str) -> None:

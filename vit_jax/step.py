@@ -47,7 +47,7 @@ def make_update(
         grads, metrics = parallel.mean_over_devices(grads_and_metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         state = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return state, metrics | {"grad_norm": optax.global_norm(grads)}
+        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return update
 

@@ -95,7 +95,7 @@ class Progress:
     def __init__(self, s: Settings, writer: Writer, checkpointer: Checkpointer):
         self.s, self.writer, self.checkpointer = s, writer, checkpointer
         self.pending: deque[tuple[int, Any]] = deque()
-        self.start_clock()
+        self.clock: float | None = None
 
     def start_clock(self) -> None:
         """Starts timing anew, so that neither evaluation nor an earlier stretch counts."""
@@ -115,18 +115,23 @@ class Progress:
             step, replicated = self.pending.popleft()
             metrics = jax.device_get(parallel.unreplicate(replicated))
             self._check_finite(step, metrics)
-            self.timed_steps += 1
+            if self.clock is None:  # the first step compiles, which says nothing about speed
+                self.start_clock()
+            else:
+                self.timed_steps += 1
             if step % self.s.progress_every == 0 or step == self.s.total_steps:
                 self._report(step, metrics)
 
     def _report(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        rate = self.timed_steps * self.s.batch / (time.perf_counter() - self.clock)
-        self.writer.scalars(step, {"train_loss": metrics["loss"], "img_sec_core_train": rate / jax.device_count()})
-        status = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  {rate:,.0f} images/s"
-        left = (self.s.total_steps - step) * self.s.batch / rate
+        scalars = {"train_loss": metrics["loss"]}
+        status = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}"
+        if self.timed_steps:
+            rate = self.timed_steps * self.s.batch / (time.perf_counter() - self.clock)
+            scalars["img_sec_core_train"] = rate / jax.device_count()
+            status += f"  {rate:,.0f} images/s  {_duration((self.s.total_steps - step) * self.s.batch / rate)} left"
+        self.writer.scalars(step, scalars)
         self.writer.advance(step, status)
-        message = f"step {step}/{self.s.total_steps}  {status}  {_duration(left)} left"
-        log.info(message, extra={"progress": True})
+        log.info("step %d/%d  %s", step, self.s.total_steps, status, extra={"progress": True})
         self.start_clock()
 
     def _check_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -148,9 +153,7 @@ def _duration(seconds: float) -> str:
 
 def _train_batches(e: experiment.Experiment, start_step: int) -> Iterator[dict[str, jax.Array]]:
     s = e.settings
-    transform = functools.partial(
-        preprocess.train_image, crop=e.image_size, resize_to=s.pp.resize, area=tuple(s.pp.area)
-    )
+    transform = functools.partial(preprocess.train_image, crop=e.image_size, resize_to=s.pp.resize, area=tuple(s.pp.area))
     batches = loader.train_batches(
         e.train_source,
         transform,

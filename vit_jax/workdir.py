@@ -22,15 +22,16 @@ def claim(workdir: Path, settings: Settings) -> None:
     config = json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():
         try:
-            before = json.loads(path.read_text())
-        except ValueError as e:
-            raise UserError(f"{path} is no valid JSON ({e}): move it away to claim the folder anew") from e
-        old, new = _flatten(before), _flatten(config)
+            old, new = _flatten(json.loads(path.read_text())), _flatten(config)
+        except (ValueError, AttributeError) as e:
+            raise UserError(f"{path} is no config of a run ({e}): move it away to claim the folder anew") from e
         keys = [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]
         if keys and _has_results(workdir):
-            lines = [f"  - {k} = {old.get(k)!r}\n  + {k} = {new.get(k)!r}" for k in keys]
+            sides = ("-", old), ("+", new)
+            lines = [f"  {sign} {k} = {side[k]!r}" for k in keys for sign, side in sides if k in side]
             raise UserError(
-                f"{workdir} belongs to a run with another config (- before, + now):\n" + "\n".join(lines)
+                f"{workdir} belongs to a run with another config (- before, + now):\n"
+                + "\n".join(lines)
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
             )
     write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))

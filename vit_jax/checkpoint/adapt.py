@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from vit_jax.checkpoint import describe, npz
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 
 Grid = tuple[int, int]
 POSITIONS = "Transformer/posembed_input/pos_embedding"
@@ -35,7 +36,7 @@ def load_pretrained(
     dropped with its position, one that the file lacks starts anew. Anything else that differs is an error.
 
     Args:
-      pretrained_path: an .npz; the `model.json` beside it, if there is one, tells the file's own grid.
+      pretrained_path: an .npz; the `model.json` beside it, if there is one, tells the file's own grid, else it is square.
       init_params: nested dict of arrays, not modified.
       model_config: the model's fields; `representation_size` is read.
       grid: (h, w) of the model's patches; None for a square grid.
@@ -52,7 +53,10 @@ def load_pretrained(
         loaded = {name: x for name, x in loaded.items() if not name.startswith("head/")}
         loaded |= {name: np.asarray(x) for name, x in wanted.items() if name.startswith("head/")}
     if POSITIONS in loaded and POSITIONS in wanted:
-        _adapt_positions(loaded, wanted, describe.grid_beside(pretrained_path), grid)
+        try:
+            _adapt_positions(loaded, wanted, describe.grid_beside(pretrained_path), grid)
+        except UserError as e:
+            raise UserError(f"{pretrained_path}: {e}") from e
     _check_fit(loaded, wanted, pretrained_path, in_file)
     return unflatten_dict({name: np.asarray(loaded[name], wanted[name].dtype) for name in wanted}, sep="/")
 
@@ -110,12 +114,17 @@ def augreg_filename(name: str, directory: str | os.PathLike) -> str:
             "or name a file: --config.model_or_filename=FILE, whose name holds a '-'; then set --config.pretrained_dir=DIR"
         )
     with open(index, newline="") as f:
-        rows = [r for r in csv.DictReader(f) if r["filename"].split("-")[0] == name and r["ds"] == "i21k"]
+        listed = [row for row in csv.DictReader(f) if row["ds"] == "i21k"]
+    rows = [row for row in listed if _architecture(row) == name]
     if not rows:
-        raise UserError(f"{index} lists no ImageNet-21k checkpoint of {name!r}")
+        raise unknown(f"architecture among the ImageNet-21k checkpoints in {index}", name, set(map(_architecture, listed)))
     best = max(rows, key=lambda row: float(row["final_val"]))
     log.info("chose %s: upstream accuracy %s, the best of %d", best["filename"], best["final_val"], len(rows))
     return best["filename"]
+
+
+def _architecture(row: Mapping[str, str]) -> str:
+    return row["filename"].split("-")[0]
 
 
 def _adapt_positions(loaded: dict, wanted: dict, old_grid: Grid | None, grid: Grid | None) -> None:
@@ -132,7 +141,9 @@ def _adapt_positions(loaded: dict, wanted: dict, old_grid: Grid | None, grid: Gr
         old = np.concatenate([np.asarray(new[:, :1], old.dtype), old], axis=1)
     n, first = new.shape[1], int(in_model)
     grid = grid or _square(n - first)
-    old_grid = old_grid or (grid if old.shape[1] == n else _square(old.shape[1] - first))
+    count = old.shape[1] - first
+    if old_grid is None:  # published files are square
+        old_grid = grid if count == grid[0] * grid[1] and count != math.isqrt(count) ** 2 else _square(count)
     if old_grid != grid:
         log.info("position embeddings: %dx%d → %dx%d", *old_grid, *grid)
         old = interpolate_posembed(old, n, in_model, old_grid=old_grid, grid=grid)

@@ -56,7 +56,7 @@ def summary(flat: Mapping[str, Any]) -> str:
         if (kernel := flat.get(f"{stem}/kernel")) is not None and len(kernel.shape) == 4:
             facts += [f"patches of {kernel.shape[0]}x{kernel.shape[1]}", f"width {kernel.shape[-1]}"]
     blocks = {p for name in flat for p in name.split("/") if p.startswith(("encoderblock_", "MixerBlock_"))}
-    facts += [f"{len(blocks)} blocks"]
+    facts += [f"{len(blocks)} block{'s' * (len(blocks) != 1)}"]
     if (head := flat.get("head/kernel")) is not None and head.ndim == 2:
         facts += [f"{head.shape[1]} classes"]
     return ", ".join(facts)

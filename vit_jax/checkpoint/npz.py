@@ -2,8 +2,6 @@
 
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from vit_jax.errors import UserError
 
 Params = dict[str, Any]
 
-_REMOTE = re.compile(r"^(gs|https?|hf|s3)://")
+_REMOTE = re.compile(r"^(gs|https?|hf|s3):/+")  # a Path keeps one slash of two
 # Newer flax numbers the layers of a block per class; the published files number them across the block.
 _NEW_NAME = re.compile(r"(.*\bencoderblock_\d+/)(LayerNorm_1|MultiHeadDotProductAttention_0|MlpBlock_0)(/.*)")
 _OLD_NAME = {
@@ -43,7 +41,7 @@ def save(params: Mapping[str, Any], path: str | os.PathLike) -> None:
 
     bfloat16, which .npz cannot hold, is widened to float32. The same parameters always give the same bytes.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     flat = flatten_dict(jax.device_get(dict(params)), sep="/")
     arrays = {name: _storable(flat[name]) for name in sorted(flat)}
     write_atomically(path, lambda f: np.savez(f, **arrays))
@@ -65,39 +63,46 @@ def write_atomically(path: Path, write) -> None:
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if _REMOTE.match(str(path)):
-        raise UserError(_download_by_hand(str(path)))
+        raise UserError(_download_by_hand(_REMOTE.sub(r"\1://", str(path))))
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a checkpoint: name the .npz{_npz_in(path)}")
     if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}{_files_beside(path)}")
+        raise UserError(f"no such checkpoint: {path}{_npz_in(path.parent)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single array, not an .npz with one array a parameter")
-            return {name: archive[name] for name in archive.files}
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} is a single array, not an .npz with one array a parameter: save it with checkpoint.save")
+        with archive:
+            flat = {name: archive[name] for name in archive.files}
     except UserError:
         raise
-    except ValueError as e:
-        if "pickle" not in str(e).lower():
-            raise UserError(f"{path} is damaged: {e}. Fetch or write it again.") from e
-        raise UserError(
-            f"{path} is no .npz or holds pickled objects, which can run code and are never loaded; "
-            "a checkpoint must be an .npz of plain arrays"
-        ) from e
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as e:
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
+    except Exception as e:  # damaged bytes raise nearly everything in zipfile, zlib and NumPy
+        if isinstance(e, ValueError) and "pickle" in str(e).lower():
+            raise UserError(
+                f"{path} is no .npz or holds pickled objects, which can run code and are never loaded; "
+                "a checkpoint must be an .npz of plain arrays"
+            ) from e
         size = path.stat().st_size
         raise UserError(f"{path} is truncated or damaged ({size:,} bytes: {e}). Fetch or write it again.") from e
+    for name, x in flat.items():
+        if not isinstance(x, np.ndarray):
+            raise UserError(f"{path} holds {name!r}, which is no array: a checkpoint must be an .npz, a .pt file is none")
+    return flat
 
 
 def _download_by_hand(url: str) -> str:
     public = re.sub(r"^gs://", "https://storage.googleapis.com/", url)
     advice = f"  curl -O {public}\n" if public.startswith("http") else ""
-    return f"{url} is not a local file. Download it first\n{advice}and give its folder as --config.pretrained_dir=DIR"
+    return f"{url} is not a local file. Download it first\n{advice}and name the local file, or its folder as pretrained_dir"
 
 
-def _files_beside(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (the folder {path.parent} does not exist)"
-    found = sorted(p.name for p in path.parent.glob("*.npz"))
+def _npz_in(folder: Path) -> str:
+    if not folder.is_dir():
+        return f" (the folder {folder} does not exist)"
+    found = sorted(p.name for p in folder.glob("*.npz"))
     return f" (the folder holds {', '.join(found[:10])})" if found else " (the folder holds no .npz)"
 
 

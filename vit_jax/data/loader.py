@@ -7,6 +7,7 @@ an undisturbed run would have seen, on any number of threads, devices and proces
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,6 +87,7 @@ class _TrainExample(grain.transforms.RandomMap):
     def __init__(self, source: Source, transform: Transform, skip_bad_images: bool):
         self.source, self.transform, self.skip_bad_images = source, transform, skip_bad_images
         self.bad: set[int] = set()
+        self.lock = threading.Lock()  # examples are loaded on several threads
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         image, label = self._load(index) if self.skip_bad_images else load(self.source, index)
@@ -97,9 +99,10 @@ class _TrainExample(grain.transforms.RandomMap):
             try:
                 return load(self.source, candidate)
             except preprocess.ImageError as e:
-                if candidate not in self.bad:
-                    self.bad.add(candidate)
-                    log.warning("skipped bad image %d: %s", len(self.bad), e)
+                with self.lock:
+                    if candidate not in self.bad:
+                        self.bad.add(candidate)
+                        log.warning("skipped bad image %d: %s", len(self.bad), e)
         raise UserError(f"none of the {len(self.source)} images can be decoded")
 
 

@@ -39,9 +39,7 @@ class Source(Protocol):
         ...
 
 
-def get_source(
-    dataset: str, split: str, *, tfds_data_dir: str | None = None, tfds_manual_dir: str | None = None
-) -> Source:
+def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tfds_manual_dir: str | None = None) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
     `dataset` is `digits`, `digits_0to4`, the path of an existing folder (see FolderSource), or a tfds name such as

@@ -58,8 +58,10 @@ class TfdsSource:
         self._files = [os.fspath(i.filename) for i in instructions]
         self._ends = np.cumsum([i.take for i in instructions])  # how many examples lie in this file or before it
         if missing := [path for path in self._files if not os.path.exists(path)]:
-            raise UserError(f"{len(missing)} of {len(self._files)} record files of {name} {split} are missing, first "
-                            f"{missing[0]}. {_RESTORE}")
+            raise UserError(
+                f"{len(missing)} of {len(self._files)} record files of {name} {split} are missing, first "
+                f"{missing[0]}. {_RESTORE}"
+            )
         if file_format == tfds.core.FileFormat.TFRECORD:
             self._records: Any = TfRecords(instructions)
         else:
@@ -124,8 +126,10 @@ def _selected_spans(instruction: Any) -> np.ndarray:
             header = os.pread(file.fileno(), 8, at)
             length = int.from_bytes(header, "little")
             if len(header) < 8 or at + 12 + length + 4 > size:
-                raise UserError(f"{path} is truncated or damaged: its {size} bytes end inside record {len(spans)} of "
-                                f"{expected}, which starts at byte {at}. {_RESTORE}")
+                raise UserError(
+                    f"{path} is truncated or damaged: its {size} bytes end inside record {len(spans)} of "
+                    f"{expected}, which starts at byte {at}. {_RESTORE}"
+                )
             spans.append((at + 12, length))
             at += 12 + length + 4
     if len(spans) != expected:
@@ -162,8 +166,10 @@ def _find_prepared(name: str, root: Path) -> Path | None:
             config = json.loads((root / base / ".config" / "metadata.json").read_text()).get("default_config_name")
         if config not in configs:
             if len(configs) > 1:
-                raise UserError(f"{name!r} is prepared under {root} with several configs: say which by using "
-                                f"{' or '.join(f'{base}/{c}' for c in configs)} as the dataset.")
+                raise UserError(
+                    f"{name!r} is prepared under {root} with several configs: say which by using "
+                    f"{' or '.join(f'{base}/{c}' for c in configs)} as the dataset."
+                )
             config = configs[0]
     matching = [key for key in folders if key[0] == (config or "")]
     newest = max(matching, key=lambda key: [int(n) for n in key[1].split(".")], default=None)
@@ -213,8 +219,10 @@ def _choose_format(builder: Any) -> Any:
             builder.info.set_file_format(file_format, override=True, override_if_initialized=True)
             return file_format
     stored = ", ".join(sorted(f.value for f in formats))
-    raise UserError(f"{builder.data_path} is stored as {stored}; only array_record and tfrecord can be read. Prepare "
-                    "it again in another folder, with `tfds build --file_format=array_record --data_dir=DIR`.")
+    raise UserError(
+        f"{builder.data_path} is stored as {stored}; only array_record and tfrecord can be read. Prepare "
+        "it again in another folder, with `tfds build --file_format=array_record --data_dir=DIR`."
+    )
 
 
 def _image_and_label(info: Any) -> Any:
@@ -226,8 +234,10 @@ def _image_and_label(info: Any) -> Any:
     held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {"(all)": features}
     if not all(isinstance(held.get(key), kind) for key, kind in kinds.items()) or not held["label"].num_classes:
         listing = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in held.items())
-        raise UserError(f"{info.full_name} cannot be used for classification: it has the features {listing}, where "
-                        "`image: Image` and `label: ClassLabel` with its classes are needed. Choose another dataset.")
+        raise UserError(
+            f"{info.full_name} cannot be used for classification: it has the features {listing}, where "
+            "`image: Image` and `label: ClassLabel` with its classes are needed. Choose another dataset."
+        )
     return tfds.features.FeaturesDict({key: held[key] for key in kinds})
 
 

@@ -38,12 +38,16 @@ def build(model_type: str, fields: Mapping[str, Any]) -> nn.Module:
             _check_fields(module, fields[key], f"model.{key}")
     if fields.get("classifier", "token") not in CLASSIFIERS:
         raise unknown("classifier", fields["classifier"], CLASSIFIERS)
+    size = fields["patches"].get("size", ())
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"model.patches.size={size} must be (height, width), such as (16, 16)")
     return cls(**fields)
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
+        value = value.to_dict() if hasattr(value, "to_dict") else value
         nested = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
         merged[key] = _merge(base[key], value) if nested else value
     return merged

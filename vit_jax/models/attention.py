@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vit_jax.errors import UserError
+
 
 class MultiHeadDotProductAttention(nn.Module):
     """softmax(q·kᵀ / √head_dim)·v for every head, between linear maps `query`, `key`, `value` and `out`.
@@ -24,7 +26,7 @@ class MultiHeadDotProductAttention(nn.Module):
     def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
         d = x.shape[-1]
         if d % self.num_heads:
-            raise ValueError(f"a width of {d} cannot be shared out to {self.num_heads} heads: choose a multiple")
+            raise UserError(f"a width of {d} cannot be shared out to {self.num_heads} heads: choose a multiple")
         dense = partial(nn.DenseGeneral, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
         q, k, v = (dense((self.num_heads, d // self.num_heads), name=name)(x) for name in ("query", "key", "value"))
         if train and self.dropout_rate > 0:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vit_jax.errors import UserError
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
 Dtype = Any
@@ -40,7 +41,7 @@ class PatchEmbed(nn.Module):
             images = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
         h, w = images.shape[1] // p, images.shape[2] // q
         if h == 0 or w == 0:
-            raise ValueError(f"an image of {height}x{width} holds no patch of {p}x{q}: use larger images or smaller patches")
+            raise UserError(f"an image of {height}x{width} holds no patch of {p}x{q}: use larger images or smaller patches")
         patches = images[:, : h * p, : w * q].reshape(b, h, p, w, q, c)
         return jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel) + bias
 

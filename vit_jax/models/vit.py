@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vit_jax.errors import UserError
 from vit_jax.models.layers import Encoder, PatchEmbed
 from vit_jax.models.resnet import ResNet
 
@@ -35,7 +36,7 @@ class ClassifierHead(nn.Module):
         elif self.classifier in CLASSIFIERS:
             x = tokens
         else:
-            raise ValueError(f"unknown classifier {self.classifier!r}: use one of {', '.join(CLASSIFIERS)}")
+            raise UserError(f"unknown classifier {self.classifier!r}: use one of {', '.join(CLASSIFIERS)}")
         if self.representation_size:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
         if self.num_classes:

@@ -1,0 +1,73 @@
+"""The description beside a parameter file: it comes back whole, and belongs to the right file."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.models import small
+from vit_jax import models
+from vit_jax.checkpoint import describe
+from vit_jax.errors import UserError
+
+DESCRIPTION = {
+    "model_type": "ViT",
+    "model": {"patches": {"size": [16, 16]}, "num_classes": 2, "representation_size": None},
+    "image_size": [32, 48],
+    "grid": [2, 3],
+    "mean": [127.5, 127.5, 127.5],
+    "std": [127.5, 127.5, 127.5],
+    "class_names": ["Bär", "猫"],
+}
+
+
+def test_a_description_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "Ti_16-i21k-lr_0.001-sd_0.0.npz"
+    assert describe.read(path) is None and describe.grid_beside(path) is None
+    describe.write(path, DESCRIPTION)
+    assert (tmp_path / "Ti_16-i21k-lr_0.001-sd_0.0.json").exists()
+    assert describe.read(path) == DESCRIPTION
+    assert describe.grid_beside(path) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("files", "described_by"),
+    [
+        (["a.npz"], None),
+        (["a.npz", "a.json", "model.json"], "a.json"),
+        (["a.npz", "model.json"], "model.json"),  # a model.npz that was renamed
+        (["a.npz", "model.npz", "model.json"], None),
+        (["a.npz", "b.json"], None),
+    ],
+)
+def test_a_description_belongs_to_one_file(tmp_path, files, described_by):
+    for name in files:
+        (tmp_path / name).write_text(json.dumps(DESCRIPTION | {"dataset": name}))
+    found = describe.read(tmp_path / "a.npz")
+    assert (found and found["dataset"]) == described_by
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"model_type": "ViT",', "is no valid JSON description"),
+        ("null", "is no valid JSON description"),
+        ("\0\0\0", "is no valid JSON description"),
+        ("[]", "lacks class_names, grid, image_size"),
+        (json.dumps({k: v for k, v in DESCRIPTION.items() if k not in ("std", "grid")}), "lacks grid, std"),
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path, text, complaint):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / 'a.json'))} .*{complaint}"):
+        describe.read(tmp_path / "a.npz")
+
+
+def test_the_summary_tells_what_a_file_holds():
+    images = np.zeros((1, 224, 224, 3), np.float32)
+    vit = small.flat(small.shapes(models.get_model("testing"), images))
+    assert describe.summary(vit).startswith("21,390 parameters, patches of 16x16, width 10, 1 block")
+    assert describe.summary(vit).endswith(", 1000 classes")
+    mixer = small.flat(small.shapes(small.mixer(num_classes=None, num_blocks=11), images))
+    assert describe.summary(mixer).endswith("patches of 8x8, width 32, 11 blocks")

@@ -1,0 +1,213 @@
+"""TfdsSource on a small dataset prepared in both formats, always without TensorFlow."""
+
+import io
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vit_jax.data.tfds_source as tfds_source
+from tests.data.toy_tfds import NAMES, SIZES, build, png, to_tfrecord
+from vit_jax.data.tfds_source import TfdsSource
+from vit_jax.errors import UserError
+
+FORMATS = ("array_record", "tfrecord")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> dict[str, Path]:
+    """{format: data_dir} holding `flowers` (an example has more than image and label) and, in one, `texts`."""
+    import tensorflow_datasets as tfds
+
+    roots = {file_format: tmp_path_factory.mktemp(file_format) for file_format in FORMATS}
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=NAMES),
+        "segmentation_mask": tfds.features.Image(shape=(None, None, 3)),
+        "file_name": tfds.features.Text(),
+    }
+    folder = build(
+        roots["array_record"], "flowers", features,
+        lambda split, i: {"image": io.BytesIO(png(split, i)), "label": i % 3,
+                          "segmentation_mask": io.BytesIO(png(split, i + 99)), "file_name": f"{split}-{i}"},
+    )  # fmt: skip
+    to_tfrecord(folder, roots["tfrecord"] / "flowers" / "1.2.0")
+    build(roots["array_record"], "texts", {"text": tfds.features.Text()}, lambda split, i: {"text": f"{split} {i}"})
+    return roots
+
+
+@pytest.fixture(params=FORMATS)
+def data_dir(request, prepared) -> str:
+    return str(prepared[request.param])
+
+
+@pytest.fixture
+def tfrecord_copy(prepared, tmp_path) -> Path:
+    shutil.copytree(prepared["tfrecord"], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def contents(source: TfdsSource) -> list[tuple[bytes, int]]:
+    return [(example["image"], example["label"]) for example in (source[i] for i in range(len(source)))]
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_every_example_once_and_as_written(data_dir, split):
+    source = TfdsSource("flowers", split, data_dir=data_dir)
+    assert len(source) == SIZES[split]
+    assert sorted(contents(source)) == sorted((png(split, i), i % 3) for i in range(SIZES[split]))
+    assert source.class_names == NAMES and source.num_classes == 3 and not source.exif_rotated
+    assert source.where(7) == f"flowers {split}, example 7"
+    assert set(source[0]) == {"image", "label"} and type(source[0]["label"]) is int
+    for index in (-1, len(source)):
+        with pytest.raises(IndexError):
+            source[index]
+    assert "tensorflow" not in sys.modules
+
+
+def test_formats_agree(prepared):
+    for split in ("train", "test", "train[:98%]", "train[-9:]+test[3:7]"):
+        a, b = (contents(TfdsSource("flowers", split, data_dir=str(root))) for root in prepared.values())
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("train[:98%]", "train[98%:]"), ("train[:10%]", "train[10%:90%]", "train[90%:]"),
+     ("train[:5]", "train[5:-3]", "train[-3:]"), ("train[:1shard]", "train[1shard:]")],
+)  # fmt: skip
+def test_sub_splits_tile_the_split(prepared, data_dir, parts):
+    import tensorflow_datasets as tfds
+
+    splits = tfds.builder_from_directory(str(Path(data_dir) / "flowers" / "1.2.0")).info.splits
+    whole, tiles = contents(TfdsSource("flowers", "train", data_dir=data_dir)), []
+    for part in parts:
+        tile = contents(TfdsSource("flowers", part, data_dir=data_dir))
+        assert len(tile) == splits[part].num_examples
+        tiles += tile
+    assert tiles == whole
+    assert len(set(whole)) == len(whole)
+
+
+def test_sum_of_splits(data_dir):
+    train, test, both = (TfdsSource("flowers", s, data_dir=data_dir) for s in ("train", "test", "train+test"))
+    assert contents(both) == contents(train) + contents(test)
+
+
+def test_threads_agree_with_sequential(data_dir):
+    source = TfdsSource("flowers", "train", data_dir=data_dir)
+    expected = contents(source)
+    order = np.random.default_rng(0).integers(0, len(source), 2000)  # NumPy indices, as Grain may give
+    with ThreadPoolExecutor(8) as pool:
+        examples = list(pool.map(source.__getitem__, order))
+    assert [(e["image"], e["label"]) for e in examples] == [expected[i] for i in order]
+
+
+def test_names_and_folders(prepared, tmp_path, monkeypatch):
+    folder = prepared["tfrecord"] / "flowers" / "1.2.0"
+    for where in ("1.2.0", "1.10.0", "small/1.2.0", "incomplete.9.0.0"):
+        shutil.copytree(folder, tmp_path / "flowers" / where)
+    names = ("flowers", "flowers:1.2.0", "flowers:1.2.*", "flowers/small", "flowers/small:1.2.0", "flowers:3.*.*")
+    found = [tfds_source._find_prepared(name, tmp_path) for name in names]
+    relative = [path and str(path.relative_to(tmp_path / "flowers")) for path in found]
+    assert relative == ["1.10.0", "1.2.0", "1.2.0", "small/1.2.0", "small/1.2.0", None]
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert len(TfdsSource("flowers/small", "test")) == 11
+    with pytest.raises(UserError, match=r"found only flowers/1.10.0, flowers/1.2.0, flowers/small/1.2.0"):
+        TfdsSource("flowers:3.0.0", "test")
+    with pytest.raises(UserError, match="no tfds name"):
+        TfdsSource("flowers/a/b", "test")
+
+
+def test_default_config(prepared, tmp_path):
+    folder, base = prepared["tfrecord"] / "flowers" / "1.2.0", tmp_path / "flowers"
+    shutil.copytree(folder, base / "small" / "1.2.0")
+    assert tfds_source._find_prepared("flowers", tmp_path) == base / "small" / "1.2.0"
+    shutil.copytree(folder, base / "large" / "1.2.0")
+    with pytest.raises(UserError, match="flowers/large or flowers/small"):
+        TfdsSource("flowers", "train", data_dir=str(tmp_path))
+    (base / ".config").mkdir()
+    (base / ".config" / "metadata.json").write_text('{"default_config_name": "large"}')
+    assert tfds_source._find_prepared("flowers", tmp_path) == base / "large" / "1.2.0"
+
+
+def test_unknown_split_lists_the_splits(data_dir):
+    for split in ("validation", "train[:101%]", "train[5", "train[0:9999]", "all[:3]"):
+        with pytest.raises(UserError, match=r"cannot read split .*train \(37\), test \(11\)|test \(11\), train \(37\)"):
+            TfdsSource("flowers", split, data_dir=data_dir)
+    for split in ("train[:0%]", "train[9:8]", "train[:5]+test[4:4]"):
+        with pytest.raises(UserError, match="selects no example"):
+            TfdsSource("flowers", split, data_dir=data_dir)
+
+
+def test_unknown_dataset_gives_near_names(tmp_path):
+    with pytest.raises(UserError, match="does not know how to prepare 'cifra10': did you mean cifar10"):
+        TfdsSource("cifra10", "train", data_dir=str(tmp_path))
+
+
+def test_remote_folder_is_refused():
+    with pytest.raises(UserError, match="gs://bucket/datasets; it must be a local one"):
+        TfdsSource("cifar10", "train", data_dir="gs://bucket/datasets")
+
+
+def test_not_prepared_says_how(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        TfdsSource("imagenet2012", "train", data_dir=str(tmp_path))
+    for text in (str(tmp_path), "pip install 'vit_jax[prepare]'", f"tfds build imagenet2012 --data_dir={tmp_path}",
+                 "tfds_manual_dir"):  # fmt: skip
+        assert text in str(error.value)
+
+
+def test_features_without_image(prepared):
+    with pytest.raises(UserError, match="features text: Text"):
+        TfdsSource("texts", "train", data_dir=str(prepared["array_record"]))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, "one record", -1, -20])
+def test_truncated_tfrecord_names_the_file(tfrecord_copy, keep):
+    path = sorted((tfrecord_copy / "flowers" / "1.2.0").glob("*train*tfrecord*"))[1]
+    data = path.read_bytes()
+    path.write_bytes(data[: 16 + int.from_bytes(data[:8], "little") if keep == "one record" else keep])
+    complaint = "promises 13" if keep in (0, "one record") else "truncated or damaged"
+    with pytest.raises(UserError, match=rf"{path.name} .*{complaint}"):
+        TfdsSource("flowers", "train", data_dir=str(tfrecord_copy))
+
+
+def test_damaged_tfrecord_names_the_file(tfrecord_copy):
+    path = sorted((tfrecord_copy / "flowers" / "1.2.0").glob("*train*tfrecord*"))[1]
+    data = bytearray(path.read_bytes())
+    source = TfdsSource("flowers", "train", data_dir=str(tfrecord_copy))
+    path.write_bytes(data[:100])  # behind the source's back
+    with pytest.raises(UserError, match=path.name):
+        contents(source)
+    data[12:20] = b"\xff" * 8  # inside the first example
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"example 12: .*{path.name} is damaged"):
+        contents(source)
+    data[0:8] = b"\xff" * 8  # its length
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=path.name):
+        TfdsSource("flowers", "train", data_dir=str(tfrecord_copy))
+    os.remove(path)
+    with pytest.raises(UserError, match=f"1 of 3 record files .*{path.name}"):
+        TfdsSource("flowers", "train", data_dir=str(tfrecord_copy))
+
+
+def test_damaged_array_record_names_the_file(prepared, tmp_path):
+    shutil.copytree(prepared["array_record"], tmp_path / "copy")
+    path = sorted((tmp_path / "copy" / "flowers" / "1.2.0").glob("*train*array_record*"))[1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=path.name):
+        contents(TfdsSource("flowers", "train", data_dir=str(tmp_path / "copy")))
+
+
+def test_other_formats_are_refused(tfrecord_copy):
+    path = tfrecord_copy / "flowers" / "1.2.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace('"tfrecord"', '"parquet"'))
+    with pytest.raises(UserError, match="stored as parquet; only array_record and tfrecord"):
+        TfdsSource("flowers", "train", data_dir=str(tfrecord_copy))

@@ -1,0 +1,190 @@
+"""Every recipe loads with every argument it promises, holds the published values, and describes a model that exists."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from configs import augreg, common, inference_time, mixer_base16_cifar10, models, pretrain, vit
+from tests import command_line
+from vit_jax import models as architectures
+from vit_jax.errors import UserError
+from vit_jax.inference_time import InferenceSettings
+from vit_jax.settings import Settings, check_names
+
+MODEL_NAMES = {  # as `configs/vit.py` takes them, and in full
+    "testing": "testing",
+    "testing_unpooled": "testing-unpooled",
+    "ti16": "ViT-Ti_16",
+    "s16": "ViT-S_16",
+    "b16": "ViT-B_16",
+    "l16": "ViT-L_16",
+    "h14": "ViT-H_14",
+    "s16_gap_norep": "ViT-S_16-gap-norep",
+    "b16_gap_norep": "ViT-B_16-gap-norep",
+    "b8": "ViT-B_8",
+    "s32": "ViT-S_32",
+    "b32": "ViT-B_32",
+    "l32": "ViT-L_32",
+    "s32_gap_norep": "ViT-S_32-gap-norep",
+    "b32_gap_norep": "ViT-B_32-gap-norep",
+    "r_ti16": "R+ViT-Ti_16",
+    "r50_b16": "R50+ViT-B_16",
+    "r26_b32": "R26+ViT-B_32",
+    "r26_s32": "R26+ViT-S_32",
+    "r50_l32": "R50+ViT-L_32",
+}
+MIXERS = {"Mixer-B_16", "Mixer-B_32", "Mixer-L_16"}
+AUGREG = {
+    "Ti_16": "ViT-Ti_16",
+    "S_32": "ViT-S_32",
+    "S_16": "ViT-S_16",
+    "B_32": "ViT-B_32",
+    "B_16": "ViT-B_16",
+    "L_16": "ViT-L_16",
+    "R_Ti_16": "R+ViT-Ti_16",
+    "R26_S_32": "R26+ViT-S_32",
+    "R50_L_32": "R50+ViT-L_32",
+}
+RECIPES = sorted(path for path in Path(common.__file__).parent.glob("*.py") if path.stem not in ("common", "models"))
+
+
+def check(config):
+    """The settings of a recipe, once its fields are known to fit together and its model to exist."""
+    if not config.dataset:
+        config.dataset = "digits"
+    settings = Settings.from_config(config)
+    architectures.build(settings.model_type, {**settings.model, "num_classes": 10})
+    return settings
+
+
+def commands(path):
+    """The command lines in a recipe's docstring, as lists of arguments."""
+    doc = importlib.import_module(f"configs.{path.stem}").__doc__.replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"^ +python -m vit_jax\.main (.*)$", doc, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_command_in_a_recipes_docstring_is_for_it_and_parses(path):
+    assert commands(path)
+    for args in commands(path):
+        assert any(arg.startswith("--workdir=") for arg in args)
+        assert any(arg.startswith(f"--config=configs/{path.name}") for arg in args)
+        config = command_line.parse(*[arg.replace("configs/", f"{path.parent}/") for arg in args])
+        for arg in args:
+            if override := re.fullmatch(r"--config\.(\w+)=(.*)", arg):
+                assert str(config[override[1]]) == override[2]
+
+
+def test_every_published_name_has_a_model():
+    assert len(MODEL_NAMES) + len(MIXERS) == 23
+    assert {*MODEL_NAMES.values(), *MIXERS} <= set(models.MODEL_CONFIGS)
+    for name, config in models.MODEL_CONFIGS.items():
+        assert config.model_name == name
+
+
+def test_augreg_names_stand_for_vits_and_hybrids():
+    for name, full in AUGREG.items():
+        assert models.AUGREG_CONFIGS[name].model_name == full
+
+
+# configs/vit.py
+
+
+@pytest.mark.parametrize(("short", "full"), MODEL_NAMES.items())
+def test_vit_takes_every_model_by_its_short_and_its_full_name(short, full):
+    settings = check(vit.get_config(f"{short},cifar100"))
+    assert settings.model["model_name"] == full
+    assert settings.base_lr == 0.03
+    assert settings == check(vit.get_config(f"{full},cifar100"))
+
+
+@pytest.mark.parametrize("arg", ["b16,cifar10", "b16", "ViT-B_16,cifar10"])
+def test_b16_on_cifar10_has_a_rate_of_its_own(arg):
+    assert vit.get_config(arg).base_lr == 0.01
+
+
+def test_vit_without_argument_is_b16_on_cifar10():
+    assert vit.get_config() == vit.get_config("b16,cifar10")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "steps", "train", "test", "crop"),
+    [
+        ("cifar10", 10_000, "train[:98%]", "test", 384),
+        ("cifar100", 10_000, "train[:98%]", "test", 384),
+        ("imagenet2012", 20_000, "train[:99%]", "validation", 384),
+        ("digits", 500, "train", "test", 16),
+        ("oxford_iiit_pet", 500, "train", "test", 224),
+        ("my/photos, of 2024", 500, "train", "test", 224),
+    ],
+)
+def test_a_dataset_brings_its_preset(dataset, steps, train, test, crop):
+    settings = check(vit.get_config(f"s16,{dataset}"))
+    assert (settings.dataset, settings.total_steps) == (dataset, steps)
+    assert (settings.pp.train, settings.pp.test, settings.pp.crop) == (train, test, crop)
+    assert settings.warmup_steps <= settings.total_steps / 5
+
+
+def test_digits_are_never_mirrored():
+    for dataset in ("digits", "digits_0to4"):
+        assert not vit.get_config(f"testing,{dataset}").pp.flip
+    assert vit.get_config("testing,cifar10").pp.flip
+
+
+def test_an_unknown_model_is_refused_with_the_near_ones():
+    with pytest.raises(UserError, match="unknown model 'b17': did you mean b16"):
+        vit.get_config("b17,cifar10")
+
+
+# The other recipes
+
+
+@pytest.mark.parametrize("suffix", ["", "-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0"])
+@pytest.mark.parametrize(("name", "full"), AUGREG.items())
+def test_augreg_takes_every_architecture_and_file_name(name, full, suffix):
+    settings = check(augreg.get_config(name + suffix))
+    assert settings.model_or_filename == name + suffix
+    assert settings.model["model_name"] == full
+    assert settings.model["transformer"]["dropout_rate"] == 0
+    assert (settings.base_lr, settings.total_steps, settings.warmup_steps) == (0.03, 500, 100)
+    assert (settings.pp.resize, settings.pp.crop) == (448, 384)
+    assert settings.pretrained_dir == "gs://vit_models/augreg"
+
+
+def test_augreg_changes_its_own_copy_of_the_model():
+    augreg.get_config("R50_L_32")
+    assert models.AUGREG_CONFIGS["R50_L_32"].transformer.dropout_rate == 0.1
+    assert models.MODEL_CONFIGS["R50+ViT-L_32"].transformer.dropout_rate == 0.1
+
+
+def test_augreg_refuses_an_unknown_architecture():
+    with pytest.raises(UserError, match="unknown AugReg model 'R_Ti_61': did you mean R_Ti_16"):
+        augreg.get_config("R_Ti_61-i21k-300ep")
+
+
+def test_the_mixer_recipe():
+    settings = check(mixer_base16_cifar10.get_config())
+    assert (settings.model_type, settings.model["model_name"]) == ("Mixer", "Mixer-B_16")
+    assert (settings.dataset, settings.total_steps, settings.base_lr) == ("cifar10", 10_000, 0.03)
+    assert (settings.pp.train, settings.pp.test, settings.pp.crop) == ("train[:98%]", "test", 224)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "digits_0to4", "cifar10", "imagenet2012", "photos"])
+@pytest.mark.parametrize("model", ["micro4", "ti16", "r26_s32", "Mixer-B_32"])
+def test_pretraining_starts_from_nothing_with_adamw(model, dataset):
+    settings = check(pretrain.get_config(f"{model},{dataset}"))
+    assert not settings.pretrained_dir and not settings.pretrained and not settings.model_or_filename
+    assert (settings.optimizer, settings.optim_dtype, settings.decay_type) == ("adamw", "float32", "cosine")
+    assert settings.weight_decay > 0
+    assert 0 < settings.warmup_steps < settings.total_steps
+    assert settings.model_type == ("Mixer" if "Mixer" in model else "ViT")
+
+
+def test_inference_time_recipe_has_every_field_of_its_trainer():
+    config = inference_time.get_config().to_dict()
+    check_names(InferenceSettings, config, "config")
+    assert set(config) == set(InferenceSettings.__dataclass_fields__)
+    assert (config["trainer"], config["steps"], config["initial_steps"]) == ("inference_time", 30, 10)

@@ -1,0 +1,191 @@
+"""The loop: the same run twice, interrupted runs, other devices, wrong numbers, and what a run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from vit_jax import metrics, models
+from vit_jax.checkpoint import load
+from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate
+from vit_jax.train import train_and_evaluate
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run of 20 steps with dropout and two micro-batches a step."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train_and_evaluate(tiny.config(accum_steps=2), workdir)
+    return workdir
+
+
+def test_a_run_leaves_everything_it_promises(undisturbed: Path):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {"train.log", "metrics.jsonl", "config.json", "checkpoints", "model.npz", "model.json"} <= names
+    assert any("tfevents" in name for name in names)
+    description = json.loads((undisturbed / "model.json").read_text())
+    assert description["class_names"] == [str(i) for i in range(10)]
+    assert description["image_size"] == [8, 8] and description["grid"] == [2, 2] and description["step"] == 20
+    assert set(tiny.metrics(undisturbed, "accuracy_test")) == set(tiny.metrics(undisturbed, "lr")) == {10, 20}
+    assert set(tiny.metrics(undisturbed, "train_loss")) == set(range(1, 21))
+    rebuilt = models.build(description["model_type"], description["model"])
+    shapes = jax.eval_shape(rebuilt.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, load(undisturbed / "model.npz"))
+
+
+def test_one_seed_gives_identical_losses_and_another_does_not(undisturbed: Path, tmp_path: Path):
+    train_and_evaluate(tiny.config(accum_steps=2), tmp_path / "again")
+    assert tiny.metrics(tmp_path / "again", "train_loss") == tiny.metrics(undisturbed, "train_loss")
+    train_and_evaluate(tiny.config(accum_steps=2, seed=1), tmp_path / "other")
+    assert tiny.metrics(tmp_path / "other", "train_loss")[20] != tiny.metrics(undisturbed, "train_loss")[20]
+
+
+def test_a_run_killed_after_step_10_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path):
+    c = tiny.config(accum_steps=2, checkpoint_every=10, keep=2)
+    train_and_evaluate(c, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "20")
+    (tmp_path / "model.npz").unlink()
+    train_and_evaluate(c, tmp_path)
+    _assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_exits_with_its_code_and_the_same_command_continues(
+    number: int, code: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scalars = metrics.Writer.scalars
+
+    def interrupted(self, step, values):
+        scalars(self, step, values)
+        if step == 5:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(metrics.Writer, "scalars", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        train_and_evaluate(tiny.config(accum_steps=2), tmp_path)
+    assert exit_.value.code == code and not (tmp_path / "model.npz").exists()
+    monkeypatch.undo()
+    train_and_evaluate(tiny.config(accum_steps=2), tmp_path)
+    _assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_complete_run_started_again_changes_nothing(undisturbed: Path):
+    before = (undisturbed / "model.npz").read_bytes(), (undisturbed / "metrics.jsonl").read_text()
+    train_and_evaluate(tiny.config(accum_steps=2), undisturbed)
+    assert before == ((undisturbed / "model.npz").read_bytes(), (undisturbed / "metrics.jsonl").read_text())
+
+
+def test_eight_devices_learn_and_count_what_one_does(tmp_path: Path):
+    """Without dropout, whose keys are per device. 37 test images on 8 devices: a remainder on every batch."""
+    script = "import sys; from tests import tiny, test_train; test_train.three_steps(sys.argv[1])"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "8")], cwd=REPOSITORY, env=env, stdout=-3)
+    three_steps(str(tmp_path / "1"))
+    assert other.wait(timeout=300) == 0
+    log = (tmp_path / "8" / "train.log").read_text()
+    assert "devices  8 x" in log
+    one, eight = tiny.arrays(tmp_path / "1"), tiny.arrays(tmp_path / "8")
+    for name in one:
+        np.testing.assert_allclose(eight[name], one[name], atol=1e-6, err_msg=name)
+    accuracy = tiny.metrics(tmp_path / "8", "accuracy_test")[3]
+    assert accuracy == tiny.metrics(tmp_path / "1", "accuracy_test")[3]
+    assert abs(accuracy * 37 - round(accuracy * 37)) < 1e-9
+
+
+def three_steps(workdir: str) -> None:
+    """Three SGD steps of two micro-batches, with flips and without dropout."""
+    c = tiny.config(accum_steps=2, total_steps=3, pp_flip=True, optimizer="sgd", weight_decay=0.0, warmup_steps=1)
+    c.model.transformer.dropout_rate = 0.0
+    train_and_evaluate(c, workdir)
+
+
+def test_fine_tuning_takes_the_features_and_starts_a_new_head(undisturbed: Path, tmp_path: Path):
+    c = tiny.config(dataset="digits_0to4", pretrained=str(undisturbed), pp_crop=12, pp_train="train", base_lr=0.0)
+    c.update({"total_steps": 1, "weight_decay": 0.0})
+    train_and_evaluate(c, tmp_path)
+    before, after = tiny.arrays(undisturbed), tiny.arrays(tmp_path)
+    assert after["head/kernel"].shape == (16, 5) and not after["head/kernel"].any()
+    assert after["Transformer/posembed_input/pos_embedding"].shape == (1, 10, 16)
+    np.testing.assert_array_equal(after["embedding/kernel"], before["embedding/kernel"])
+
+
+def test_evaluating_scores_the_workdir_or_the_file_and_trains_nothing(undisturbed: Path, tmp_path: Path):
+    expected = tiny.metrics(undisturbed, "accuracy_test")[20]
+    before = (undisturbed / "model.npz").read_bytes()
+    c = tiny.config(accum_steps=2, trainer="evaluate")
+    assert evaluate(c, undisturbed)["accuracy_test"] == expected
+    c.pretrained = str(undisturbed / "model.npz")
+    assert evaluate(c, tmp_path)["accuracy_test"] == expected
+    assert (undisturbed / "model.npz").read_bytes() == before
+    assert not (tmp_path / "model.npz").exists()
+
+
+def test_evaluating_nothing_or_other_classes_is_refused(undisturbed: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        evaluate(tiny.config(trainer="evaluate"), tmp_path)
+    c = tiny.config(trainer="evaluate", dataset="digits_0to4", pretrained=str(undisturbed))
+    with pytest.raises(UserError, match="knows the classes 0, 1, .*the dataset has 0, 1, 2, 3, 4"):
+        evaluate(c, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(tmp_path: Path):
+    c = tiny.config(base_lr=1e25, optimizer="sgd", weight_decay=0.0, warmup_steps=4, checkpoint_every=1, grad_norm_clip=0.0)
+    with pytest.raises(UserError, match=r"step (\d+): the loss is .*The checkpoint of step \d+ is kept") as error:
+        train_and_evaluate(c, tmp_path)
+    step = int(str(error.value).split(":")[0].removeprefix("step "))
+    kept = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert kept == [step - 1]
+    assert f"step {step}: the loss is" in (tmp_path / "train.log").read_text()
+    assert not (tmp_path / "model.npz").exists()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(undisturbed: Path, tmp_path: Path):
+    workdir = tmp_path / "new"
+    for overrides, message in [
+        ({"batch": 15, "accum_steps": 2}, "batch=15 cannot be shared out .* choose a multiple of 2"),
+        ({"dataset": "no/such/folder"}, "no such folder"),
+        ({"pretrained": str(tmp_path)}, "holds no model.npz"),
+        ({"pretrained": str(tmp_path / "missing.npz")}, "no such checkpoint"),
+        ({"pretrained_dir": str(tmp_path)}, "no such checkpoint.*ViT-Micro_4.npz"),
+        ({"pp_crop": 2}, "no patch"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train_and_evaluate(tiny.config(**overrides), workdir)
+        assert not (workdir / "model.npz").exists()
+    unpooled = tiny.config()
+    unpooled.model.classifier = "unpooled"
+    with pytest.raises(UserError, match="scores every token"):
+        train_and_evaluate(unpooled, workdir)
+    with pytest.raises(UserError, match=r"(?s)another config.*- seed = 0.*\+ seed = 7"):
+        train_and_evaluate(tiny.config(accum_steps=2, seed=7), undisturbed)
+
+
+def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path):
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    folder = tmp_path / "copy" / "checkpoints" / "20"
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"the checkpoint {folder} cannot be read"):
+        train_and_evaluate(tiny.config(accum_steps=2), tmp_path / "copy")
+
+
+def _assert_same_run(workdir: Path, expected: Path) -> None:
+    assert tiny.metrics(workdir, "train_loss") == tiny.metrics(expected, "train_loss")
+    assert tiny.metrics(workdir, "accuracy_test") == tiny.metrics(expected, "accuracy_test")
+    ours, theirs = tiny.arrays(workdir), tiny.arrays(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)

@@ -19,12 +19,16 @@ def get_config(arg: str = "micro4,digits") -> ml_collections.ConfigDict:
     config.pretrained_dir = ""  # from nothing; None would be a type of its own, which --config.pretrained_dir cannot change
     config.optimizer = "adamw"
     config.optim_dtype = "float32"
-    config.base_lr = 3e-3 if config.model.model_name == "ViT-Micro_4" else 1e-3
+    config.base_lr = 1e-3
     config.weight_decay = 0.1
+    if config.dataset.startswith("digits"):
+        config.base_lr = 3e-3
+        config.total_steps = 1_000
+        config.pp.area = (0.5, 1.0)
+        return config
+    config.pp.crop = 224
     if dataset == "imagenet2012":
         config.batch = 1024
         config.warmup_steps = 10_000
         config.total_steps = 113_000  # 90 epochs
-    if not config.dataset.startswith("digits"):
-        config.pp.crop = 224
     return config

@@ -47,7 +47,7 @@ needs_timm = pytest.mark.parametrize("torch_peer", ["timm"], indirect=True)
         {"classifier": "gap", "representation_size": 20},
         {"patches": {"size": (8, 4)}},
         {"num_classes": None},
-        {"transformer": {"add_position_embedding": False}},
+        {"position_embedding": "none"},
     ],
     ids=str,
 )

@@ -150,7 +150,7 @@ def test_override_replaces_a_field_and_merges_nested_ones():
         (lambda: build("Vit", {}), "unknown model_type 'Vit'.*ViT"),
         (lambda: build("Mixer", {"num_blocks": 2}), "lacks patches, hidden_dim, tokens_mlp_dim, channels_mlp_dim"),
         (lambda: get_model("ViT-B_16", resnet={"width_factor": 2}), "model.resnet lacks num_layers"),
-        (lambda: ClassifierHead(7, classifier="map").init(jax.random.key(0), image_of(4)), "unknown classifier 'map'"),
+        (lambda: ClassifierHead(7, classifier="max").init(jax.random.key(0), image_of(4)), "unknown classifier 'max'"),
         (lambda: count(small.vit(transformer={"num_heads": 5})), "32 cannot be shared out to 5 heads"),
         (lambda: count(small.vit(), size=7), "7x7 holds no patch of 8x8"),
     ],

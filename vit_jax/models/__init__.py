@@ -7,13 +7,14 @@ from flax import linen as nn
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import zoo
-from vit_jax.models.layers import Encoder
+from vit_jax.models.layers import ACTIVATIONS, Encoder
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.resnet import ResNet
-from vit_jax.models.vit import CLASSIFIERS, VisionTransformer
+from vit_jax.models.vit import CLASSIFIERS, POSITION_EMBEDDINGS, VisionTransformer
 
 MODEL_TYPES: dict[str, type[nn.Module]] = {"ViT": VisionTransformer, "Mixer": MlpMixer}
 _NESTED = {"transformer": Encoder, "resnet": ResNet}
+_NOT_FIELDS = ("parent", "name", "add_position_embedding", "final_norm")  # the last two follow from the ViT's own fields
 
 
 def get_model(name: str, **overrides: Any) -> nn.Module:
@@ -36,8 +37,14 @@ def build(model_type: str, fields: Mapping[str, Any]) -> nn.Module:
     for key, module in _NESTED.items():
         if fields.get(key) is not None:
             _check_fields(module, fields[key], f"model.{key}")
-    if fields.get("classifier", "token") not in CLASSIFIERS:
-        raise unknown("classifier", fields["classifier"], CLASSIFIERS)
+    transformer = fields.get("transformer", {})
+    for where, name, allowed in (
+        (fields, "classifier", CLASSIFIERS),
+        (fields, "position_embedding", POSITION_EMBEDDINGS),
+        (transformer, "activation", ACTIVATIONS),
+    ):
+        if name in where and where[name] not in allowed:
+            raise unknown(name, where[name], allowed)
     size = fields["patches"].get("size", ())
     if len(size) != 2 or min(size) < 1:
         raise UserError(f"model.patches.size={size} must be (height, width), such as (16, 16)")
@@ -54,7 +61,7 @@ def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
 
 
 def _check_fields(cls: type[nn.Module], fields: Mapping[str, Any], where: str) -> None:
-    known = [name for name in cls.__dataclass_fields__ if name not in ("parent", "name")]
+    known = [name for name in cls.__dataclass_fields__ if name not in _NOT_FIELDS]
     for name in fields:
         if name not in known:
             raise unknown(f"field of {where}", name, known)

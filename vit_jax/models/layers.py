@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
 Dtype = Any
+ACTIVATIONS = ("gelu_tanh", "gelu", "swiglu")
 
 
 class PatchEmbed(nn.Module):
@@ -56,46 +57,86 @@ class AddPositionEmbs(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Dense → GELU (the tanh form, as in all Google ViTs) → Dense, each followed by dropout; the width is kept."""
+    """Dense → activation → Dense, each followed by dropout; the width is kept.
+
+    `activation`: "gelu_tanh" as in all Google ViTs, "gelu" (the erf form, as in torch's), or "swiglu", where Dense_0 makes
+    a gate and a value of `mlp_dim` each: silu(gate) · value.
+    """
 
     mlp_dim: int
     dropout_rate: float = 0.0
+    activation: str = "gelu_tanh"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
         init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
         d = x.shape[-1]
-        x = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0", **init)(x), approximate=True)
+        hidden = 2 * self.mlp_dim if self.activation == "swiglu" else self.mlp_dim
+        x = nn.Dense(hidden, dtype=self.dtype, name="Dense_0", **init)(x)
+        if self.activation == "swiglu":
+            gate, value = jnp.split(x, 2, axis=-1)
+            x = nn.silu(gate) * value
+        elif self.activation in ACTIVATIONS:
+            x = nn.gelu(x, approximate=self.activation == "gelu_tanh")
+        else:
+            raise unknown("activation", self.activation, ACTIVATIONS)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.Dense(d, dtype=self.dtype, name="Dense_1", **init)(x)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor, 1e-5 at first (https://arxiv.org/abs/2103.17239)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return x * self.param("gamma", nn.initializers.constant(1e-5), (x.shape[-1],)).astype(x.dtype)
+
+
 class EncoderBlock(nn.Module):
-    """x + MHA(LN(x)), then x + MLP(LN(x)): the pre-LN Transformer block of ViT (equations 2 and 3 of the paper)."""
+    """x + MHA(LN(x)), then x + MLP(LN(x)): the pre-LN Transformer block of ViT (equations 2 and 3 of the paper).
+
+    With `layer_scale` both branches are scaled, by `ls1` and `ls2`, before they are added; with `qk_norm` every head's
+    queries and keys are normalised.
+    """
 
     mlp_dim: int
     num_heads: int
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    layer_scale: bool = False
+    qk_norm: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
-            self.num_heads, self.attention_dropout_rate, self.dtype, name="MultiHeadDotProductAttention_1"
+            self.num_heads,
+            self.attention_dropout_rate,
+            self.norm_eps if self.qk_norm else None,
+            self.dtype,
+            name="MultiHeadDotProductAttention_1",
         )(y, train=train)
-        x = x + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
-        return x + MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_3")(y, train=train)
+        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        x = x + (LayerScale(name="ls1")(y) if self.layer_scale else y)
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_2")(x)
+        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.activation, self.dtype, name="MlpBlock_3")(y, train=train)
+        return x + (LayerScale(name="ls2")(y) if self.layer_scale else y)
 
 
 class Encoder(nn.Module):
     """Position embedding, `num_layers` encoder blocks, a last LayerNorm.
 
     Returns the normalised tokens and, for those who look inside, every block's output before that norm.
+
+    Attributes:
+      add_position_embedding: whether every token gets a learned embedding for its place.
+      final_norm: False leaves the last LayerNorm to whoever pools the tokens.
+      the others: see `EncoderBlock`.
     """
 
     num_layers: int
@@ -103,16 +144,29 @@ class Encoder(nn.Module):
     num_heads: int
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    layer_scale: bool = False
+    qk_norm: bool = False
     add_position_embedding: bool = True
+    final_norm: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], *, train: bool = False
-    ) -> tuple[Float[Array, "b n d"], tuple[Float[Array, "b n d"], ...]]:
+        self,
+        x: Float[Array, "b n d"],
+        registers: Float[Array, "b r d"] | None = None,
+        *,
+        num_prefix: int = 0,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
+        """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2."""
         if self.add_position_embedding:
             x = AddPositionEmbs(name="posembed_input")(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        if registers is not None:
+            x = jnp.concatenate([x[:, :num_prefix], registers.astype(x.dtype), x[:, num_prefix:]], axis=1)
         layers = []
         for i in range(self.num_layers):
             x = EncoderBlock(
@@ -120,8 +174,14 @@ class Encoder(nn.Module):
                 self.num_heads,
                 self.dropout_rate,
                 self.attention_dropout_rate,
+                self.activation,
+                self.norm_eps,
+                self.layer_scale,
+                self.qk_norm,
                 self.dtype,
                 name=f"encoderblock_{i}",
             )(x, train=train)
             layers.append(x)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x), tuple(layers)
+        if self.final_norm:
+            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")(x)
+        return x, tuple(layers)

@@ -7,43 +7,85 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.errors import UserError
-from vit_jax.models.layers import Encoder, PatchEmbed
+from vit_jax.errors import UserError, unknown
+from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.layers import Encoder, MlpBlock, PatchEmbed
 from vit_jax.models.resnet import ResNet
 
-CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
+CLASSIFIERS = ("token", "gap", "map", "distilled", "cls_mean", "unpooled", "token_unpooled")
+POSITION_EMBEDDINGS = ("learned", "sincos2d", "none")
+_WITH_CLS = ("token", "distilled", "cls_mean", "token_unpooled")
+
+
+class MapHead(nn.Module):
+    """Multi-head attention pooling: a learned probe attends to all tokens, then x + MLP(LN(x)) (big_vision)."""
+
+    num_heads: int
+    mlp_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        b, _, d = tokens.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
+        probe = jnp.broadcast_to(probe.astype(tokens.dtype), (b, 1, d))
+        attention = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype, name="MultiHeadDotProductAttention_0")
+        x = attention(probe, tokens)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        return (x + MlpBlock(self.mlp_dim, dtype=self.dtype, name="MlpBlock_0")(y))[:, 0]
 
 
 class ClassifierHead(nn.Module):
     """Pools the tokens, maps them through an optional tanh layer (`pre_logits`), and scores the classes (`head`).
 
-    `classifier`: "token" reads the class token, "gap" the mean over all tokens; "unpooled" and "token_unpooled" keep
-    them all. Without `num_classes` the result is the representation before `head`.
+    `classifier`: "token" reads the class token; "gap" the mean over the patches; "cls_mean" both, side by side, as DINOv2
+    does; "map" asks a learned probe; "distilled" averages the scores of class and distillation token, as DeiT does;
+    "unpooled" and "token_unpooled" keep all tokens. With `fc_norm` a LayerNorm follows the pooling. Without `num_classes`
+    the result is the representation before `head`.
     """
 
     num_classes: int | None
     representation_size: int | None = None
     classifier: str = "token"
     bias_init: float = 0.0
+    fc_norm: bool = False
+    norm_eps: float = 1e-6
+    num_heads: int = 1
+    mlp_dim: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b *n classes"]:
-        if self.classifier == "token":
-            x = tokens[:, 0]
-        elif self.classifier == "gap":
-            x = tokens.mean(axis=1)
-        elif self.classifier in CLASSIFIERS:
-            x = tokens
-        else:
-            raise UserError(f"unknown classifier {self.classifier!r}: use one of {', '.join(CLASSIFIERS)}")
+    def __call__(self, tokens: Float[Array, "b n d"], num_prefix: int = 0) -> Float[Array, "b *n classes"]:
+        x = self._pool(tokens, num_prefix)
+        if self.fc_norm:
+            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="fc_norm")(x)
         if self.representation_size:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
-        if self.num_classes:
-            bias_init = nn.initializers.constant(self.bias_init)
-            zeros = nn.initializers.zeros
-            x = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=zeros, bias_init=bias_init, name="head")(x)
-        return x
+        if not self.num_classes:
+            return x
+        if self.classifier == "distilled":
+            return (self._dense("head")(x[:, 0]) + self._dense("head_dist")(x[:, 1])) / 2
+        return self._dense("head")(x)
+
+    def _pool(self, tokens: Float[Array, "b n d"], num_prefix: int) -> Float[Array, "b *n d"]:
+        match self.classifier:
+            case "token":
+                return tokens[:, 0]
+            case "gap":
+                return tokens[:, num_prefix:].mean(axis=1)
+            case "cls_mean":
+                return jnp.concatenate([tokens[:, 0], tokens[:, num_prefix:].mean(axis=1)], axis=-1)
+            case "distilled":
+                return tokens[:, :2]
+            case "map":
+                return MapHead(self.num_heads, self.mlp_dim, self.dtype, name="MAPHead_0")(tokens)
+            case "unpooled" | "token_unpooled":
+                return tokens
+        raise unknown("classifier", self.classifier, CLASSIFIERS)
+
+    def _dense(self, name: str) -> nn.Dense:
+        bias_init = nn.initializers.constant(self.bias_init)
+        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros, bias_init=bias_init, name=name)
 
 
 class VisionTransformer(nn.Module):
@@ -52,10 +94,13 @@ class VisionTransformer(nn.Module):
     Attributes:
       num_classes: size of the head; None or 0 for none.
       patches: {"size": (height, width)} of a patch, in pixels or, after a ResNet, in its cells.
-      transformer: keywords of `layers.Encoder`: num_layers, mlp_dim, num_heads, dropout_rate, attention_dropout_rate.
+      transformer: keywords of `layers.Encoder`: num_layers, mlp_dim, num_heads, dropout_rate, attention_dropout_rate,
+        activation, norm_eps, layer_scale, qk_norm.
       hidden_size: the width d of the tokens.
       resnet: keywords of `resnet.ResNet` (num_layers, width_factor) for a hybrid.
-      representation_size, classifier, head_bias_init: see `ClassifierHead`.
+      representation_size, classifier, head_bias_init, fc_norm: see `ClassifierHead`.
+      position_embedding: "learned", "sincos2d" (fixed, of the patches alone), or "none".
+      num_registers: extra tokens without a position, behind the class token.
       dtype: what every layer computes in, e.g. "bfloat16"; parameters stay float32.
       model_name: name of the architecture, for messages only.
     """
@@ -68,6 +113,9 @@ class VisionTransformer(nn.Module):
     representation_size: int | None = None
     classifier: str = "token"
     head_bias_init: float = 0.0
+    fc_norm: bool = False
+    position_embedding: str = "learned"
+    num_registers: int = 0
     dtype: Any = jnp.float32
     model_name: str | None = None
 
@@ -76,36 +124,56 @@ class VisionTransformer(nn.Module):
             self.backbone = ResNet(**self.resnet, dtype=self.dtype)
             nn.share_scope(self, self.backbone)
         self.embedding = PatchEmbed(self.hidden_size, tuple(self.patches["size"]), dtype=self.dtype)
-        if self.classifier in ("token", "token_unpooled"):
-            self.cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-        self.Transformer = Encoder(**self.transformer, dtype=self.dtype)
+        zeros, small = nn.initializers.zeros, nn.initializers.normal(0.02)
+        if self.classifier in _WITH_CLS:
+            self.cls = self.param("cls", zeros, (1, 1, self.hidden_size))
+        if self.classifier == "distilled":
+            self.dist = self.param("dist", zeros, (1, 1, self.hidden_size))
+        if self.num_registers:
+            self.registers = self.param("register_tokens", small, (1, self.num_registers, self.hidden_size))
+        if self.position_embedding not in POSITION_EMBEDDINGS:
+            raise unknown("position_embedding", self.position_embedding, POSITION_EMBEDDINGS)
+        learned = self.position_embedding == "learned"
+        self.Transformer = Encoder(
+            **self.transformer, add_position_embedding=learned, final_norm=not self.fc_norm, dtype=self.dtype
+        )
         self.classifier_head = ClassifierHead(
-            self.num_classes, self.representation_size, self.classifier, self.head_bias_init, self.dtype
+            self.num_classes,
+            self.representation_size,
+            self.classifier,
+            self.head_bias_init,
+            self.fc_norm,
+            self.Transformer.norm_eps,
+            self.Transformer.num_heads,
+            self.Transformer.mlp_dim,
+            self.dtype,
         )
         nn.share_scope(self, self.classifier_head)
 
     def __call__(self, images: Float[Array, "b H W c"], *, train: bool = False) -> Float[Array, "b *n classes"]:
         """Logits of normalised images; "dropout" keys are needed when `train` and a dropout rate is above 0."""
-        tokens, _, _ = self._encode(images, train)
-        return self.classifier_head(tokens)
+        tokens, (h, w), _ = self._encode(images, train)
+        return self.classifier_head(tokens, tokens.shape[1] - h * w)
 
     def features(self, images: Float[Array, "b H W c"], *, train: bool = False) -> dict[str, Any]:
         """What the encoder makes of the images, for probes, dense tasks and pictures.
 
         Returns:
           cls: (b, d), the class token, or None if the model has none;
-          registers: (b, 0, d), as no model here has register tokens;
+          registers: (b, r, d), r of them, often 0;
           patches: (b, h·w, d) and map: (b, h, w, d), the patch tokens in rows and as a grid;
-          layers: for every block its tokens (b, n, d) with the class token in front, before the last LayerNorm.
+          layers: for every block all its tokens (b, n, d), before the last LayerNorm.
         """
         tokens, (h, w), layers = self._encode(images, train)
         b, n, d = tokens.shape
-        first = n - h * w
+        first, registers = n - h * w, self.num_registers
+        patches = tokens[:, first:]
+        start = 1 if self.classifier in _WITH_CLS else 0
         return {
-            "cls": tokens[:, 0] if first else None,
-            "registers": tokens[:, first:first],
-            "patches": tokens[:, first:],
-            "map": tokens[:, first:].reshape(b, h, w, d),
+            "cls": tokens[:, 0] if self.classifier in _WITH_CLS else None,
+            "registers": tokens[:, start : start + registers],
+            "patches": patches,
+            "map": patches.reshape(b, h, w, d),
             "layers": layers,
         }
 
@@ -116,7 +184,24 @@ class VisionTransformer(nn.Module):
         x = self.embedding(x)
         b, h, w, d = x.shape
         x = x.reshape(b, h * w, d)
-        if self.classifier in ("token", "token_unpooled"):
-            x = jnp.concatenate([jnp.broadcast_to(self.cls.astype(x.dtype), (b, 1, d)), x], axis=1)
-        tokens, layers = self.Transformer(x, train=train)
+        if self.position_embedding == "sincos2d":
+            x = x + sincos2d(h, w, d).astype(x.dtype)
+
+        def batch_of(tokens):
+            return jnp.broadcast_to(tokens.astype(x.dtype), (b, *tokens.shape[1:]))
+
+        names = ["cls"] * (self.classifier in _WITH_CLS) + ["dist"] * (self.classifier == "distilled")
+        x = jnp.concatenate([*(batch_of(getattr(self, name)) for name in names), x], axis=1)
+        registers = batch_of(self.registers) if self.num_registers else None
+        tokens, layers = self.Transformer(x, registers, num_prefix=len(names), train=train)
         return tokens, (h, w), layers
+
+
+def sincos2d(h: int, w: int, d: int, temperature: float = 10_000.0) -> Float[Array, "1 n d"]:
+    """Fixed position embeddings of a grid: sines and cosines of x, then of y, at d/4 frequencies (MoCo v3, big_vision)."""
+    if d % 4:
+        raise UserError(f"sincos2d needs a hidden_size that is a multiple of 4, not {d}")
+    y, x = jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij")
+    omega = temperature ** -(jnp.arange(d // 4) / max(1, d // 4 - 1))
+    y, x = (jnp.einsum("n,d->nd", place.reshape(-1).astype(jnp.float32), omega) for place in (y, x))
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]

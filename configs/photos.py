@@ -1,24 +1,20 @@
-"""Fine-tunes a small AugReg ViT on a folder of photos, on a laptop.
+"""Fine-tunes a published ViT on a folder of photos, on a laptop.
 
-    python -m vit_jax.main --workdir=runs/photos --config=configs/photos.py:path/to/photos --config.pretrained=FILE.npz
+    python -m vit_jax.main --workdir=runs/photos --config=configs/photos.py:path/to/photos --config.pretrained=SOURCE
 
-`:FOLDER` holds {train,test}/{class}/image or {class}/image. FILE.npz is any published checkpoint of --config.model,
-which is ViT-Ti_16 here; `configs/photos.py:MODEL,FOLDER` takes another one. 300 steps of batch 32 at 224 px.
+`:FOLDER` holds {train,test}/{class}/image or {class}/image. SOURCE is a checkpoint of any family (see README.md), which
+also tells the architecture; a small one such as AugReg's Ti/16 suits a laptop. 300 steps of batch 32 at 224 px.
 TIME
 """
 
 import ml_collections
 
-from configs import common, models
+from configs import common
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """`arg` is FOLDER or MODEL,FOLDER."""
-    model, comma, folder = arg.partition(",")
-    if not comma:
-        model, folder = "ti16", arg
+def get_config(folder: str = "") -> ml_collections.ConfigDict:
+    """`folder` may also be a dataset's name; --config.pretrained is to be given."""
     config = common.with_dataset(common.get_config(), folder)
-    models.use(config, model)
     config.pretrained_dir = ""
     config.batch = config.batch_eval = 32
     config.accum_steps = 1

@@ -109,7 +109,11 @@ def test_interrupting_the_start_exits_with_130(monkeypatch):
     def interrupt(config, workdir):
         raise KeyboardInterrupt
 
+    def leave(code):
+        raise SystemExit(code)
+
     monkeypatch.setattr(train, "train_and_evaluate", interrupt)
+    monkeypatch.setattr("os._exit", leave)
     assert run("--workdir=here", VIT) == 130
 
 

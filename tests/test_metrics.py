@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
 from vit_jax.metrics import Writer, logging_to

@@ -36,7 +36,7 @@ REFERENCE = {  # config fields of google-research/vision_transformer, with their
 def complete(**overrides):
     """A config that lacks nothing, with some fields replaced."""
     config = common.get_config()
-    config.model = models.by_name("testing")
+    models.use(config, "testing")
     config.dataset, config.total_steps = "digits", 10
     return config.to_dict() | overrides
 

@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(undisturbed: Pa
     for overrides, message in [
         ({"batch": 15, "accum_steps": 2}, "batch=15 cannot be shared out .* choose a multiple of 2"),
         ({"dataset": "no/such/folder"}, "no such folder"),
-        ({"pretrained": str(tmp_path)}, "holds no model.npz"),
+        ({"pretrained": str(tmp_path)}, "holds no parameter file"),
         ({"pretrained": str(tmp_path / "missing.npz")}, "no such checkpoint"),
         ({"pretrained_dir": str(tmp_path)}, "no such checkpoint.*ViT-Micro_4.npz"),
         ({"pp_crop": 2}, "no patch"),

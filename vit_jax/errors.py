@@ -1,7 +1,9 @@
 """Errors that are meant for the user rather than for us."""
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -14,3 +16,23 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(allowed)}."
     return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def command(main: Callable[[], int]) -> None:
+    """Runs a console command: a UserError is printed without a traceback, exit code 2; Ctrl-C exits with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be valid text
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        leave_at_once(130)
+
+
+def leave_at_once(code: int) -> None:
+    """Ends the process without the interpreter's clean-up, which crashes if JAX is compiling in another thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -14,7 +14,6 @@ import optax
 from flax import linen as nn
 
 from vit_jax import checkpoint, models, optim, workdir
-from vit_jax.checkpoint import describe
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.data import augment, sources
 from vit_jax.errors import UserError
@@ -30,6 +29,8 @@ class Experiment:
     """What is trained and measured, on what, at which image size, and how it is optimised."""
 
     settings: Settings
+    origin: dict[str, Any] | None  # the description of the parameters it starts from, if `config.pretrained` names some
+    model_fields: dict[str, Any]
     model: nn.Module
     task: classify.Task
     train_source: sources.Source
@@ -40,23 +41,31 @@ class Experiment:
     optimizer: optax.GradientTransformation
 
 
-def build(s: Settings) -> Experiment:
-    """The experiment of a recipe. Raises UserError for whatever does not fit together."""
+def build(s: Settings, directory: Path) -> Experiment:
+    """The experiment of a recipe in a workdir. Raises UserError for whatever does not fit together."""
     where = {"tfds_data_dir": s.tfds_data_dir, "tfds_manual_dir": s.tfds_manual_dir}
     train_source = sources.get_source(s.dataset, s.pp.train, **where)
     test_source = sources.get_source(s.dataset, s.pp.test, **where)
-    model = models.build(s.model_type, {**s.model, "num_classes": train_source.num_classes, "dtype": s.dtype})
-    if "unpooled" in s.model.get("classifier", ""):
-        raise UserError(f"classifier {s.model['classifier']!r} scores every token; images are classified by token or gap")
+    origin = workdir.origin(directory)
+    if origin is None and s.pretrained:
+        origin = checkpoint.open_checkpoint(workdir.find_npz(s.pretrained)).description
+    fields, model_type = (s.model, s.model_type) if s.model else (origin["model"], origin["model_type"])
+    fields = {**fields, "num_classes": train_source.num_classes}
+    model = models.build(model_type, fields | {"dtype": s.dtype})
+    if "unpooled" in fields.get("classifier", ""):
+        raise UserError(f"classifier {fields['classifier']!r} scores every token; images are classified by token or gap")
     image_size = tuple(s.pp.crop) if isinstance(s.pp.crop, tuple | list) else (s.pp.crop, s.pp.crop)
     schedule = optim.make_schedule(s.base_lr, s.total_steps or 1, warmup_steps=s.warmup_steps, decay_type=s.decay_type)
     optimizer = optim.make_optimizer(
         s.optimizer, schedule, grad_norm_clip=s.grad_norm_clip, weight_decay=s.weight_decay, dtype=s.optim_dtype
     )
+    mean, std = normalisation(origin)
     return Experiment(
         settings=s,
+        origin=origin,
+        model_fields=fields,
         model=model,
-        task=classify.make_task(model, flip=s.pp.flip),
+        task=classify.make_task(model, flip=s.pp.flip, mean=mean, std=std),
         train_source=train_source,
         test_source=test_source,
         image_size=image_size,
@@ -64,6 +73,11 @@ def build(s: Settings) -> Experiment:
         schedule=schedule,
         optimizer=optimizer,
     )
+
+
+def normalisation(origin: dict[str, Any] | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, by channel of the 0..255 pixels, that parameters of this origin expect."""
+    return (origin["mean"], origin["std"]) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
 
 
 def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -95,12 +109,13 @@ def start(e: Experiment, checkpointer: Checkpointer, *, keep_head: bool = False)
     if path is None:
         return None
     log.info("start    from %s%s", path, "" if keep_head else ", with a new head")
+    opened = checkpoint.open_checkpoint(path)
     if keep_head:
-        _check_classes(path, e.test_source)
+        _check_classes(opened, e.test_source)
     params = checkpoint.load_pretrained(
-        pretrained_path=path,
+        pretrained_path=opened,
         init_params=new_state(e).params,
-        model_config=s.model,
+        model_config=e.model_fields,
         grid=e.grid,
         keep_head=keep_head,
     )
@@ -110,14 +125,16 @@ def start(e: Experiment, checkpointer: Checkpointer, *, keep_head: bool = False)
 def description(e: Experiment, step: int, metrics: dict[str, float]) -> dict[str, Any]:
     """What `predict` and others need to know of the trained parameters: the content of `model.json`."""
     s = e.settings
+    mean, std = normalisation(e.origin)
     return {
-        "model_name": s.model.get("model_name"),
-        "model_type": s.model_type,
-        "model": {**s.model, "num_classes": e.train_source.num_classes},
+        "model_name": e.model_fields.get("model_name"),
+        "model_type": "Mixer" if "num_blocks" in e.model_fields else "ViT",
+        "model": e.model_fields,
         "image_size": e.image_size,
         "grid": e.grid,
-        "mean": [augment.MEAN] * 3,
-        "std": [augment.STD] * 3,
+        "resize": (e.origin or {}).get("resize", "bilinear"),
+        "mean": mean,
+        "std": std,
         "class_names": e.train_source.class_names,
         "dataset": s.dataset,
         "step": step,
@@ -131,7 +148,10 @@ def log_setup(e: Experiment) -> None:
     shapes = jax.eval_shape(e.model.init, jax.random.key(0), jnp.zeros((1, *e.image_size, 3)))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     size, grid = "x".join(map(str, e.image_size)), "x".join(map(str, e.grid))
-    log.info("model    %s, %s parameters, %s patches of a %s image", s.model.get("model_name"), f"{count:,}", grid, size)
+    log.info("model    %s, %s parameters, %s patches of a %s image", e.model_fields.get("model_name"), f"{count:,}", grid, size)
+    patch = e.model_fields["patches"]["size"]
+    if e.model_fields.get("resnet") is None and any(length % p for length, p in zip(e.image_size, patch, strict=True)):
+        log.warning("%s pixels are no multiple of patches of %s: the right and lower edge are cut off", size, patch)
     train, test = f"{len(e.train_source):,} images of {s.pp.train}", f"{len(e.test_source):,} of {s.pp.test}"
     log.info("data     %s: %s, %s, %d classes", s.dataset, train, test, e.train_source.num_classes)
     devices = jax.devices()
@@ -149,10 +169,11 @@ def _pretrained_path(s: Settings) -> str | Path | None:
     return os.path.join(s.pretrained_dir, f"{name}.npz")
 
 
-def _check_classes(path: str | Path, source: sources.Source) -> None:
-    known = describe.read(path)
-    if known and tuple(known["class_names"]) != tuple(source.class_names):
+def _check_classes(opened: checkpoint.Opened, source: sources.Source) -> None:
+    """A head of our own making must know the classes of the dataset; published ones call them by other names."""
+    known = opened.description["class_names"]
+    if "dataset" in opened.description and tuple(known) != tuple(source.class_names):
         raise UserError(
-            f"{path} knows the classes {', '.join(known['class_names'][:10])}, "
+            f"{opened.path} knows the classes {', '.join(known[:10])}, "
             f"the dataset has {', '.join(source.class_names[:10])}: they must be the same, in the same order"
         )

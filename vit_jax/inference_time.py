@@ -5,13 +5,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from vit_jax import models, parallel
+from vit_jax import workdir as workdirs
 from vit_jax.data import augment
 from vit_jax.errors import UserError
 from vit_jax.metrics import Writer, logging_to
@@ -46,8 +46,7 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
     if s.batch < 1 or s.batch % devices or s.steps < 1:
         raise UserError(f"batch={s.batch} must be a multiple of the {devices} device(s), and steps={s.steps} at least 1")
     model = models.get_model(s.model_name, num_classes=s.num_classes, dtype=s.dtype)
-    directory = Path(workdir).expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = workdirs.make(workdir)
     with logging_to(directory):
         images = np.random.default_rng(0).integers(0, 256, (s.batch, s.image_size, s.image_size, 3), np.uint8)
         params = parallel.replicate(jax.jit(model.init)(jax.random.key(0), augment.normalize(images[:1]))["params"])

@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, leave_at_once, unknown
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: FILE or FILE:ARGUMENT.", lock_config=True)
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
     trainer = config.get("trainer", "train")
     if trainer == "train":
         from vit_jax.train import train_and_evaluate as run
+    elif trainer == "evaluate" and config.get("evaluator") == "knn":
+        from vit_jax.knn import evaluate_knn as run
     elif trainer == "evaluate":
         from vit_jax.evaluate import evaluate as run
     elif trainer == "inference_time":
@@ -45,7 +47,7 @@ def cli() -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave_at_once(130)
 
 
 def _parse(argv: list[str]) -> list[str]:

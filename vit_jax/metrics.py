@@ -54,7 +54,7 @@ class Writer:
         self._bar = None
         if show and sys.stdout.isatty():
             layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}{postfix}"
-            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=layout, file=sys.stdout)
+            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=layout, file=sys.stdout, leave=False)
             self._bar.set_postfix_str("compiling the first step")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

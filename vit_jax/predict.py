@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from vit_jax import checkpoint, models, workdir
 from vit_jax.checkpoint import describe
 from vit_jax.data import augment, preprocess, sources
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, command
 from vit_jax.models import zoo
 
 
@@ -54,26 +53,26 @@ class Classifier:
 
 
 def load_classifier(source: str | os.PathLike, *, model_name: str | None = None) -> Classifier:
-    """The classifier in a workdir or an .npz, described by the `model.json` beside it.
+    """The classifier in a workdir, or in anything that `checkpoint.open_checkpoint` reads.
 
-    A published file without one needs `model_name`, unless its own name begins with it; its resolution is read from its
-    position embeddings, and 1,000 classes are taken for ImageNet's.
+    `model.json` or `config.json` beside the parameters describe it; without one the architecture and its resolution are
+    read from names and shapes, 1,000 classes are taken for ImageNet's, and `model_name` may insist on an architecture.
     """
-    path = workdir.find_npz(source)
-    params = checkpoint.load(path)
-    if "head" not in params:
-        raise UserError(f"{path} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
-    num_classes = params["head"]["kernel"].shape[-1]
-    known = describe.read(path)
-    if known is None:
-        classifier = _from_published(path, params, num_classes, model_name)
-    else:
-        model = models.build(known["model_type"], known["model"])
-        size = tuple(known["image_size"])
-        classifier = Classifier(model, params, known["class_names"], size, known["mean"], known["std"])
-    if "unpooled" in getattr(classifier.model, "classifier", ""):
-        raise UserError(f"{path} scores every token ({classifier.model.classifier}), not the image as a whole")
-    _check_fits(classifier, path)
+    opened = checkpoint.open_checkpoint(workdir.find_npz(source))
+    known = opened.description
+    if not known["model"].get("num_classes"):
+        raise UserError(f"{source} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
+    if known["image_size"] is None:
+        raise UserError(f"{source} has position embeddings that are no square, and no model.json tells their grid")
+    if "unpooled" in known["model"].get("classifier", ""):
+        raise UserError(f"{source} scores every token ({known['model']['classifier']}), not the image as a whole")
+    model = models.build(known["model_type"], known["model"])
+    if model_name:
+        representation = {"representation_size": known["model"].get("representation_size")}
+        overrides = representation if model_name in zoo.VIT else {}
+        model = models.get_model(model_name, num_classes=known["model"]["num_classes"], **overrides)
+    classifier = Classifier(model, opened.params, known["class_names"], tuple(known["image_size"]), known["mean"], known["std"])
+    _check_fits(classifier, opened.path)
     return classifier
 
 
@@ -126,45 +125,6 @@ def find_images(arguments: Sequence[str]) -> Iterator[Path]:
             raise UserError(f"no such image or folder: {path}")
 
 
-def _from_published(path: Path, params: dict, num_classes: int, model_name: str | None) -> Classifier:
-    name = model_name or _name_in(path.stem)
-    if name is None:
-        raise UserError(
-            f"{describe.path_beside(path)} does not exist, and {path.name} is not named after a model: "
-            "say which one it is with --model_name, e.g. --model_name=ViT-B_16"
-        )
-    representation = {"representation_size": params["pre_logits"]["kernel"].shape[-1]} if "pre_logits" in params else {}
-    model = models.get_model(name, num_classes=num_classes, **representation)
-    try:
-        positions = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
-        size = _image_size(model, round(positions**0.5))
-    except KeyError:
-        size = 224
-    names = imagenet_class_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
-    return Classifier(model, params, names, (size, size))
-
-
-def _image_size(model: nn.Module, side: int) -> int:
-    """The resolution at which the model has side x side patches."""
-    stride = model.patches["size"][0]
-    if model.resnet is not None:
-        stride *= 4 * 2 ** max(0, len(model.resnet["num_layers"]) - 1)
-    return side * stride
-
-
-def _name_in(stem: str) -> str | None:
-    """The model that a published file is named after: `ViT-B_16`, `ViT-B_16-224`, or AugReg's `B_16-i21k-300ep-…`."""
-    names = {name: name for name in zoo.VIT | zoo.MIXER} | {name: zoo.augreg_to_model_name(name) for name in zoo.AUGREG}
-    matches = [name for name in names if stem == name or stem.startswith(f"{name}-")]
-    return names[max(matches, key=len)] if matches else None
-
-
-@functools.cache
-def imagenet_class_names() -> list[str]:
-    """The 1,000 classes of ILSVRC 2012 in their usual order."""
-    return resources.files("vit_jax.data").joinpath("imagenet_classes.txt").read_text().splitlines()
-
-
 def _check_fits(classifier: Classifier, path: Path) -> None:
     images = jnp.zeros((1, *classifier.image_size, 3))
     wanted = jax.eval_shape(classifier.model.init, jax.random.key(0), images)["params"]
@@ -190,14 +150,8 @@ def _print(path: Path, predictions: list[dict[str, Any]], *, as_json: bool, widt
 
 
 def cli() -> None:
-    """The console command: errors meant for the user are printed without a traceback, exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
-    sys.stderr.reconfigure(errors="backslashreplace")
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    """The console command."""
+    command(main)
 
 
 if __name__ == "__main__":

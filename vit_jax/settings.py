@@ -7,6 +7,7 @@ from typing import Any
 from vit_jax.errors import UserError, unknown
 
 TRAINERS = ("train", "evaluate", "inference_time")
+EVALUATORS = ("classify", "knn")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,14 +27,15 @@ class Preprocessing:
 class Settings:
     """`config`: the names and defaults are the reference's where it has them."""
 
-    trainer: str = "train"
+    trainer: str = "train"  # or evaluate
+    evaluator: str = "classify"  # or knn: how trainer="evaluate" scores
     seed: int = 0
     # model
     model_type: str = "ViT"
-    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # empty: the architecture of `pretrained`
     dtype: str = "float32"  # what the model computes in; parameters are always float32
     # where to start from: `pretrained` if set, else a file in `pretrained_dir` if set, else from nothing
-    pretrained: str | None = None  # an .npz, or the workdir of another run
+    pretrained: str | None = None  # a file or folder of any family, a workdir, gs://…, https://…, hf://OWNER/NAME
     pretrained_dir: str | None = "."  # folder of published files: {model_name}.npz, or what model_or_filename says
     model_or_filename: str | None = None  # AugReg: an architecture such as Ti_16, or the name of a file
     # data
@@ -74,12 +76,21 @@ class Settings:
         return settings
 
     def _check_values(self) -> None:
-        choices = {"trainer": TRAINERS, "bad_images": ("error", "skip"), "dtype": DTYPES, "optim_dtype": DTYPES}
+        choices = {
+            "trainer": TRAINERS,
+            "evaluator": EVALUATORS,
+            "bad_images": ("error", "skip"),
+            "dtype": DTYPES,
+            "optim_dtype": DTYPES,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise unknown(f"config.{name}", getattr(self, name), allowed)
-        if not self.model:
-            raise UserError("config.model is empty: take it from configs.models.MODEL_CONFIGS, or use configs/vit.py:b16")
+        if not self.model and not self.pretrained:
+            raise UserError(
+                "config.model is empty: take it from configs.models.MODEL_CONFIGS, use configs/vit.py:b16, "
+                "or name a --config.pretrained that tells its architecture"
+            )
         if not self.dataset:
             raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
         if self.trainer == "train" and (self.total_steps or 0) < 1:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM during training: finish the step, save, leave."""
 
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -28,6 +29,7 @@ class GracefulExit:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        print("\nfinishing the step, then saving; once more to leave at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -35,10 +35,10 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
     """
     s = Settings.from_config(config)
     parallel.check_batch(s.batch, s.accum_steps)
-    e = experiment.build(s)
-    directory = Path(workdir).expanduser()
-    workdirs.claim(directory, s)
-    with logging_to(directory):
+    directory = workdirs.make(workdir)
+    with logging_to(directory), GracefulExit() as stop:
+        e = experiment.build(s, directory)
+        workdirs.claim(directory, s, e.origin)
         experiment.log_setup(e)
         checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep)
         state = experiment.start(e, checkpointer)
@@ -46,8 +46,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             log.info("start    from nothing, seed %d", s.seed)
             state = experiment.new_state(e)
         done = int(state.step)
-        if s.warmup_steps >= s.total_steps:
-            log.warning("warmup_steps=%d is not below total_steps=%d", s.warmup_steps, s.total_steps)
+        if done >= s.total_steps:
+            log.info("nothing to do: all %d steps are done, the model is in %s", s.total_steps, directory / "model.npz")
 
         state = parallel.replicate(state)
         update = parallel.pmap_update(make_update(e.task.loss, e.optimizer, seed=s.seed, accum_steps=s.accum_steps))
@@ -56,36 +56,34 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         writer = Writer(directory, start_step=done, total_steps=s.total_steps)
         progress = Progress(s, writer, checkpointer)
         try:
-            with GracefulExit() as stop:
-                for step in range(done + 1, s.total_steps + 1):
-                    state, step_metrics = update(state, next(batches))
-                    progress.add(step, step_metrics)
-                    last = step == s.total_steps
+            if stop.signal:
+                raise SystemExit(stop.exit_code)
+            for step in range(done + 1, s.total_steps + 1):
+                state, step_metrics = update(state, next(batches))
+                progress.add(step, step_metrics)
+                last = step == s.total_steps
 
-                    if step % s.eval_every == 0 or last:
-                        progress.catch_up()
-                        metrics = evaluator(state.params) | {"lr": float(e.schedule(step))}
-                        writer.scalars(step, metrics)
-                        log.info("step %d  %s", step, "  ".join(f"{name} {x:.5g}" for name, x in metrics.items()))
-                        progress.start_clock()
+                if step % s.eval_every == 0 or last:
+                    progress.catch_up()
+                    metrics = evaluator(state.params) | {"lr": float(e.schedule(step))}
+                    writer.scalars(step, metrics)
+                    log.info("step %d  %s", step, "  ".join(f"{name} {x:.5g}" for name, x in metrics.items()))
+                    progress.start_clock()
 
-                    if last:
-                        _write_model(e, directory, parallel.unreplicate(state.params), step, metrics)
+                if last:
+                    _write_model(e, directory, parallel.unreplicate(state.params), step, metrics)
 
-                    if step % s.checkpoint_every == 0 or last or stop.signal:
-                        progress.catch_up()
-                        checkpointer.save(step, parallel.unreplicate(state))
+                if step % s.checkpoint_every == 0 or last or stop.signal:
+                    progress.catch_up()
+                    checkpointer.save(step, parallel.unreplicate(state))
 
-                    if stop.signal:
-                        log.info("stopped by signal %d after step %d: the same command continues", stop.signal, step)
-                        raise SystemExit(stop.exit_code)
+                if stop.signal:
+                    log.info("stopped by signal %d after step %d: the same command continues", stop.signal, step)
+                    raise SystemExit(stop.exit_code)
         finally:
             batches.close()
             writer.close()
             checkpointer.close()
-        if done >= s.total_steps:
-            log.info("nothing to do: all %d steps are done", s.total_steps)
-        log.info("wrote    %s\nuse it   python -m vit_jax.predict --model=%s IMAGE…", directory / "model.npz", directory)
         return jax.device_get(parallel.unreplicate(state.params))
 
 
@@ -104,7 +102,7 @@ class Progress:
     def add(self, step: int, metrics: Any) -> None:
         """Takes the metrics of a step just dispatched, and reads those of an earlier one."""
         self.pending.append((step, metrics))
-        self._read(keep=self.s.prefetch)
+        self._read(keep=self.s.prefetch if self.clock else 0)
 
     def catch_up(self) -> None:
         """Waits for every step so far. Raises UserError at the first whose loss or gradient is not finite."""
@@ -141,7 +139,7 @@ class Progress:
         raise UserError(
             f"step {step}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; training stops. "
             + (f"The checkpoint of step {good} is kept. " if good else "No checkpoint had been written yet. ")
-            + "Try a lower --config.base_lr, more --config.warmup_steps or a smaller --config.grad_norm_clip."
+            + "In a new --workdir, try a lower --config.base_lr, more --config.warmup_steps or --config.grad_norm_clip=1."
         )
 
 
@@ -172,3 +170,4 @@ def _write_model(e: experiment.Experiment, directory: Path, params: Any, step: i
     path = directory / "model.npz"
     checkpoint.save(params, path)
     describe.write(path, experiment.description(e, step, metrics))
+    log.info("wrote    %s\nuse it   python -m vit_jax.predict --model=%s IMAGE…", path, directory)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,24 @@ from vit_jax.settings import Settings
 
 # These may differ when a run is continued: they do not touch what is learnt.
 _FREE = {
-    *("trainer", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
+    *("trainer", "evaluator", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
     *("progress_every", "eval_every", "checkpoint_every", "keep"),
 }
 
 
-def claim(workdir: Path, settings: Settings) -> None:
+def make(workdir: str | os.PathLike) -> Path:
+    """The folder, made if it is not there. UserError if it cannot be."""
+    path = Path(workdir).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} cannot be made a folder: {e}") from e
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written to")
+    return path
+
+
+def claim(workdir: Path, settings: Settings, origin: dict[str, Any] | None = None) -> None:
     """Makes `workdir` and writes the run's `config.json`; UserError if it holds results of a run with another config."""
     path = workdir / "config.json"
     config = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -35,16 +48,25 @@ def claim(workdir: Path, settings: Settings) -> None:
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
             )
     write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
+    if origin is not None:
+        text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(workdir / "origin.json", lambda f: f.write(text.encode()))
 
 
-def find_npz(path: str | Path) -> Path:
-    """The parameter file that `path` means: itself, or the `model.npz` of a workdir."""
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        return path
-    if not (path / "model.npz").is_file():
-        raise UserError(f"{path} holds no model.npz: the run there has not finished; continue it, or name an .npz")
-    return path / "model.npz"
+def origin(workdir: Path) -> dict[str, Any] | None:
+    """What the run that `workdir` holds started from, as `claim` noted it, so that it goes on without that file."""
+    path = workdir / "origin.json"
+    return json.loads(path.read_text()) if path.is_file() and _has_results(workdir) else None
+
+
+def find_npz(source: str | os.PathLike) -> str | os.PathLike:
+    """The `model.npz` of a workdir; any other source as it is. UserError for the workdir of a run that goes on."""
+    folder = Path(source).expanduser()
+    if (folder / "model.npz").is_file():
+        return folder / "model.npz"
+    if (folder / "train.log").is_file():
+        raise UserError(f"{source} holds no model.npz: the run there has not finished; continue it, or name a file")
+    return source
 
 
 def _has_results(workdir: Path) -> bool:

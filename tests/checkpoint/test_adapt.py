@@ -131,7 +131,7 @@ def test_a_new_task_gets_a_new_head_and_keeps_every_other_bit(tmp_path, kind):
 
 
 def test_the_new_head_of_an_initialised_model_is_zero(tmp_path):
-    shallow = {"transformer": {"num_layers": 0}}
+    shallow = {"transformer": {"num_layers": 1}}
     model = small.vit(num_classes=3, **shallow)
     init = jax.jit(model.init)(jax.random.key(0), small.random_images(32, 32))["params"]
     head = adapted(saved(tmp_path, small.vit(**shallow)), model, init=init)["head"]

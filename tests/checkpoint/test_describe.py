@@ -24,11 +24,10 @@ DESCRIPTION = {
 
 def test_a_description_comes_back_as_it_was(tmp_path):
     path = tmp_path / "Ti_16-i21k-lr_0.001-sd_0.0.npz"
-    assert describe.read(path) is None and describe.grid_beside(path) is None
+    assert describe.read(path) is None
     describe.write(path, DESCRIPTION)
     assert (tmp_path / "Ti_16-i21k-lr_0.001-sd_0.0.json").exists()
     assert describe.read(path) == DESCRIPTION
-    assert describe.grid_beside(path) == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_not_prepared_says_how(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         TfdsSource("imagenet2012", "train", data_dir=str(tmp_path))
-    for text in (str(tmp_path), "pip install 'vit_jax[prepare]'", f"tfds build imagenet2012 --data_dir={tmp_path}",
+    for text in (str(tmp_path), "pip install tensorflow importlib_resources", f"tfds build imagenet2012 --data_dir={tmp_path}",
                  "tfds_manual_dir"):  # fmt: skip
         assert text in str(error.value)
 

@@ -43,6 +43,7 @@ def build(root: Path, name: str, features: dict, example) -> Path:
     import tensorflow_datasets as tfds
 
     class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        __module__ = "toy"  # tfds looks into the package of any other, for which it needs importlib_resources
         VERSION = tfds.core.Version("1.2.0")
 
         def _info(self):

@@ -55,7 +55,7 @@ def hf_vit(params, image_size):
 
 def timm_vit(params, image_size):
     """`timm.models.VisionTransformer`, pooling as our parameters say: with a class token or by the mean."""
-    with _without_torchvision():
+    with without_torchvision():
         from timm.models.vision_transformer import VisionTransformer
 
     p, _, _, d = params["embedding"]["kernel"].shape
@@ -97,7 +97,7 @@ def timm_vit(params, image_size):
 
 def timm_mixer(params, image_size):
     """`timm.models.MlpMixer`."""
-    with _without_torchvision():
+    with without_torchvision():
         from timm.models.mlp_mixer import MlpMixer
 
     p, _, _, d = params["stem"]["kernel"].shape
@@ -196,7 +196,7 @@ class _StubFinder(MetaPathFinder, Loader):
 
 
 @contextmanager
-def _without_torchvision():
+def without_torchvision():
     """timm imports torchvision for parts unused here: stubs stand in for a missing one while timm is imported."""
     finder = _StubFinder()
     sys.meta_path.append(finder)  # after the real finders: an installed torchvision wins

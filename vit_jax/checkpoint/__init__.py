@@ -1,6 +1,18 @@
 """Parameter files: read them, write them, fit them to a new task."""
 
 from vit_jax.checkpoint.adapt import augreg_filename, check_fit, interpolate_posembed, load_pretrained
+from vit_jax.checkpoint.export import write_checkpoint
 from vit_jax.checkpoint.npz import load, save
+from vit_jax.checkpoint.opening import Opened, open_checkpoint
 
-__all__ = ["augreg_filename", "check_fit", "interpolate_posembed", "load", "load_pretrained", "save"]
+__all__ = [
+    "Opened",
+    "augreg_filename",
+    "check_fit",
+    "interpolate_posembed",
+    "load",
+    "load_pretrained",
+    "open_checkpoint",
+    "save",
+    "write_checkpoint",
+]

@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,17 +12,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from vit_jax.checkpoint import describe, npz
+from vit_jax.checkpoint.family import POSITIONS
+from vit_jax.checkpoint.hub import fetch
+from vit_jax.checkpoint.opening import Opened, open_checkpoint
+from vit_jax.checkpoint.resize import resize
 from vit_jax.errors import UserError, unknown
 
 Grid = tuple[int, int]
-POSITIONS = "Transformer/posembed_input/pos_embedding"
+_PREFIX = ("cls", "dist")
+_HEADS = ("head/", "head_dist/")
 
 log = logging.getLogger("vit_jax")
 
 
 def load_pretrained(
     *,
-    pretrained_path: str | os.PathLike,
+    pretrained_path: str | os.PathLike | Opened,
     init_params: Mapping[str, Any],
     model_config: Mapping[str, Any],
     grid: Grid | None = None,
@@ -36,7 +40,8 @@ def load_pretrained(
     dropped with its position, one that the file lacks starts anew. Anything else that differs is an error.
 
     Args:
-      pretrained_path: an .npz; the `model.json` beside it, if there is one, tells the file's own grid, else it is square.
+      pretrained_path: whatever `open_checkpoint` reads, or what it returned. The description beside the file tells its
+        grid; without one it is square.
       init_params: nested dict of arrays, not modified.
       model_config: the model's fields; `representation_size` is read.
       grid: (h, w) of the model's patches; None for a square grid.
@@ -44,17 +49,19 @@ def load_pretrained(
     Raises:
       UserError: with a -/+ list of names and shapes when the file does not fit.
     """
-    loaded = flatten_dict(npz.load(pretrained_path), sep="/")
+    opened = pretrained_path if isinstance(pretrained_path, Opened) else open_checkpoint(pretrained_path)
+    pretrained_path = opened.path
+    loaded = flatten_dict(opened.params, sep="/")
     in_file = describe.summary(loaded)
     wanted = flatten_dict(dict(init_params), sep="/")
     if model_config.get("representation_size") is None:
         loaded = {name: x for name, x in loaded.items() if not name.startswith("pre_logits/")}
     if not keep_head:
-        loaded = {name: x for name, x in loaded.items() if not name.startswith("head/")}
-        loaded |= {name: np.asarray(x) for name, x in wanted.items() if name.startswith("head/")}
+        loaded = {name: x for name, x in loaded.items() if not name.startswith(_HEADS)}
+        loaded |= {name: np.asarray(x) for name, x in wanted.items() if name.startswith(_HEADS)}
     if POSITIONS in loaded and POSITIONS in wanted:
         try:
-            _adapt_positions(loaded, wanted, describe.grid_beside(pretrained_path), grid)
+            _adapt_positions(loaded, wanted, opened.description, grid)
         except UserError as e:
             raise UserError(f"{pretrained_path}: {e}") from e
     _check_fit(loaded, wanted, pretrained_path, in_file)
@@ -74,17 +81,21 @@ def interpolate_posembed(
     *,
     old_grid: Grid | None = None,
     grid: Grid | None = None,
+    num_prefix: int | None = None,
+    rule: str = "bilinear",
 ) -> Float[np.ndarray, "1 m d"]:
-    """Resamples position embeddings bilinearly with aligned corners, as `scipy.ndimage.zoom(order=1)` does.
+    """Resamples position embeddings to another grid of patches.
 
     Args:
       num_tokens: how many embeddings are wanted, the class token's included, which is kept as it is.
       old_grid, grid: (h, w) of the patches before and after; None for square.
+      num_prefix: how many tokens stand in front of the patches, if not the class token alone.
+      rule: how to resample, see `resize.resize`; the default is that of Google's code.
 
     Raises:
       UserError: if the number of tokens is not that of the grid, or not a square where no grid is given.
     """
-    first = int(has_class_token)
+    first = int(has_class_token) if num_prefix is None else num_prefix
     _, n, d = posemb.shape
     h, w = old_grid or _square(n - first)
     new_h, new_w = grid or _square(num_tokens - first)
@@ -92,8 +103,7 @@ def interpolate_posembed(
         raise UserError(
             f"{n - first} position embeddings for a grid of {h}x{w} cannot become {num_tokens - first} for {new_h}x{new_w}"
         )
-    old = np.asarray(posemb[0, first:], np.float64).reshape(h, w, d)
-    new = np.einsum("ih,hwd,jw->ijd", _weights(h, new_h), old, _weights(w, new_w)).reshape(1, -1, d)
+    new = resize(posemb[0, first:].reshape(h, w, d), (new_h, new_w), rule).reshape(1, -1, d)
     return np.concatenate([posemb[:, :first], new.astype(posemb.dtype)], axis=1)
 
 
@@ -105,13 +115,12 @@ def augreg_filename(name: str, directory: str | os.PathLike) -> str:
     """
     if "-" in name:
         return name.removesuffix(".npz")
-    index = os.path.join(os.path.expanduser(directory), "index.csv")
-    if not os.path.isfile(index):
-        url = "https://storage.googleapis.com/vit_models/augreg"
+    index = fetch(os.path.join(directory, "index.csv"))
+    if not index.is_file():
         raise UserError(
-            f"{index} is needed to choose an AugReg checkpoint of {name}, and is not there. Fetch it and the file it names:\n"
-            f"  curl -O {url}/index.csv\n"
-            "or name a file: --config.model_or_filename=FILE, whose name holds a '-'; then set --config.pretrained_dir=DIR"
+            f"{index} is needed to choose an AugReg checkpoint of {name}, and is not there: fetch it and the file it names\n"
+            "  curl -O https://storage.googleapis.com/vit_models/augreg/index.csv\n"
+            "or name a file, with a '-' in its name: --config.model_or_filename=FILE"
         )
     with open(index, newline="") as f:
         listed = [row for row in csv.DictReader(f) if row["ds"] == "i21k"]
@@ -127,33 +136,34 @@ def _architecture(row: Mapping[str, str]) -> str:
     return row["filename"].split("-")[0]
 
 
-def _adapt_positions(loaded: dict, wanted: dict, old_grid: Grid | None, grid: Grid | None) -> None:
-    """Changes `loaded` in place: its class token and position embeddings become those that `wanted` has room for."""
+def _adapt_positions(loaded: dict, wanted: dict, description: Mapping[str, Any], grid: Grid | None) -> None:
+    """Changes `loaded` in place: its tokens in front and position embeddings become those that `wanted` has room for."""
     old, new = np.asarray(loaded[POSITIONS]), wanted[POSITIONS]
     if old.ndim != 3 or old.shape[-1] != new.shape[-1]:
-        return  # another width: the −/+ list will say so
-    in_file, in_model = "cls" in loaded, "cls" in wanted
-    if in_file and not in_model:
-        old = old[:, 1:]
-        del loaded["cls"]
-    elif in_model and not in_file:
-        loaded["cls"] = np.asarray(wanted["cls"])
-        old = np.concatenate([np.asarray(new[:, :1], old.dtype), old], axis=1)
-    n, first = new.shape[1], int(in_model)
-    grid = grid or _square(n - first)
-    count = old.shape[1] - first
-    if old_grid is None:  # published files are square
-        old_grid = grid if count == grid[0] * grid[1] and count != math.isqrt(count) ** 2 else _square(count)
+        return  # another width: the -/+ list will say so
+    in_file, in_model = ([name for name in _PREFIX if name in params] for params in (loaded, wanted))
+    patches = old[:, len(in_file) :]
+    slots = {name: new[:, i : i + 1] for i, name in enumerate(in_model)}
+    slots |= {name: old[:, i : i + 1] for i, name in enumerate(in_file)}
+    for name in _PREFIX:
+        if name not in wanted:
+            loaded.pop(name, None)
+        elif name not in loaded:
+            loaded[name] = np.asarray(wanted[name])
+    count, first = patches.shape[1], len(in_model)
+    grid = tuple(grid or _square(new.shape[1] - first))
+    same = grid[0] * grid[1] == count  # an unknown grid that is not square is taken for the model's own, if it fits
+    old_grid = tuple(description["grid"] or (grid if same else _square(count)))
+    if old_grid[0] * old_grid[1] != count:
+        raise UserError(f"{count} position embeddings of patches do not fit the grid of {old_grid[0]}x{old_grid[1]}")
+    table = np.concatenate([*(np.asarray(slots[name], old.dtype) for name in in_model), patches], axis=1)
     if old_grid != grid:
-        log.info("position embeddings: %dx%d → %dx%d", *old_grid, *grid)
-        old = interpolate_posembed(old, n, in_model, old_grid=old_grid, grid=grid)
-    loaded[POSITIONS] = old
-
-
-def _weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Each row blends the two old places around one new place; the first and last places stay where they are."""
-    places = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0)
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
+        rule = description.get("resize", "bilinear")
+        log.info("position embeddings: %dx%d → %dx%d, %s", *old_grid, *grid, rule)
+        table = interpolate_posembed(
+            table, new.shape[1], bool(first), old_grid=old_grid, grid=grid, num_prefix=first, rule=rule
+        )
+    loaded[POSITIONS] = table
 
 
 def _square(n: int) -> Grid:

@@ -1,9 +1,11 @@
 """What is known about a parameter file: `model.json` beside it, or else its own names and shapes."""
 
+import functools
 import json
 import math
 import os
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ def read(npz_path: str | os.PathLike) -> dict[str, Any] | None:
     """The description beside an .npz, or None.
 
     Keys: model_name, model_type, model (the model's fields, num_classes included), image_size [h, w], grid [h, w],
-    mean and std (of the 0..255 pixels, by channel), class_names, dataset, step, metrics.
+    mean and std (of the 0..255 pixels, by channel), class_names; where known also resize (the rule for position
+    embeddings), dataset, step, metrics.
     """
     path = path_beside(npz_path)
     if not path.is_file():
@@ -43,10 +46,10 @@ def read(npz_path: str | os.PathLike) -> dict[str, Any] | None:
     return description
 
 
-def grid_beside(npz_path: str | os.PathLike) -> tuple[int, int] | None:
-    """(h, w) of the patches that the file's position embeddings belong to, if its description tells."""
-    description = read(npz_path)
-    return tuple(description["grid"]) if description else None
+@functools.cache
+def imagenet_class_names() -> list[str]:
+    """The 1,000 classes of ILSVRC 2012 in their usual order."""
+    return resources.files("vit_jax.checkpoint").joinpath("imagenet_classes.txt").read_text().splitlines()
 
 
 def summary(flat: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.checkpoint import readers
 from vit_jax.errors import UserError
 
 Params = dict[str, Any]
@@ -33,7 +34,12 @@ def load(path: str | os.PathLike) -> Params:
     flat = _read(path)
     if any(name.startswith("opt/target/") for name in flat):
         flat = {name.removeprefix("opt/target/"): x for name, x in flat.items() if name.startswith("opt/target/")}
-    return unflatten_dict({_old_name(name): _squeeze_group_norm(name, x) for name, x in flat.items()}, sep="/")
+    return unflatten_dict(canonical(flat), sep="/")
+
+
+def canonical(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Flat names and arrays with the layer names of old flax, and group norms of shape (c,)."""
+    return {_old_name(name): _squeeze_group_norm(name, x) for name, x in flat.items()}
 
 
 def save(params: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -67,30 +73,7 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path).expanduser()
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: name the .npz{_npz_in(path)}")
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}{_npz_in(path.parent)}")
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} is a single array, not an .npz with one array a parameter: save it with checkpoint.save")
-        with archive:
-            flat = {name: archive[name] for name in archive.files}
-    except UserError:
-        raise
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e}") from e
-    except Exception as e:  # damaged bytes raise nearly everything in zipfile, zlib and NumPy
-        if isinstance(e, ValueError) and "pickle" in str(e).lower():
-            raise UserError(
-                f"{path} is no .npz or holds pickled objects, which can run code and are never loaded; "
-                "a checkpoint must be an .npz of plain arrays"
-            ) from e
-        size = path.stat().st_size
-        raise UserError(f"{path} is truncated or damaged ({size:,} bytes: {e}). Fetch or write it again.") from e
-    for name, x in flat.items():
-        if not isinstance(x, np.ndarray):
-            raise UserError(f"{path} holds {name!r}, which is no array: a checkpoint must be an .npz, a .pt file is none")
-    return flat
+    return readers.read_npz(path)
 
 
 def _download_by_hand(url: str) -> str:
@@ -100,8 +83,6 @@ def _download_by_hand(url: str) -> str:
 
 
 def _npz_in(folder: Path) -> str:
-    if not folder.is_dir():
-        return f" (the folder {folder} does not exist)"
     found = sorted(p.name for p in folder.glob("*.npz"))
     return f" (the folder holds {', '.join(found[:10])})" if found else " (the folder holds no .npz)"
 

@@ -1,5 +1,7 @@
 """What happens to a batch of images on the device: random flips when training, and normalisation always."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt, UInt8
@@ -15,6 +17,9 @@ def random_flip(images: UInt8[Array, "b h w c"], seeds: UInt[Array, " b"]) -> UI
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def normalize(images: Array, mean: float = MEAN, std: float = STD) -> Float[Array, "b h w c"]:
-    """(x − mean) / std in float32."""
-    return (images.astype(jnp.float32) - jnp.asarray(mean)) / jnp.asarray(std)
+def normalize(
+    images: Array, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD
+) -> Float[Array, "b h w c"]:
+    """(x − mean) / std in float32; mean and std are one number, or one for each channel."""
+    mean, std = (jnp.asarray(x, jnp.float32) for x in (mean, std))
+    return (images.astype(jnp.float32) - mean) / std

@@ -58,7 +58,12 @@ def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tf
         )
     from vit_jax.data.tfds_source import TfdsSource  # slow to import, and of no use to the others
 
-    return TfdsSource(dataset, split, data_dir=tfds_data_dir, manual_dir=tfds_manual_dir)
+    try:
+        return TfdsSource(dataset, split, data_dir=tfds_data_dir, manual_dir=tfds_manual_dir)
+    except UserError as e:
+        if "/" not in dataset:
+            raise
+        raise UserError(f"there is no folder {dataset}; as a tfds dataset: {e}") from e
 
 
 def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:

@@ -197,7 +197,7 @@ def _prepare(name: str, root: Path, manual_dir: str | None) -> Path:
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"{_not_prepared(name, root)}. If it lies elsewhere, set config.tfds_data_dir or $TFDS_DATA_DIR.\n"
-            f"Preparing it needs TensorFlow, once; reading it does not:\n  pip install 'vit_jax[prepare]'\n"
+            f"Preparing it needs TensorFlow, once; reading it does not:\n  pip install tensorflow importlib_resources\n"
             f"  tfds build {name} --data_dir={root}\n{by_hand} (for `tfds build`: --manual_dir=DIR)."
         )
     try:

@@ -1,6 +1,6 @@
 """Image classification: what is optimised, and what is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,22 +23,29 @@ class Task(NamedTuple):
     evaluate: Callable[[Params, Batch], Metrics]
 
 
-def make_task(model: nn.Module, *, flip: bool = True) -> Task:
+def make_task(
+    model: nn.Module,
+    *,
+    flip: bool = True,
+    mean: Sequence[float] = (augment.MEAN,) * 3,
+    std: Sequence[float] = (augment.STD,) * 3,
+) -> Task:
     """Softmax cross-entropy over the classes, computed in float32, and accuracy.
 
     Args:
-      model: images (b h w 3) in [-1, 1] → logits (b classes).
+      model: normalised images (b h w 3) → logits (b classes).
       flip: mirror training images at random.
+      mean, std: of the 0..255 pixels, by channel.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         images = augment.random_flip(batch["image"], batch["seed"]) if flip else batch["image"]
-        logits = model.apply({"params": params}, augment.normalize(images), train=True, rngs={"dropout": rng})
+        logits = model.apply({"params": params}, augment.normalize(images, mean, std), train=True, rngs={"dropout": rng})
         losses, correct = _score(logits, batch["label"])
         return losses.mean(), {"loss": losses.mean(), "accuracy": correct.mean(dtype=jnp.float32)}
 
     def evaluate(params: Params, batch: Batch) -> Metrics:
-        logits = model.apply({"params": params}, augment.normalize(batch["image"]), train=False)
+        logits = model.apply({"params": params}, augment.normalize(batch["image"], mean, std), train=False)
         losses, correct = _score(logits, batch["label"])
         mask = batch["mask"]
         return {"loss": jnp.sum(losses * mask), "correct": jnp.sum(correct & mask), "count": jnp.sum(mask)}

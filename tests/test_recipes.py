@@ -1,0 +1,160 @@
+"""Every recipe takes one step of its own, shrunk to a model of 1 block of width 16 and to small images.
+
+A model that is fine-tuned starts with a head of zeros, through which no gradient passes: the first step must change the
+head and no other bit of what the checkpoint file held, whose grid of positions is another one.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import augreg, common, inference_time, mixer_base16_cifar10, photos, pretrain, vit
+from tests import command_line, tiny
+from tests.data import toy_tfds
+from vit_jax import checkpoint, models
+from vit_jax.evaluate import evaluate
+from vit_jax.train import train_and_evaluate
+
+CONFIGS = Path(common.__file__).parent
+ENCODER = {"num_layers": 1, "mlp_dim": 16, "num_heads": 2}
+MIXER = {"hidden_dim": 16, "num_blocks": 1, "tokens_mlp_dim": 16, "channels_mlp_dim": 16}
+STEM = "R_Ti_16-i21k-300ep-lr_0.001-aug_{}-wd_0.03-do_0.0-sd_0.0"
+SMALL = {
+    **{"batch": 8, "batch_eval": 8, "accum_steps": 2, "total_steps": 1, "warmup_steps": 0, "prefetch": 1},
+    "pp": {"train": "train[:8]", "test": "test[:5]", "crop": 32},
+}
+
+
+@pytest.fixture(autouse=True)
+def quickly():
+    """One step each: optimising the compiled functions would take longer than it saves."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_every_recipe_is_here():
+    recipes = {path.stem for path in CONFIGS.glob("*.py")} - {"common", "models"}
+    assert all(any(name in test for test in globals() if test.startswith("test_")) for name in recipes), recipes
+
+
+def small(config: ConfigDict, *, dataset: str = "digits", **model) -> ConfigDict:
+    """The recipe with a small model and little data, as overrides on the command line would make it."""
+    config.dataset = dataset
+    config.update(SMALL)
+    if "transformer" in config.model:  # no Mixer, and not left to the checkpoint
+        config.model.hidden_size = 16
+        config.model.transformer.update(ENCODER)
+    config.model.update(model)
+    return config
+
+
+def published(config: ConfigDict, path: Path, *, side: int) -> dict[str, np.ndarray]:
+    """Writes random parameters of the recipe's model at `side` px with 7 classes; returns them by name."""
+    model = models.build(config.model_type, {**config.model.to_dict(), "num_classes": 7})
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, side, side, 3), np.float32))["params"]
+    rng = np.random.default_rng(0)
+    checkpoint.save(jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes), path)
+    return dict(np.load(path))
+
+
+def assert_only_the_head_changed(workdir: Path, before: dict[str, np.ndarray], classes: int):
+    after = tiny.arrays(workdir)
+    assert after.keys() == before.keys()
+    assert after["head/kernel"].shape[-1] == classes and after["head/kernel"].any()
+    for name in before.keys() - {"head/kernel", "head/bias", "Transformer/posembed_input/pos_embedding"}:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    assert all(np.isfinite(x).all() for x in after.values())
+    assert tiny.metrics(workdir, "train_loss")[1] == pytest.approx(np.log(classes), abs=1e-5)
+    assert 0 <= tiny.metrics(workdir, "accuracy_test")[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("b16", {}), ("s16_gap_norep", {}), ("r50_b16", {"resnet": {"num_layers": (1,)}, "patches": {"size": (2, 2)}})],
+    ids=["token", "gap", "hybrid"],
+)
+def test_vit(name: str, model: dict, tmp_path: Path):
+    config = small(vit.get_config(f"{name},cifar10"), **model)
+    config.pretrained_dir = str(tmp_path)
+    before = published(config, tmp_path / f"{config.model.model_name}.npz", side=48)
+    train_and_evaluate(config, tmp_path / "run")
+    assert_only_the_head_changed(tmp_path / "run", before, classes=10)
+
+
+def test_augreg(tmp_path: Path):
+    config = small(augreg.get_config("R_Ti_16"))
+    config.update({"pretrained_dir": str(tmp_path), "pp": {"resize": 36}})
+    rows = [f"{STEM.format(aug)},i21k,{accuracy}" for aug, accuracy in (("none", 0.3), ("light1", 0.5), ("strong1", 0.4))]
+    (tmp_path / "index.csv").write_text("\n".join(["filename,ds,final_val", *rows]) + "\n")
+    before = published(config, tmp_path / f"{STEM.format('light1')}.npz", side=64)
+    train_and_evaluate(config, tmp_path / "run")
+    assert_only_the_head_changed(tmp_path / "run", before, classes=10)
+
+
+def test_mixer_base16_cifar10(tmp_path: Path):
+    config = small(mixer_base16_cifar10.get_config(), **MIXER)
+    config.pretrained_dir = str(tmp_path)
+    before = published(config, tmp_path / "Mixer-B_16.npz", side=32)
+    train_and_evaluate(config, tmp_path / "run")
+    assert_only_the_head_changed(tmp_path / "run", before, classes=10)
+
+
+def test_pretrain_and_then_evaluate(tmp_path: Path):
+    config = small(pretrain.get_config("ti16,cifar10"))
+    params = train_and_evaluate(config, tmp_path / "run")
+    assert params["head"]["kernel"].any()
+    config.update({"trainer": "evaluate", "pretrained": str(tmp_path / "run")})
+    metrics = evaluate(config, tmp_path / "score")
+    assert metrics["accuracy_test"] == tiny.metrics(tmp_path / "run", "accuracy_test")[1]
+    assert not (tmp_path / "score" / "model.npz").exists()
+
+
+def test_photos(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for name in ("cat/1.jpg", "cat/2.JPG", "cat/3.jpeg", "dog/1.jpg", "dog/2.jpg", "owl/1.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "photos" / name)
+    folder = str(tmp_path / "photos")
+    config = small(photos.get_config(folder), dataset=folder)
+    config.pp.update({"train": "train", "test": "test"})
+    config.pretrained = str(tmp_path / "weights.npz")
+    before = published(small(vit.get_config("ti16")), tmp_path / "weights.npz", side=48)
+    train_and_evaluate(config, tmp_path / "run")
+    assert_only_the_head_changed(tmp_path / "run", before, classes=3)
+
+
+def test_inference_time(tmp_path: Path):
+    args = ("model_name=testing", "steps=2", "initial_steps=1", "batch=8", "num_classes=3", "image_size=32")
+    recipe = f"--config={CONFIGS / inference_time.__name__.rpartition('.')[2]}.py"
+    assert command_line.run(f"--workdir={tmp_path}", recipe, *[f"--config.{arg}" for arg in args]) == 0
+    assert tiny.metrics(tmp_path, "img_sec_core")[2] > 0
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_dataset_of_tfds_from_the_command_line(file_format: str, tmp_path: Path):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=toy_tfds.NAMES),
+    }
+    folder = toy_tfds.build(
+        tmp_path / "array_record", "oxford_flowers", features,
+        lambda split, i: {"image": toy_tfds.png(split, i), "label": i % 3},
+    )  # fmt: skip
+    if file_format == "tfrecord":
+        toy_tfds.to_tfrecord(folder, tmp_path / file_format / "oxford_flowers" / folder.name)
+    code = command_line.run(
+        *(f"--workdir={tmp_path / 'run'}", f"--config={CONFIGS / 'vit.py'}:testing,oxford_flowers"),
+        *("--config.pretrained_dir=", f"--config.tfds_data_dir={tmp_path / file_format}"),
+        *("--config.batch=8", "--config.accum_steps=1", "--config.total_steps=1", "--config.warmup_steps=0"),
+        *("--config.pp.crop=32", "--config.pp.train=train[:98%]"),
+    )
+    assert code == 0
+    assert tiny.arrays(tmp_path / "run")["head/kernel"].shape[-1] == 3
+    assert tiny.metrics(tmp_path / "run", "train_loss")[1] == pytest.approx(np.log(3), abs=1e-5)

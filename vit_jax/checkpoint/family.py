@@ -1,0 +1,108 @@
+"""What every family of checkpoints has in common: what is said of its model, and how its tokens are folded into ours."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint.rules import Flat, Rule
+from vit_jax.errors import UserError
+
+BLOCK = "Transformer/encoderblock_{i}"
+ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+HALF = ((127.5,) * 3, (127.5,) * 3)
+IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""Mean and standard deviation of the 0..255 pixels, by channel."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file says of its model; `image_size` is None if unknown, `resize` the rule for position embeddings."""
+
+    model: dict[str, Any]
+    image_size: tuple[int, int] | None
+    resize: str
+    mean: tuple[float, ...] = HALF[0]
+    std: tuple[float, ...] = HALF[1]
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One project's layout of a ViT.
+
+    Attributes:
+      rules: the table, which depends on whether the MLPs are SwiGLU.
+      facts: (their flat names and arrays, their config) → what they say of the model.
+      normalize: undoes prefixes and variants, so that the table's names remain.
+      fold, unfold: between their tokens in front of the patches and ours (`fold_tokens`).
+      export: (our description, our flat parameters) → their config files by name; None if the family is only read.
+      rename: (their name, our flat parameters) → the name with the prefix that it has in such a file.
+    """
+
+    name: str
+    rules: Callable[[bool], tuple[Rule, ...]]
+    facts: Callable[[Flat, Mapping[str, Any]], Facts]
+    normalize: Callable[[Flat], Flat] = dict
+    fold: Callable[[Flat, Facts], Flat] = lambda flat, facts: flat
+    unfold: Callable[[Flat], Flat] = dict
+    export: Callable[[Mapping[str, Any], Flat], dict[str, Any]] | None = None
+    rename: Callable[[str, Flat], str] = lambda name, ours: name
+
+
+def vit_fields(**changes: Any) -> dict[str, Any]:
+    """Model fields with every optional one at the published default; `transformer` is merged."""
+    transformer = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0} | changes.pop("transformer")
+    base = {"model_name": None, "classifier": "token", "representation_size": None, "resnet": None}
+    return base | changes | {"transformer": transformer}
+
+
+def fold_tokens(flat: Flat, *, cls: str, registers: str, positions: str, patches: int, drop_cls: bool) -> Flat:
+    """Brings the tokens in front of the patches into our form: positions for the class token and the patches alone.
+
+    A position embedding belongs to its token for good, so a register's can be added to the register itself, and a class
+    token that no head reads (`drop_cls`) is one more register. A class token without a position gets one of zeros.
+    """
+    flat = dict(flat)
+    table = flat[positions]
+    extra = table.shape[1] - patches
+    count = (cls in flat) + (flat[registers].shape[1] if registers in flat else 0)
+    if extra not in (0, int(cls in flat), count):
+        raise UserError(f"{table.shape[1]} position embeddings fit neither {patches} patches nor {patches + count} tokens")
+    if registers in flat and extra == count > int(cls in flat):
+        first = int(cls in flat)
+        flat[registers] = flat[registers] + table[:, first:count]
+        table = np.concatenate([table[:, :first], table[:, count:]], axis=1)
+        extra = first
+    if drop_cls and cls in flat:
+        token = flat.pop(cls) + (table[:, :1] if extra else 0)
+        flat[registers] = np.concatenate([token, *([flat[registers]] if registers in flat else [])], axis=1)
+        table = table[:, extra:]
+    elif cls in flat and not extra:
+        table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
+    flat[positions] = table
+    return flat
+
+
+def with_mask_token(ours: Flat) -> Flat:
+    """DINOv2 learns a token for masked patches, which no use of the model needs: zeros where ours has none."""
+    d = ours["cls"].shape[-1]
+    return {"extras/mask_token": np.zeros((1, d), ours["cls"].dtype)} | ours
+
+
+def square_side(n: int, where: str) -> int:
+    """The side of a square of n patches. Raises UserError if there is none."""
+    side = round(n**0.5)
+    if side * side != n:
+        raise UserError(f"{where} holds {n} patch positions, which are no square, and no config that tells their grid")
+    return side
+
+
+def count_blocks(flat: Mapping[str, Any], before: str) -> int:
+    """How many blocks are numbered behind `before`, as in `blocks.11.norm1.weight`."""
+    numbers = {int(name.removeprefix(before).split(".")[0]) for name in flat if name.startswith(before)}
+    if numbers != set(range(len(numbers))):
+        raise UserError(f"the blocks are numbered {sorted(numbers)}: some are missing")
+    return len(numbers)

@@ -1,0 +1,251 @@
+"""Hugging Face transformers' ViT, DeiT and DINOv2, in the names and shapes that `save_pretrained` writes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit_jax.checkpoint import rules
+from vit_jax.checkpoint.family import (
+    ATTENTION,
+    BLOCK,
+    HALF,
+    IMAGENET,
+    POSITIONS,
+    Facts,
+    Family,
+    count_blocks,
+    fold_tokens,
+    vit_fields,
+    with_mask_token,
+)
+from vit_jax.checkpoint.rules import Flat, Rule, rule
+from vit_jax.errors import UserError
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+_DIST = "embeddings.distillation_token"
+_PREFIX = re.compile(r"^(vit|deit|dinov2|dinov2_with_registers)\.")
+
+
+def _blocks(norms: tuple[str, str], mlp: tuple[str, str]) -> tuple[Rule, ...]:
+    theirs = "encoder.layer.{i}"
+    qkv = (rules.projection(f"{ATTENTION}/{n}", f"{theirs}.attention.attention.{n}") for n in ("query", "key", "value"))
+    return (
+        rule("cls", "embeddings.cls_token"),
+        rule("dist", "embeddings.distillation_token"),
+        rule("register_tokens", "embeddings.register_tokens"),
+        rule("extras/mask_token", "embeddings.mask_token"),
+        rule(POSITIONS, "embeddings.position_embeddings"),
+        *rules.patch_embedding("embeddings.patch_embeddings.projection"),
+        *rules.norm(f"{BLOCK}/LayerNorm_0", f"{theirs}.{norms[0]}"),
+        *(r for part in qkv for r in part),
+        *rules.output(f"{ATTENTION}/out", f"{theirs}.attention.output.dense"),
+        rule(f"{BLOCK}/ls1/gamma", f"{theirs}.layer_scale1.lambda1"),
+        *rules.norm(f"{BLOCK}/LayerNorm_2", f"{theirs}.{norms[1]}"),
+        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_0", f"{theirs}.{mlp[0]}"),
+        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_1", f"{theirs}.{mlp[1]}"),
+        rule(f"{BLOCK}/ls2/gamma", f"{theirs}.layer_scale2.lambda1"),
+        *rules.norm("Transformer/encoder_norm", "layernorm"),
+        *rules.dense("head", "classifier"),
+    )
+
+
+_VIT = (
+    *_blocks(("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense")),
+    *rules.dense("pre_logits", "pooler.dense"),
+    *rules.dense("head_dist", "distillation_classifier"),
+)
+
+
+def _dinov2_rules(swiglu: bool) -> tuple[Rule, ...]:
+    return _blocks(("norm1", "norm2"), ("mlp.weights_in", "mlp.weights_out") if swiglu else ("mlp.fc1", "mlp.fc2"))
+
+
+def _strip(flat: Flat) -> Flat:
+    """Without the model's prefix, which only models with a head have; `cls_classifier` is DeiT's word for the head."""
+    return {_PREFIX.sub("", name).replace("cls_classifier.", "classifier."): x for name, x in flat.items()}
+
+
+def _vit_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+    pooler = flat.get("pooler.dense.weight")
+    if pooler is not None and config.get("pooler_act", "tanh") != "tanh":
+        raise UserError(f"pooler_act={config['pooler_act']!r} is not supported, only tanh")
+    fields = {
+        "representation_size": None if pooler is None else pooler.shape[0],
+        "classifier": "distilled" if _DIST in flat and not _ignores_dist(flat) else "token",
+        "num_registers": int(_ignores_dist(flat)),
+    }
+    transformer = {"mlp_dim": flat["encoder.layer.0.output.dense.weight"].shape[1]}
+    return _facts(flat, config, fields, transformer, "bicubic", IMAGENET if config["model_type"] == "deit" else HALF)
+
+
+def _ignores_dist(flat: Flat) -> bool:
+    """DeiTForImageClassification has a distillation token that no head reads: a register."""
+    return _DIST in flat and "classifier.weight" in flat and "distillation_classifier.weight" not in flat
+
+
+def _fold_vit(flat: Flat, facts: Facts) -> Flat:
+    if not _ignores_dist(flat):
+        return flat
+    cls, positions = "embeddings.cls_token", "embeddings.position_embeddings"
+    patches = flat[positions].shape[1] - 2
+    flat = fold_tokens(flat, cls=cls, registers=_DIST, positions=positions, patches=patches, drop_cls=False)
+    return flat | {"embeddings.register_tokens": flat.pop(_DIST)}
+
+
+def _dinov2_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+    registers = flat["embeddings.register_tokens"].shape[1] if "embeddings.register_tokens" in flat else 0
+    swiglu = "encoder.layer.0.mlp.weights_out.weight" in flat
+    last = flat[f"encoder.layer.0.mlp.{'weights_out' if swiglu else 'fc2'}.weight"]
+    transformer = {"layer_scale": True, "mlp_dim": last.shape[1]} | ({"activation": "swiglu"} if swiglu else {})
+    fields = {"classifier": "cls_mean", "num_registers": registers}
+    return _facts(flat, config, fields, transformer, "bicubic_antialias" if registers else "bicubic_offset", IMAGENET)
+
+
+def _facts(flat: Flat, config: Mapping[str, Any], fields: dict, transformer: dict, resize: str, normalisation) -> Facts:
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"hidden_act={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+    size = config["image_size"]
+    height, width = (size, size) if isinstance(size, int) else map(int, size)
+    d, _, p, q = flat["embeddings.patch_embeddings.projection.weight"].shape
+    labels = config.get("id2label") or {}
+    classes = flat["classifier.weight"].shape[0] if "classifier.weight" in flat else None
+    preprocessor = config.get("preprocessor") or {}
+    mean, std = (
+        tuple(255 * x for x in preprocessor[key]) if key in preprocessor else default
+        for key, default in zip(("image_mean", "image_std"), normalisation, strict=True)
+    )
+    model = vit_fields(
+        num_classes=classes,
+        hidden_size=d,
+        patches={"size": (p, q)},
+        **fields,
+        transformer={
+            "num_layers": count_blocks(flat, "encoder.layer."),
+            "num_heads": int(config["num_attention_heads"]),
+            "activation": _ACTIVATIONS[activation],
+            "norm_eps": float(config["layer_norm_eps"]),
+        }
+        | transformer,
+    )
+    names = tuple(labels[str(i)] for i in range(classes)) if classes and len(labels) == classes else None
+    return Facts(model, (height, width), resize, mean, std, names)
+
+
+def _number_or_list(size: Sequence[int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _export(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
+    """config.json and preprocessor_config.json of transformers. Raises UserError for what its ViT cannot express."""
+    model, transformer = description["model"], description["model"]["transformer"]
+    dinov2 = bool(transformer.get("layer_scale"))
+    distilled = "dist" in ours
+    kind = ("dinov2_with_registers" if model.get("num_registers") else "dinov2") if dinov2 else "deit" if distilled else "vit"
+    _check_expressible(model, description["grid"], kind)
+    names, head = description["class_names"], "head/kernel" in ours
+    size = description["image_size"]
+    config = {
+        "model_type": kind,
+        "architectures": [_ARCHITECTURES[kind][head]],
+        "hidden_size": model["hidden_size"],
+        "num_hidden_layers": transformer["num_layers"],
+        "num_attention_heads": transformer["num_heads"],
+        "image_size": _number_or_list(size),
+        "patch_size": _number_or_list(model["patches"]["size"]),
+        "num_channels": 3,
+        "qkv_bias": True,
+        "hidden_act": "gelu_pytorch_tanh" if transformer.get("activation", "gelu_tanh") == "gelu_tanh" else "gelu",
+        "layer_norm_eps": transformer.get("norm_eps", 1e-6),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+    }
+    if dinov2:
+        config |= {"mlp_ratio": _ratio(model), "use_swiglu_ffn": transformer.get("activation") == "swiglu"}
+        config |= {"layerscale_value": 1.0, "drop_path_rate": 0.0}
+        config |= {"num_register_tokens": model["num_registers"]} if model.get("num_registers") else {}
+    else:
+        config |= {"intermediate_size": transformer["mlp_dim"]}
+    if head:
+        config |= {
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    preprocessor = {
+        "image_processor_type": "DeiTImageProcessor" if kind == "deit" else "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": 2,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [x / 255 for x in description["mean"]],
+        "image_std": [x / 255 for x in description["std"]],
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
+
+
+_ARCHITECTURES = {
+    "vit": ("ViTModel", "ViTForImageClassification"),
+    "deit": ("DeiTModel", "DeiTForImageClassificationWithTeacher"),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
+}
+
+
+def _ratio(model: Mapping[str, Any]) -> int:
+    """DINOv2's mlp_ratio, a whole number; a SwiGLU's is that of the MLP with as many parameters."""
+    transformer = model["transformer"]
+    wide = 1.5 if transformer.get("activation") == "swiglu" else 1
+    return round(wide * transformer["mlp_dim"] / model["hidden_size"])
+
+
+def _hidden(ratio: int, d: int, swiglu: bool) -> int:
+    return (int(ratio * d * 2 / 3) + 7) // 8 * 8 if swiglu else ratio * d
+
+
+def _check_expressible(model: Mapping[str, Any], grid: Sequence[int], kind: str) -> None:
+    transformer = model["transformer"]
+    classifier, dinov2 = model.get("classifier", "token"), kind.startswith("dinov2")
+    scored = {"vit": "token", "deit": "distilled"}.get(kind, "cls_mean")
+    without_head = ("distilled",) if kind == "deit" else ("token", "cls_mean")
+    swiglu, d = transformer.get("activation") == "swiglu", model["hidden_size"]
+    faults = {
+        f"classifier={classifier}": classifier not in ((scored,) if model.get("num_classes") else without_head),
+        "resnet": model.get("resnet") is not None,
+        "fc_norm": model.get("fc_norm"),
+        "qk_norm": transformer.get("qk_norm"),
+        f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
+        "representation_size with a head": model.get("representation_size") and model.get("num_classes"),
+        "registers without LayerScale": model.get("num_registers") and not dinov2,
+        "SwiGLU without LayerScale": swiglu and not dinov2,
+        "pre_logits with LayerScale": model.get("representation_size") and dinov2,
+        f"mlp_dim={transformer['mlp_dim']}": dinov2 and transformer["mlp_dim"] != _hidden(_ratio(model), d, swiglu),
+        "a grid that is not square with LayerScale": dinov2 and len(set(grid)) > 1,
+    }
+    if wrong := [name for name, fault in faults.items() if fault]:
+        raise UserError(f"transformers' {kind} cannot express {', '.join(wrong)}: convert with --to=timm or --to=npz")
+
+
+def _rename(name: str, ours: Flat) -> str:
+    """Adds the prefix that models with a head have."""
+    if "head/kernel" not in ours:
+        return name
+    layer_scale = any(n.endswith("/ls1/gamma") for n in ours)
+    distilled = "dist" in ours
+    if name.startswith(("classifier.", "distillation_classifier.")):
+        return f"cls_{name}" if distilled and name.startswith("classifier.") else name
+    registers = "_with_registers" if "register_tokens" in ours else ""
+    return f"{f'dinov2{registers}' if layer_scale else 'deit' if distilled else 'vit'}.{name}"
+
+
+_BOTH = {"normalize": _strip, "export": _export, "rename": _rename}
+VIT = Family("Hugging Face ViT", lambda swiglu: _VIT, _vit_facts, fold=_fold_vit, **_BOTH)
+DINOV2 = Family("Hugging Face DINOv2", _dinov2_rules, _dinov2_facts, unfold=with_mask_token, **_BOTH)

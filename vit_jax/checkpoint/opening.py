@@ -1,0 +1,140 @@
+"""Opens a checkpoint of any family: `open_checkpoint(source)` gives our parameters and a description of the model."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from vit_jax.checkpoint import describe, google, huggingface, readers, rules, timm
+from vit_jax.checkpoint.family import Facts, Family
+from vit_jax.checkpoint.hub import fetch
+from vit_jax.checkpoint.npz import Params
+from vit_jax.checkpoint.rules import Flat
+from vit_jax.errors import UserError
+
+GOOGLE = Family("Google npz", lambda swiglu: (), google.facts, normalize=google.normalize)
+log = logging.getLogger("vit_jax")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint under our names.
+
+    Attributes:
+      path: the local file or folder.
+      family: what it was.
+      flat: our flat names and arrays, `extras/…` (which no model here uses) included.
+      description: as in `model.json`, see `describe.read`; `resize` is the rule for position embeddings.
+    """
+
+    path: Path
+    family: str
+    flat: Flat
+    description: dict[str, Any]
+
+    @property
+    def params(self) -> Params:
+        """The model's parameters, nested."""
+        return unflatten_dict({n: x for n, x in self.flat.items() if not n.startswith("extras/")}, sep="/")
+
+
+def open_checkpoint(source: str | os.PathLike) -> Opened:
+    """Reads a local path, or an address that `hub.fetch` knows, of any family. Raises UserError for all others."""
+    path = fetch(source)
+    if (path / "model.npz").is_file():
+        path = path / "model.npz"
+    theirs = {_bare(name): x for name, x in readers.read(path).items()}
+    family = _detect(theirs, path)
+    theirs = family.normalize(theirs)
+    if family is GOOGLE:
+        known = describe.read(path) if path.suffix == ".npz" else None
+        return Opened(path, family.name, theirs, known or _description(_facts(family, theirs, {}, path), path))
+    facts = _facts(family, theirs, _config_beside(path), path)
+    transformer = facts.model["transformer"]
+    ours = rules.read(
+        family.rules(transformer["activation"] == "swiglu"),
+        family.fold(theirs, facts),
+        blocks=transformer["num_layers"],
+        heads=transformer["num_heads"],
+        where=str(path),
+    )
+    return Opened(path, family.name, ours, _description(facts, path))
+
+
+def _facts(family: Family, theirs: Flat, config: Mapping[str, Any], path: Path) -> Facts:
+    try:
+        return family.facts(theirs, config)
+    except KeyError as e:
+        raise UserError(f"{path} looks like {family.name}, but {e} is missing from its parameters or its config.json") from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise UserError(f"{path} looks like {family.name}, but its shapes or its config.json make no sense: {e}") from e
+
+
+def _bare(name: str) -> str:
+    for prefix in ("module.", "backbone."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
+    def holds(*parts: str) -> bool:
+        return any(any(part in name for part in parts) for name in names)
+
+    if holds("embeddings.patch_embeddings.projection"):
+        return huggingface.DINOV2 if holds("layer_scale1") else huggingface.VIT
+    if "patch_embed.proj.weight" in names:
+        return timm.DINOV2 if holds("mask_token", "register_tokens", "mlp.w12") else timm.TIMM
+    if holds("encoderblock", "MixerBlock_"):
+        return GOOGLE
+    sample = ", ".join(sorted(names)[:5])
+    raise UserError(
+        f"{path} is of no family known here (Google or big_vision npz, transformers' ViT, DeiT and DINOv2, timm's ViT, "
+        f"official DINOv2): its parameters are called {sample} …"
+    )
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    folder = path if path.is_dir() else path.parent
+    config = _json(folder / "config.json")
+    return config | {"preprocessor": _json(folder / "preprocessor_config.json")} if config else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is no valid JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _description(facts: Facts, path: Path) -> dict[str, Any]:
+    model, classes = facts.model, facts.model["num_classes"]
+    names = facts.class_names
+    if classes and names is None:
+        names = describe.imagenet_class_names() if classes == 1000 else [f"class {i}" for i in range(classes)]
+    stride = 4 * 2 ** max(0, len(model["resnet"]["num_layers"]) - 1) if model.get("resnet") else 1
+    size = facts.image_size
+    grid = [length // (patch * stride) for length, patch in zip(size, model["patches"]["size"], strict=True)] if size else None
+    return {
+        "model_name": path.stem,
+        "model_type": "Mixer" if "num_blocks" in model else "ViT",
+        "model": model,
+        "image_size": list(size) if size else None,
+        "grid": grid,
+        "resize": facts.resize,
+        "mean": list(facts.mean),
+        "std": list(facts.std),
+        "class_names": list(names or []),
+    }

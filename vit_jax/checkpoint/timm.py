@@ -1,0 +1,259 @@
+"""timm's ViTs, and the official DINOv2 files, whose names differ from timm's in a few places only."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint import rules
+from vit_jax.checkpoint.family import (
+    ATTENTION,
+    BLOCK,
+    HALF,
+    IMAGENET,
+    POSITIONS,
+    Facts,
+    Family,
+    count_blocks,
+    fold_tokens,
+    square_side,
+    vit_fields,
+    with_mask_token,
+)
+from vit_jax.checkpoint.rules import Flat, Rule, rule
+from vit_jax.errors import UserError
+
+log = logging.getLogger("vit_jax")
+
+_UNTOLD = re.compile("siglip|clip|tips|radio|base_patch16_gap")  # other activations, heads or epsilons than other ViTs
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh"}
+
+
+def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
+    return (
+        rule("cls", "cls_token"),
+        rule("dist", "dist_token"),
+        rule("register_tokens", registers),
+        rule(POSITIONS, "pos_embed"),
+        *rules.patch_embedding("patch_embed.proj"),
+        *rules.norm(f"{BLOCK}/LayerNorm_0", "blocks.{i}.norm1"),
+        *rules.packed_projections(ATTENTION, "blocks.{i}.attn.qkv"),
+        *rules.norm(f"{ATTENTION}/query_ln", "blocks.{i}.attn.q_norm"),
+        *rules.norm(f"{ATTENTION}/key_ln", "blocks.{i}.attn.k_norm"),
+        *rules.output(f"{ATTENTION}/out", "blocks.{i}.attn.proj"),
+        rule(f"{BLOCK}/ls1/gamma", "blocks.{i}.ls1.gamma"),
+        *rules.norm(f"{BLOCK}/LayerNorm_2", "blocks.{i}.norm2"),
+        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_0", f"blocks.{{i}}.mlp.{mlp[0]}"),
+        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_1", f"blocks.{{i}}.mlp.{mlp[1]}"),
+        rule(f"{BLOCK}/ls2/gamma", "blocks.{i}.ls2.gamma"),
+        *rules.norm("Transformer/encoder_norm", "norm"),
+        *rules.norm("fc_norm", "fc_norm"),
+        *rules.dense("pre_logits", "pre_logits.fc"),
+        *rules.dense("head", "head"),
+        *rules.dense("head_dist", "head_dist"),
+        rule("extras/mask_token", "mask_token"),
+    )
+
+
+_TIMM = _rules("reg_token", ("fc1", "fc2"))  # a SwiGLU's gate and value are packed in fc1 there
+_DINOV2 = _rules("register_tokens", ("fc1", "fc2"))
+_DINOV2_SWIGLU = _rules("register_tokens", ("w12", "w3"))
+
+
+def _sizes(flat: Flat, heads: int | None) -> dict[str, Any]:
+    """Model fields that the shapes tell; without `heads`, those of the published models of this width."""
+    d, _, p, q = flat["patch_embed.proj.weight"].shape
+    second = next(flat[n] for n in ("blocks.0.mlp.fc2.weight", "blocks.0.mlp.w3.weight") if n in flat)
+    first = next(flat[n] for n in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight") if n in flat)
+    swiglu = first.shape[0] == 2 * second.shape[1]
+    heads = heads or _published_heads(d)
+    if heads < 1 or d % heads:
+        raise UserError(f"a ViT of width {d}, and no config.json beside it tells how many heads it has")
+    return {
+        "hidden_size": d,
+        "patches": {"size": (p, q)},
+        "transformer": {
+            "num_layers": count_blocks(flat, "blocks."),
+            "num_heads": heads,
+            "mlp_dim": second.shape[1],
+            "activation": "swiglu" if swiglu else "gelu",
+            "norm_eps": 1e-6,
+            "layer_scale": "blocks.0.ls1.gamma" in flat,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in flat,
+        },
+    }
+
+
+def _published_heads(d: int) -> int:
+    return 16 if d in (1152, 1280, 1408, 1664) else d // 64  # so400m, H, g and G; the others have heads of 64
+
+
+def _timm_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+    args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or config
+    if not args and _UNTOLD.search(config.get("architecture", "")):
+        raise UserError(f"{config['architecture']} is another model than its shapes tell, and config.json lacks model_args")
+    sizes = _sizes(flat, args.get("num_heads"))
+    transformer = sizes["transformer"]
+    activation = args.get("act_layer")
+    if transformer["activation"] == "gelu" and activation not in (None, *_ACTIVATIONS):
+        raise UserError(f"act_layer={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+    if activation in _ACTIVATIONS:
+        transformer["activation"] = _ACTIVATIONS[activation]
+    pool = args.get("global_pool") or config.get("global_pool") or ("avg" if "fc_norm.weight" in flat else "token")
+    if pool not in ("token", "avg", "") or args.get("pool_include_prefix"):
+        raise UserError(f"pooling by {pool!r}, or over all tokens, is not supported, only 'token' and 'avg' of the patches")
+    distilled = "dist_token" in flat
+    classifier = "distilled" if distilled else "gap" if pool == "avg" or "cls_token" not in flat else "token"
+    p, q = sizes["patches"]["size"]
+    size = args.get("img_size") or (cfg.get("input_size") or (None, None))[1:]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    positions = flat["pos_embed"].shape[1]
+    registers = flat["reg_token"].shape[1] if "reg_token" in flat else 0
+    first = ("cls_token" in flat) + distilled
+    prefix = {0, first, first + registers}
+    if None in size or (size[0] // p) * (size[1] // q) not in {positions - n for n in prefix}:
+        side = next((n for n in (positions - k for k in sorted(prefix, reverse=True)) if round(n**0.5) ** 2 == n), positions)
+        size = (square_side(side, "the file") * p, square_side(side, "the file") * q)
+    model = vit_fields(
+        **sizes,
+        num_classes=flat["head.weight"].shape[0] if "head.weight" in flat else None,
+        representation_size=flat["pre_logits.fc.weight"].shape[0] if "pre_logits.fc.weight" in flat else None,
+        classifier=classifier,
+        fc_norm="fc_norm.weight" in flat,
+        num_registers=registers + (classifier == "gap" and "cls_token" in flat),
+    )
+    mean, std = (tuple(255 * x for x in cfg[k]) if k in cfg else d for k, d in zip(("mean", "std"), HALF, strict=True))
+    names = config.get("label_names") or cfg.get("label_names")
+    return Facts(model, size, "bicubic_antialias", mean, std, tuple(names) if names else None)
+
+
+def _fold(flat: Flat, facts: Facts) -> Flat:
+    p, q = facts.model["patches"]["size"]
+    patches = (facts.image_size[0] // p) * (facts.image_size[1] // q)
+    if "dist_token" in flat:
+        return flat
+    return fold_tokens(
+        flat,
+        cls="cls_token",
+        registers="reg_token",
+        positions="pos_embed",
+        patches=patches,
+        drop_cls=facts.model["classifier"] == "gap",
+    )
+
+
+def _dinov2_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+    sizes = _sizes(flat, config.get("num_attention_heads"))
+    p, q = sizes["patches"]["size"]
+    side = square_side(flat["pos_embed"].shape[1] - 1, "the file")
+    registers = flat["register_tokens"].shape[1] if "register_tokens" in flat else 0
+    model = vit_fields(**sizes, num_classes=None, classifier="cls_mean", num_registers=registers)
+    return Facts(model, (side * p, side * q), "bicubic_antialias" if registers else "bicubic_offset", *IMAGENET)
+
+
+def _unchunk(flat: Flat) -> Flat:
+    """Training checkpoints of DINOv2 number blocks as `blocks.CHUNK.i.…`, and hold the heads of its losses."""
+    kept = {name: x for name, x in flat.items() if not name.startswith(("dino_head.", "ibot_head."))}
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): x for name, x in kept.items()}
+
+
+def _export_timm(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
+    """config.json as on the hub, for `timm.create_model("local-dir:FOLDER")`."""
+    model, transformer = description["model"], description["model"]["transformer"]
+    classifier = model.get("classifier", "token")
+    faults = {
+        f"classifier={classifier}": classifier not in ("token", "gap", "distilled", "cls_mean"),
+        "registers beside a distillation token": classifier == "distilled" and model.get("num_registers"),
+        "resnet": model.get("resnet") is not None,
+        "pre_logits": model.get("representation_size"),
+        "a head on class token and mean": classifier == "cls_mean" and "head/kernel" in ours,
+        f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
+    }
+    eps = transformer.get("norm_eps", 1e-6)
+    if eps != 1e-6:
+        log.warning("timm's LayerNorm epsilon is 1e-6, that of this model %g", eps)
+    if wrong := [name for name, fault in faults.items() if fault]:
+        raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
+    p = model["patches"]["size"]
+    size, d = tuple(description["image_size"]), model["hidden_size"]
+    pool = "avg" if classifier == "gap" else "token"
+    activation = transformer.get("activation", "gelu_tanh")
+    architecture = {"swiglu": "vit_giant_patch14_dinov2"}.get(activation, "vit_base_patch16_224")
+    hidden = transformer["mlp_dim"] * (2 if activation == "swiglu" else 1)
+    args = {
+        "img_size": size,
+        "patch_size": p[0] if p[0] == p[1] else tuple(p),
+        "embed_dim": d,
+        "depth": transformer["num_layers"],
+        "num_heads": transformer["num_heads"],
+        "mlp_ratio": hidden / d if int(d * (hidden / d)) == hidden else (hidden + 0.5) / d,  # timm rounds down
+        "class_token": "cls" in ours,
+        "global_pool": pool,
+        "fc_norm": bool(model.get("fc_norm")),
+        "qk_norm": bool(transformer.get("qk_norm")),
+        "init_values": 1e-5 if transformer.get("layer_scale") else None,
+        "reg_tokens": model.get("num_registers", 0),
+    } | ({} if activation == "swiglu" else {"act_layer": activation})
+    cfg = {
+        "input_size": (3, *size),
+        "mean": [x / 255 for x in description["mean"]],
+        "std": [x / 255 for x in description["std"]],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "num_classes": model.get("num_classes") or 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": ["head", "head_dist"] if classifier == "distilled" else "head",
+    }
+    return {
+        "config.json": {
+            "architecture": "deit_base_distilled_patch16_224" if classifier == "distilled" else architecture,
+            "num_classes": model.get("num_classes") or 0,
+            "num_features": d,
+            "global_pool": pool,
+            "label_names": list(description["class_names"]),
+            "model_args": args,
+            "pretrained_cfg": cfg,
+        }
+    }
+
+
+def _unfold(ours: Flat) -> Flat:
+    """In timm every token in front has a position, if the class token has: registers get one of zeros."""
+    ours = {name: x for name, x in ours.items() if not name.startswith("extras/")}
+    if "register_tokens" in ours:
+        first = int("cls" in ours)
+        positions = ours[POSITIONS]
+        table = [positions[:, :first], np.zeros_like(ours["register_tokens"]), positions[:, first:]]
+        ours[POSITIONS] = np.concatenate(table, axis=1)
+    return ours
+
+
+def _export_dinov2(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
+    """The official files tell nothing of themselves; heads that are not of width 64 are told by a config.json beside."""
+    model, transformer = description["model"], description["model"]["transformer"]
+    faults = {
+        "no class token": "cls" not in ours,
+        "no LayerScale": not transformer.get("layer_scale"),
+        "a head": "head/kernel" in ours,
+        "tanh GELU": transformer.get("activation", "gelu_tanh") == "gelu_tanh",
+        "a grid that is not square": len(set(description["grid"])) > 1,
+        "patches that are not square": len(set(model["patches"]["size"])) > 1,
+    }
+    if wrong := [name for name, fault in faults.items() if fault]:
+        raise UserError(f"DINOv2's official layout has no place for a model with {', '.join(wrong)}")
+    heads = transformer["num_heads"]
+    return {} if heads == _published_heads(model["hidden_size"]) else {"config.json": {"num_attention_heads": heads}}
+
+
+TIMM = Family("timm ViT", lambda swiglu: _TIMM, _timm_facts, fold=_fold, unfold=_unfold, export=_export_timm)
+DINOV2 = Family(
+    "DINOv2",
+    lambda swiglu: _DINOV2_SWIGLU if swiglu else _DINOV2,
+    _dinov2_facts,
+    normalize=_unchunk,
+    unfold=with_mask_token,
+    export=_export_dinov2,
+)

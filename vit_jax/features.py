@@ -1,0 +1,218 @@
+"""Features of images: python -m vit_jax.features --model=SOURCE --out=FILE [--kind=cls|patches|both] [--size=H[,W]] IMAGE…"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+from safetensors.numpy import save as to_safetensors
+from tqdm import tqdm
+
+from vit_jax import checkpoint, experiment, models, workdir
+from vit_jax.checkpoint.npz import write_atomically
+from vit_jax.data import augment, preprocess
+from vit_jax.errors import UserError, command
+from vit_jax.predict import find_images
+
+KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
+SUFFIXES = (".npz", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A model without its head, ready to use. `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel."""
+
+    model: nn.Module
+    params: dict[str, Any]
+    image_size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    has_cls: bool
+
+    @functools.cached_property
+    def _run(self) -> Callable:
+        def run(params, images, kind):
+            found = image_features(self.model, params, augment.normalize(images, self.mean, self.std))
+            return {name: found[name] for name in KINDS[kind]}
+
+        return jax.jit(run, static_argnums=2)
+
+    def __call__(
+        self, images: Sequence[np.ndarray], *, kind: str = "cls", batch_size: int = 8
+    ) -> dict[str, Float[np.ndarray, "b ..."]]:
+        """What `image_features` makes of decoded uint8 images (h w 3) of any sizes, without what `kind` leaves out.
+
+        Batches are padded, so that one size compiles.
+        """
+        found = []
+        for i in range(0, len(images), batch_size):
+            batch = [preprocess.eval_image(image, crop=self.image_size) for image in images[i : i + batch_size]]
+            padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
+            result = jax.device_get(self._run(self.params, np.stack(batch + padding), kind))
+            found.append({name: x[: len(batch)] for name, x in result.items()})
+        return {name: np.concatenate([part[name] for part in found]) for name in KINDS[kind]}
+
+
+def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"]) -> dict[str, Float[Array, "b ..."]]:
+    """Features of normalised images, in float32, after the last LayerNorm.
+
+    That norm is the encoder's: a model with `fc_norm` has none there, and its tokens come as the last block leaves them.
+
+    Returns:
+      cls: (b, d), the class token, or the mean of the patches for a model that has none;
+      patches: (b, h, w, d), without class, distillation and register tokens. DINOv2's classification feature is cls
+        and the mean of these, side by side.
+    """
+    found = model.apply({"params": params}, images, train=False, method="features")
+    patches = found["map"].astype(jnp.float32)
+    cls = patches.mean(axis=(1, 2)) if found["cls"] is None else found["cls"].astype(jnp.float32)
+    return {"cls": cls, "patches": patches}
+
+
+def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = None) -> Extractor:
+    """The model in a workdir, or in anything that `checkpoint.open_checkpoint` reads; a head is left out.
+
+    Args:
+      size: (h, w) of the images, if not the file's own; position embeddings are resampled by the rule of its family.
+
+    Raises:
+      UserError: for a size that is no whole number of patches, or that this model cannot have.
+    """
+    opened = checkpoint.open_checkpoint(workdir.find_npz(source))
+    known = opened.description
+    fields = {**known["model"], "num_classes": None}
+    if "representation_size" in fields:
+        fields["representation_size"] = None
+    model = models.build(known["model_type"], fields)
+    if size is None and known["image_size"] is None:
+        raise UserError(f"{source} does not tell the size of its images: give --size=H,W in pixels")
+    if size is not None and isinstance(model, models.VisionTransformer) and model.resnet is None:
+        _check_whole_patches(size, tuple(model.patches["size"]))
+    image_size = tuple(size or known["image_size"])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_size, 3)))["params"]
+    params = checkpoint.load_pretrained(
+        pretrained_path=opened,
+        init_params=jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes),  # takes no memory
+        model_config=fields,
+        grid=experiment.patch_grid(model, image_size),
+    )
+    has_cls = "cls" in params
+    return Extractor(model, jax.tree.map(jnp.asarray, params), image_size, known["mean"], known["std"], has_cls)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes `names` (in .safetensors JSON in the metadata) and what `--kind` asks for; returns 1 if an image was left out."""
+    parser = argparse.ArgumentParser(prog="python -m vit_jax.features", description="Writes the features of images.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
+    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    parser.add_argument("--out", required=True, metavar="FILE", help=f"what to write: {' or '.join(SUFFIXES)}")
+    parser.add_argument("--kind", choices=KINDS, default="cls", help="one vector an image (default), a grid of them, or both")
+    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
+    parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
+    args = parser.parse_args(argv)
+    out, size = _writable(args.out), args.size and _size(args.size)
+    if args.batch < 1:
+        raise UserError(f"--batch={args.batch} must be at least 1")
+    paths = list(find_images(args.images))
+    extractor = load_extractor(args.model, size=size)
+    read, found = _extract(extractor, paths, args.kind, min(args.batch, len(paths)))
+    failures = len(paths) - len(read)
+    if failures:
+        print(f"{failures} of {len(paths)} images could not be read and are left out", file=sys.stderr)
+    if read:
+        _write(out, [str(path) for path in read], found)
+        arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in found.items())
+        note = "" if extractor.has_cls or "cls" not in found else " (cls is the mean of the patches: no class token)"
+        print(f"wrote {out}: {arrays}{note}")
+    return 1 if failures else 0
+
+
+def _extract(
+    extractor: Extractor, paths: Sequence[Path], kind: str, batch_size: int
+) -> tuple[list[Path], dict[str, np.ndarray]]:
+    """The images that could be read, and their features; the others are named on stderr."""
+    read: list[Path] = []
+    found: dict[str, np.ndarray] = {}
+    with tqdm(total=len(paths), unit="image", disable=None) as bar:
+        decoded = _decoded(paths, batch_size, bar)
+        while batch := list(itertools.islice(decoded, batch_size)):
+            for name, x in extractor([image for _, image in batch], kind=kind, batch_size=batch_size).items():
+                if name not in found:
+                    found[name] = np.empty((len(paths), *x.shape[1:]), np.float32)
+                found[name][len(read) : len(read) + len(x)] = x
+            read += [path for path, _ in batch]
+    return read, {name: x[: len(read)] for name, x in found.items()}
+
+
+def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Path, np.ndarray]]:
+    """Images that can be decoded, in order, on several threads, `ahead` at a time."""
+
+    def decode(path: Path) -> np.ndarray | str:
+        try:
+            return preprocess.decode(path.read_bytes(), exif_rotated=True)
+        except (preprocess.ImageError, OSError) as e:
+            return str(e)
+
+    with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
+        for i in range(0, len(paths), ahead):
+            part = paths[i : i + ahead]
+            for path, image in zip(part, pool.map(decode, part), strict=True):
+                bar.update()
+                if isinstance(image, str):
+                    tqdm.write(f"error: {path}: {image}", file=sys.stderr)
+                else:
+                    yield path, image
+
+
+def _write(out: Path, names: list[str], arrays: dict[str, np.ndarray]) -> None:
+    if out.suffix == ".npz":
+        write_atomically(out, lambda f: np.savez(f, names=np.array(names), **arrays))
+    else:
+        blob = to_safetensors(arrays, metadata={"names": json.dumps(names)})
+        write_atomically(out, lambda f: f.write(blob))
+
+
+def _writable(out: str) -> Path:
+    """The path to write, checked before any work; its folder is made."""
+    path = Path(out).expanduser()
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--out={out} must end with {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise UserError(f"--out={out} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out={out}: its folder cannot be made: {e}") from e
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out={out}: nothing can be written in {path.parent}")
+    return path
+
+
+def _size(text: str) -> tuple[int, int]:
+    numbers = text.split(",")
+    if len(numbers) > 2 or not all(number.strip().isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--size={text} must be a side in pixels, such as 224, or height and width, such as 224,448")
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _check_whole_patches(size: tuple[int, int], patch: tuple[int, int]) -> None:
+    if any(length % p for length, p in zip(size, patch, strict=True)):
+        near = ",".join(str(max(1, round(length / p)) * p) for length, p in zip(size, patch, strict=True))
+        sizes = "x".join(map(str, size)), "x".join(map(str, patch))
+        raise UserError(f"images of {sizes[0]} px are no whole number of patches of {sizes[1]} px: use --size={near}")
+
+
+if __name__ == "__main__":
+    command(main)

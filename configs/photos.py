@@ -4,7 +4,7 @@
 
 `:FOLDER` holds {train,test}/{class}/image or {class}/image. SOURCE is a checkpoint of any family (see README.md), which
 also tells the architecture; a small one such as AugReg's Ti/16 suits a laptop. 300 steps of batch 32 at 224 px.
-TIME
+With Ti/16 that is 12 minutes on 2 CPU cores (13 images a second, float32).
 """
 
 import ml_collections

@@ -86,5 +86,5 @@ def batch_size(e: experiment.Experiment, source: sources.Source) -> int:
 
 def _add(sums: dict[str, float], replicated: Any) -> None:
     """Adds one batch's sums as Python numbers, which stay exact for any number of examples."""
-    for name, value in jax.device_get(parallel.unreplicate(replicated or {})).items():
+    for name, value in parallel.read(replicated or {}).items():
         sums[name] = sums.get(name, 0) + value.item()

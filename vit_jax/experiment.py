@@ -51,6 +51,8 @@ def build(s: Settings, directory: Path) -> Experiment:
         origin = checkpoint.open_checkpoint(workdir.find_npz(s.pretrained)).description
     fields, model_type = (s.model, s.model_type) if s.model else (origin["model"], origin["model_type"])
     fields = {**fields, "num_classes": train_source.num_classes}
+    if not fields.get("model_name"):
+        fields["model_name"] = origin["model_name"] if origin else None
     model = models.build(model_type, fields | {"dtype": s.dtype})
     if "unpooled" in fields.get("classifier", ""):
         raise UserError(f"classifier {fields['classifier']!r} scores every token; images are classified by token or gap")

@@ -61,8 +61,13 @@ def replicate(tree: Tree) -> Tree:
 
 
 def unreplicate(tree: Tree) -> Tree:
-    """The first device's copy."""
+    """The first device's copy, as arrays on that device."""
     return jax.tree.map(lambda x: x[0], tree)
+
+
+def read(tree: Tree) -> Tree:
+    """The first device's copy, as NumPy arrays; waits for it and, unlike `unreplicate`, for nothing dispatched since."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

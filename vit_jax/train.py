@@ -71,7 +71,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                     progress.start_clock()
 
                 if last:
-                    _write_model(e, directory, parallel.unreplicate(state.params), step, metrics)
+                    _write_model(e, directory, parallel.read(state.params), step, metrics)
 
                 if step % s.checkpoint_every == 0 or last or stop.signal:
                     progress.catch_up()
@@ -84,7 +84,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             batches.close()
             writer.close()
             checkpointer.close()
-        return jax.device_get(parallel.unreplicate(state.params))
+        return parallel.read(state.params)
 
 
 class Progress:
@@ -111,7 +111,7 @@ class Progress:
     def _read(self, keep: int) -> None:
         while len(self.pending) > keep:
             step, replicated = self.pending.popleft()
-            metrics = jax.device_get(parallel.unreplicate(replicated))
+            metrics = parallel.read(replicated)
             self._check_finite(step, metrics)
             if self.clock is None:  # the first step compiles, which says nothing about speed
                 self.start_clock()

@@ -225,7 +225,7 @@ def test_a_tenth_is_held_out_and_stays_when_photos_are_added(tmp_path, caplog, t
     train, test = sides(path)
     assert len(train) + len(test) == 1000 and 70 < len(test) < 130
     assert set(test.values()) == {"cat", "dog"}
-    assert f"{len(test)} of its 1000 images are held out" in log_of(caplog, path, "train")
+    assert f"{len(test)} of its 1000 images are held out" in log_of(caplog, path, "test")
     assert contents(FolderSource(path, "validation")) == test
 
     fill(tmp_path, *[f"{top}dog/new {i}.png" for i in range(500)], *[f"{top}ant/{i}.png" for i in range(100)])

@@ -170,8 +170,9 @@ class FolderSource:
         else:
             examples = self._list(train)
             trained, held_out = _hold_out(examples, path)
-            counts = len(held_out), len(examples)
-            log.info("%s has no test folder: %d of its %d images are held out, by a hash of their names", path, *counts)
+            if asked in TEST_NAMES:
+                counts = len(held_out), len(examples)
+                log.info("%s has no test folder: %d of its %d images are held out, by a hash of their names", path, *counts)
             examples = held_out if asked in TEST_NAMES else trained
 
         _, part = split_range(split, dict.fromkeys(("train", *TEST_NAMES), len(examples)))

@@ -23,7 +23,7 @@ SPEED = f"--config={CONFIGS / 'inference_time.py'}"
     ("args", "message"),
     [
         ([VIT, "--config.base_lrr=1"], "unknown field of config 'base_lrr': did you mean base_lr?"),
-        ([VIT, "--config.pp.cropp=1"], "unknown field of config.pp 'cropp': did you mean crop?"),
+        ([VIT, "--config.pp.cropp=1"], "unknown field of config.pp 'cropp': did you mean crop or crop_width?"),
         (
             [VIT, "--config.batch=8", "--config.model.transformer.dropout=0.1"],
             "unknown field of config.model.transformer 'dropout': did you mean dropout_rate",

@@ -12,6 +12,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny
 from vit_jax import metrics, models
@@ -102,13 +103,18 @@ def test_eight_devices_learn_and_count_what_one_does(tmp_path: Path):
     accuracy = tiny.metrics(tmp_path / "8", "accuracy_test")[3]
     assert accuracy == tiny.metrics(tmp_path / "1", "accuracy_test")[3]
     assert abs(accuracy * 37 - round(accuracy * 37)) < 1e-9
+    assert evaluate(three_steps_config(), tmp_path / "8")["accuracy_test"] == accuracy  # a checkpoint of 8 devices on 1
 
 
-def three_steps(workdir: str) -> None:
+def three_steps_config():
     """Three SGD steps of two micro-batches, with flips and without dropout."""
     c = tiny.config(accum_steps=2, total_steps=3, pp_flip=True, optimizer="sgd", weight_decay=0.0, warmup_steps=1)
     c.model.transformer.dropout_rate = 0.0
-    train_and_evaluate(c, workdir)
+    return c
+
+
+def three_steps(workdir: str) -> None:
+    train_and_evaluate(three_steps_config(), workdir)
 
 
 def test_fine_tuning_takes_the_features_and_starts_a_new_head(undisturbed: Path, tmp_path: Path):
@@ -170,6 +176,35 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(undisturbed: Pa
         train_and_evaluate(unpooled, workdir)
     with pytest.raises(UserError, match=r"(?s)another config.*- seed = 0.*\+ seed = 7"):
         train_and_evaluate(tiny.config(accum_steps=2, seed=7), undisturbed)
+
+
+def test_an_image_that_cannot_be_decoded_loses_nothing_learnt_before_it(tmp_path: Path):
+    photos = tmp_path / "photos"
+    for i in range(40):
+        folder = photos / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i}.png")
+    shutil.copytree(photos / "train", photos / "test")
+    (photos / "train" / "a" / "0.png").write_bytes(b"no image")
+    c = tiny.config(dataset=str(photos), pp_train="train", pp_test="test", batch=4)
+    with pytest.raises(UserError, match="0.png: "):
+        train_and_evaluate(c, tmp_path / "run")
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert len(steps) == 1 and steps[0] == len(tiny.metrics(tmp_path / "run", "train_loss")) > 0
+
+
+def test_a_recipe_takes_activation_epsilon_and_normalisation_from_what_it_starts_from(undisturbed: Path, tmp_path: Path):
+    for name in ("model.npz", "model.json"):
+        shutil.copy(undisturbed / name, tmp_path / name)
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["model"]["transformer"] |= {"activation": "gelu", "norm_eps": 1e-12}
+    description |= {"mean": [1.0, 2.0, 3.0], "std": [4.0, 5.0, 6.0]}
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    c = tiny.config(pretrained=str(tmp_path / "model.npz"), total_steps=1)
+    train_and_evaluate(c, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert written["model"]["transformer"]["activation"] == "gelu" and written["model"]["transformer"]["norm_eps"] == 1e-12
+    assert (written["mean"], written["std"]) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
 
 
 def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path):

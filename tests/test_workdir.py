@@ -7,8 +7,9 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.settings import Preprocessing, Settings
-from vit_jax.workdir import claim, find_npz
+from vit_jax.workdir import check_classes, claim, find_npz, origin
 
+CLASSES = ("cat", "dog")
 SETTINGS = Settings(
     model={"model_name": "testing", "patches": {"size": (16, 16)}, "resnet": None},
     dataset="digits",
@@ -36,7 +37,7 @@ def changed(**fields):
 
 def refusal(workdir, settings):
     with pytest.raises(UserError) as error:
-        claim(workdir, settings)
+        claim(workdir, settings, CLASSES)
     return str(error.value)
 
 
@@ -47,21 +48,21 @@ def written(workdir):
 @pytest.fixture(params=["checkpoints/10", "model.npz"])
 def used(request, tmp_path):
     """A workdir with results, of whichever kind."""
-    claim(tmp_path, SETTINGS)
+    claim(tmp_path, SETTINGS, CLASSES)
     (tmp_path / request.param).mkdir(parents=True)
     return tmp_path
 
 
 def test_claiming_makes_the_folder_and_writes_the_config(tmp_path):
-    claim(tmp_path / "runs" / "a", SETTINGS)
+    claim(tmp_path / "runs" / "a", SETTINGS, CLASSES)
     config = written(tmp_path / "runs" / "a")
     assert config == json.loads(json.dumps(dataclasses.asdict(SETTINGS)))
-    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["config.json"]
+    assert {path.name for path in (tmp_path / "runs" / "a").iterdir()} == {"config.json", "start.json"}
 
 
 def test_the_same_config_continues(used):
-    claim(used, SETTINGS)
-    claim(used, dataclasses.replace(SETTINGS))
+    claim(used, SETTINGS, CLASSES)
+    claim(used, dataclasses.replace(SETTINGS), CLASSES)
 
 
 def test_another_config_is_refused_and_the_fields_are_named(used):
@@ -88,15 +89,15 @@ def test_whatever_changes_what_is_learnt_is_refused(used, field):
 
 
 def test_what_does_not_change_what_is_learnt_may_change(used):
-    claim(used, changed(**FREE))
+    claim(used, changed(**FREE), CLASSES)
     assert {name: written(used)[name] for name in FREE} == FREE
 
 
 def test_without_results_the_folder_may_be_claimed_anew(tmp_path):
-    claim(tmp_path, SETTINGS)
+    claim(tmp_path, SETTINGS, CLASSES)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "train.log").touch()
-    claim(tmp_path, changed(base_lr=0.5))
+    claim(tmp_path, changed(base_lr=0.5), CLASSES)
     assert written(tmp_path)["base_lr"] == 0.5
 
 
@@ -116,3 +117,18 @@ def test_find_npz_takes_a_file_as_it_is_and_looks_into_a_workdir(tmp_path, monke
     assert find_npz("hf://google/vit-base-patch16-224") == "hf://google/vit-base-patch16-224"
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert find_npz(f"~/{tmp_path.name}") == tmp_path / "model.npz"
+
+
+def test_other_classes_or_another_order_are_refused_and_an_origin_is_remembered(tmp_path):
+    claim(tmp_path, SETTINGS, CLASSES, {"mean": [1.0]})
+    assert origin(tmp_path) is None  # there are no results yet: whoever comes next starts anew
+    check_classes(tmp_path, ("cow",))
+    (tmp_path / "model.npz").touch()
+    assert origin(tmp_path) == {"mean": [1.0]}
+    check_classes(tmp_path, CLASSES)
+    with pytest.raises(UserError, match="knows the classes cat, dog, the dataset has dog, cat"):
+        check_classes(tmp_path, ("dog", "cat"))
+    (tmp_path / "model.npz").unlink()
+    claim(tmp_path, SETTINGS, CLASSES)
+    (tmp_path / "model.npz").touch()
+    assert origin(tmp_path) is None

@@ -68,7 +68,8 @@ def compare(a: checkpoint.Opened, b: checkpoint.Opened) -> float:
         checkpoint.check_fit(opened.params, wanted, opened.path)
         method = "__call__" if d["model"].get("num_classes") else "features"
         output = jax.jit(functools.partial(model.apply, method=method))({"params": opened.params}, image)
-        results.append(np.asarray(output if method == "__call__" else output["patches"]))
+        parts = [output] if method == "__call__" else [output["patches"], output["cls"]]
+        results.append(np.concatenate([np.ravel(part) for part in parts if part is not None]))
     return float(np.abs(results[0] - results[1]).max() / max(1e-6, np.abs(results[0]).max()))
 
 

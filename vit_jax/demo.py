@@ -64,7 +64,7 @@ def _summary(seconds: float) -> int:
         accuracy[name] = next(line["accuracy_test"] for line in reversed(lines) if "accuracy_test" in line)
         print(f"{title:28}{accuracy[name]:>18.1%}{np.median(rates):>19,.0f}   {ROOT / name}")
     print(f"\n{seconds:.0f} s in all. Next, your own photos, one folder a class (see README.md):")
-    print("  python -m vit_jax.main --workdir=runs/photos --config=configs/photos.py:PHOTOS --config.pretrained=FILE.npz")
+    print("  python -m vit_jax.main --workdir=runs/photos --config=configs/photos.py:PHOTOS --config.pretrained=SOURCE")
     if accuracy["finetune"] < REQUIRED:
         print(f"error: {accuracy['finetune']:.1%} after fine-tuning is below the expected {REQUIRED:.0%}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """Scores parameters on a test set, every example counted exactly once."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -32,8 +33,8 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
     with logging_to(directory):
         e = experiment.build(s, directory)
         experiment.log_setup(e)
-        checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep)
-        state = experiment.start(e, checkpointer, keep_head=True)
+        with contextlib.closing(Checkpointer(directory / "checkpoints", keep=s.keep)) as checkpointer:
+            state = experiment.start(e, checkpointer, keep_head=True)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
         metrics = make_evaluator(e)(parallel.replicate(state.params))

@@ -51,12 +51,13 @@ def build(s: Settings, directory: Path) -> Experiment:
         origin = checkpoint.open_checkpoint(workdir.find_npz(s.pretrained)).description
     fields, model_type = (s.model, s.model_type) if s.model else (origin["model"], origin["model_type"])
     fields = {**fields, "num_classes": train_source.num_classes}
-    if not fields.get("model_name"):
-        fields["model_name"] = origin["model_name"] if origin else None
+    if origin:
+        fields = _with_numerics_of(origin, fields)
+    workdir.check_classes(directory, train_source.class_names)
     model = models.build(model_type, fields | {"dtype": s.dtype})
     if "unpooled" in fields.get("classifier", ""):
         raise UserError(f"classifier {fields['classifier']!r} scores every token; images are classified by token or gap")
-    image_size = tuple(s.pp.crop) if isinstance(s.pp.crop, tuple | list) else (s.pp.crop, s.pp.crop)
+    image_size = (s.pp.crop, s.pp.crop_width or s.pp.crop)
     schedule = optim.make_schedule(s.base_lr, s.total_steps or 1, warmup_steps=s.warmup_steps, decay_type=s.decay_type)
     optimizer = optim.make_optimizer(
         s.optimizer, schedule, grad_norm_clip=s.grad_norm_clip, weight_decay=s.weight_decay, dtype=s.optim_dtype
@@ -77,6 +78,19 @@ def build(s: Settings, directory: Path) -> Experiment:
     )
 
 
+def _with_numerics_of(origin: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields with the activation and epsilon that the parameters were trained with, whatever a recipe's table says."""
+    transformer = dict(fields.get("transformer", {}))
+    for name in ("activation", "norm_eps"):
+        theirs = origin["model"].get("transformer", {}).get(name)
+        if theirs is not None and transformer.get(name) != theirs:
+            log.info("model    %s=%s, as in the checkpoint", name, theirs)
+            transformer[name] = theirs
+    if transformer:
+        fields = fields | {"transformer": transformer}
+    return fields | {"model_name": fields.get("model_name") or origin["model_name"]}
+
+
 def normalisation(origin: dict[str, Any] | None) -> tuple[list[float], list[float]]:
     """Mean and standard deviation, by channel of the 0..255 pixels, that parameters of this origin expect."""
     return (origin["mean"], origin["std"]) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
@@ -89,11 +103,15 @@ def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
     return features["map"].shape[1:3]
 
 
+def init_params(e: Experiment) -> Any:
+    """Fresh parameters, which follow from the seed."""
+    images = jnp.zeros((1, *e.image_size, 3))
+    return jax.jit(e.model.init)(jax.random.key(e.settings.seed), images)["params"]
+
+
 def new_state(e: Experiment, params: Any = None) -> State:
-    """Step 0, with parameters that follow from the seed, or with the given ones."""
-    if params is None:
-        images = jnp.zeros((1, *e.image_size, 3))
-        params = jax.jit(e.model.init)(jax.random.key(e.settings.seed), images)["params"]
+    """Step 0, with fresh parameters or the given ones."""
+    params = init_params(e) if params is None else params
     return State(jnp.zeros((), jnp.int32), params, e.optimizer.init(params))
 
 
@@ -116,7 +134,7 @@ def start(e: Experiment, checkpointer: Checkpointer, *, keep_head: bool = False)
         _check_classes(opened, e.test_source)
     params = checkpoint.load_pretrained(
         pretrained_path=opened,
-        init_params=new_state(e).params,
+        init_params=init_params(e),
         model_config=e.model_fields,
         grid=e.grid,
         keep_head=keep_head,
@@ -152,7 +170,8 @@ def log_setup(e: Experiment) -> None:
     size, grid = "x".join(map(str, e.image_size)), "x".join(map(str, e.grid))
     log.info("model    %s, %s parameters, %s patches of a %s image", e.model_fields.get("model_name"), f"{count:,}", grid, size)
     patch = e.model_fields["patches"]["size"]
-    if e.model_fields.get("resnet") is None and any(length % p for length, p in zip(e.image_size, patch, strict=True)):
+    cut_off = e.model_fields.get("resnet") is None and "num_blocks" not in e.model_fields  # a Mixer pads instead
+    if cut_off and any(length % p for length, p in zip(e.image_size, patch, strict=True)):
         log.warning("%s pixels are no multiple of patches of %s: the right and lower edge are cut off", size, patch)
     train, test = f"{len(e.train_source):,} images of {s.pp.train}", f"{len(e.test_source):,} of {s.pp.test}"
     log.info("data     %s: %s, %s, %d classes", s.dataset, train, test, e.train_source.num_classes)

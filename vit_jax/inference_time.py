@@ -60,7 +60,7 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
         rates = s.batch / np.array(seconds[s.initial_steps :]) / devices
         low, median, high = np.quantile(rates, [0.1, 0.5, 0.9])
         metrics = {"img_sec_core": median, "img_sec_core_p10": low, "img_sec_core_p90": high}
-        writer = Writer(directory, start_step=0, total_steps=s.steps, show=False)
+        writer = Writer(directory)
         writer.scalars(s.steps, metrics)
         writer.close()
         kind = jax.devices()[0].device_kind

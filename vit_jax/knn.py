@@ -1,5 +1,6 @@
 """Classifies by the nearest neighbours among features, as DINO and DINOv2 evaluate (https://arxiv.org/abs/2304.07193)."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -94,8 +95,8 @@ def evaluate_knn(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[
         if len(e.train_source) < min(KS):
             raise UserError(f"{s.pp.train} of {s.dataset} has {len(e.train_source)} images: kNN needs {min(KS)} or more")
         experiment.log_setup(e)
-        checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep)
-        state = experiment.start(e, checkpointer)
+        with contextlib.closing(Checkpointer(directory / "checkpoints", keep=s.keep)) as checkpointer:
+            state = experiment.start(e, checkpointer)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
         params = parallel.replicate(state.params)

@@ -39,22 +39,27 @@ def logging_to(workdir: Path) -> Iterator[None]:
 
 
 class Writer:
-    """Writes the scalars of a run, and shows how far it is: a bar on a terminal, plain lines anywhere else."""
+    """Writes the scalars of a run, and shows how far it is: a bar on a terminal, plain lines anywhere else.
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, show: bool = True):
+    A run that starts after `start_step` replaces what was written of later steps; None adds to what is there.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int | None = None, total_steps: int = 0):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._jsonl_path = workdir / "metrics.jsonl"
-        _drop_after(self._jsonl_path, start_step)
+        if start_step is not None:
+            _drop_after(self._jsonl_path, start_step)
         self._jsonl = open(self._jsonl_path, "a")
         self._events = EventFileWriter(str(workdir))
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard drops what came after this step
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
+        if start_step is not None:
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard drops what came after this step
+            self._events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
         self._bar = None
-        if show and sys.stdout.isatty():
+        if total_steps and sys.stdout.isatty():
             layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}{postfix}"
-            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=layout, file=sys.stdout, leave=False)
+            self._bar = tqdm(total=total_steps, initial=start_step or 0, bar_format=layout, file=sys.stdout, leave=False)
             self._bar.set_postfix_str("compiling the first step")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

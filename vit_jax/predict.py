@@ -115,7 +115,7 @@ def find_images(arguments: Sequence[str]) -> Iterator[Path]:
     for argument in arguments:
         path = Path(argument).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
             if not inside:
                 raise UserError(f"{path} holds no images ({', '.join(sources.IMAGE_SUFFIXES)})")
             yield from inside

@@ -17,7 +17,8 @@ class Preprocessing:
 
     train: str = "train"  # split to train on, e.g. train[:98%]
     test: str = "test"  # split to evaluate on
-    crop: int = 224  # size of the images that the model sees; from Python also (height, width)
+    crop: int = 224  # size of the images that the model sees
+    crop_width: int | None = None  # their width, where it is not the height, which is then `crop`
     resize: int | None = None  # train on random crops of images resized to this size, instead of Inception crops
     area: tuple[float, float] = (0.05, 1.0)  # share of the image that an Inception crop covers
     flip: bool = True  # mirror at random: off where left and right differ, as in digits
@@ -100,9 +101,10 @@ class Settings:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"config.{name}={getattr(self, name)} must be at least {least}")
-        crop = self.pp.crop if isinstance(self.pp.crop, tuple | list) else (self.pp.crop, self.pp.crop)
-        if len(crop) != 2 or min(crop) < 1:
+        if self.pp.crop < 1 or (self.pp.crop_width is not None and self.pp.crop_width < 1):
             raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
+        if self.evaluator != "classify" and self.trainer != "evaluate":
+            raise UserError(f"config.evaluator={self.evaluator} needs --config.trainer=evaluate")
         if self.grad_norm_clip is not None and self.grad_norm_clip < 0:
             raise UserError(f"config.grad_norm_clip={self.grad_norm_clip} must be positive, or 0 for none")
         if len(self.pp.area) != 2 or not 0 < self.pp.area[0] <= self.pp.area[1] <= 1:

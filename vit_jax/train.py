@@ -38,7 +38,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
     directory = workdirs.make(workdir)
     with logging_to(directory), GracefulExit() as stop:
         e = experiment.build(s, directory)
-        workdirs.claim(directory, s, e.origin)
+        workdirs.claim(directory, s, e.train_source.class_names, e.origin)
         experiment.log_setup(e)
         checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep)
         state = experiment.start(e, checkpointer)
@@ -80,11 +80,22 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                 if stop.signal:
                     log.info("stopped by signal %d after step %d: the same command continues", stop.signal, step)
                     raise SystemExit(stop.exit_code)
+        except NotFiniteError:
+            raise
+        except UserError:  # a bad image, say: what was learnt so far stays
+            progress.catch_up()
+            if (step := int(parallel.read(state.step))) > done:
+                checkpointer.save(step, parallel.unreplicate(state))
+            raise
         finally:
             batches.close()
             writer.close()
             checkpointer.close()
         return parallel.read(state.params)
+
+
+class NotFiniteError(UserError):
+    """The loss or the gradient is not finite: there is nothing left to save."""
 
 
 class Progress:
@@ -105,7 +116,7 @@ class Progress:
         self._read(keep=self.s.prefetch if self.clock else 0)
 
     def catch_up(self) -> None:
-        """Waits for every step so far. Raises UserError at the first whose loss or gradient is not finite."""
+        """Waits for every step so far. Raises NotFiniteError at the first whose loss or gradient is not finite."""
         self._read(keep=0)
 
     def _read(self, keep: int) -> None:
@@ -136,7 +147,7 @@ class Progress:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             return
         good = self.checkpointer.latest_step()
-        raise UserError(
+        raise NotFiniteError(
             f"step {step}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; training stops. "
             + (f"The checkpoint of step {good} is kept. " if good else "No checkpoint had been written yet. ")
             + "In a new --workdir, try a lower --config.base_lr, more --config.warmup_steps or --config.grad_norm_clip=1."

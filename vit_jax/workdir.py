@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def make(workdir: str | os.PathLike) -> Path:
     return path
 
 
-def claim(workdir: Path, settings: Settings, origin: dict[str, Any] | None = None) -> None:
+def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin: dict[str, Any] | None = None) -> None:
     """Makes `workdir` and writes the run's `config.json`; UserError if it holds results of a run with another config."""
     path = workdir / "config.json"
     config = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -48,15 +49,28 @@ def claim(workdir: Path, settings: Settings, origin: dict[str, Any] | None = Non
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
             )
     write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
-    if origin is not None:
-        text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(workdir / "origin.json", lambda f: f.write(text.encode()))
+    notes = json.dumps({"class_names": list(class_names), "origin": origin}, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(workdir / "start.json", lambda f: f.write(notes.encode()))
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:
     """What the run that `workdir` holds started from, as `claim` noted it, so that it goes on without that file."""
-    path = workdir / "origin.json"
-    return json.loads(path.read_text()) if path.is_file() and _has_results(workdir) else None
+    return _notes(workdir).get("origin")
+
+
+def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
+    """Raises UserError if the run that `workdir` holds learnt other classes, or the same ones in another order."""
+    known = _notes(workdir).get("class_names", list(class_names))
+    if known != list(class_names):
+        raise UserError(
+            f"the run in {workdir} knows the classes {', '.join(known[:10])}, "
+            f"the dataset has {', '.join(class_names[:10])}: they must be the same, in the same order"
+        )
+
+
+def _notes(workdir: Path) -> dict[str, Any]:
+    path = workdir / "start.json"
+    return json.loads(path.read_text()) if path.is_file() and _has_results(workdir) else {}
 
 
 def find_npz(source: str | os.PathLike) -> str | os.PathLike:

@@ -281,7 +281,7 @@ def test_a_class_is_never_held_out_whole(tmp_path):
         (["Train/cat/a.jpg", "Test/cat/b.jpg"], "train", "holds Test, Train, which must be splits"),
         (["training/cat/a.jpg", "testing/cat/b.jpg"], "train", "must be splits"),
         (["test/cat/a.jpg", "test/dog/b.jpg"], "test", "must be splits"),
-        (["train/cat/a.jpg", "train/dog/b.jpg", "test/cat/c.jpg"], "dev", "allowed are train, validation, val, test"),
+        (["train/cat/a.jpg", "train/dog/b.jpg", "test/cat/c.jpg"], "dev", "allowed are train, validation, val, valid, test"),
         (["train/cat/a.jpg", "train/dog/b.jpg", "test/cat/c.jpg"], "test[:0]", "is empty"),
     ],
 )

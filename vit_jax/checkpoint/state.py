@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 
 from vit_jax.errors import UserError
@@ -26,13 +27,15 @@ class Checkpointer:
     def restore(self, template: T) -> T:
         """The newest state, of the structure, shapes and dtypes of `template` (arrays or ShapeDtypeStructs)."""
         step = self._manager.latest_step()
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not the devices that wrote it, which may be gone
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), template)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(template))
-        except Exception as e:  # Orbax raises many kinds; whichever it is, the user must learn which folder is damaged
+        except Exception as e:  # Orbax raises many kinds; whichever it is, the user must learn which folder it was
             folder = self._manager.directory / str(step)
             raise UserError(
                 f"the checkpoint {folder} cannot be read: {_first_line(e)}\n"
-                "Move that folder away to go on from the one before it, or start in another workdir."
+                "If it is damaged, move that folder away to go on from the one before it, or start in another workdir."
             ) from e
 
     def save(self, step: int, state: Any) -> None:

@@ -124,7 +124,8 @@ def _timm_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
         fc_norm="fc_norm.weight" in flat,
         num_registers=registers + (classifier == "gap" and "cls_token" in flat),
     )
-    mean, std = (tuple(255 * x for x in cfg[k]) if k in cfg else d for k, d in zip(("mean", "std"), HALF, strict=True))
+    usual = IMAGENET if distilled else HALF
+    mean, std = (tuple(255 * x for x in cfg[k]) if k in cfg else d for k, d in zip(("mean", "std"), usual, strict=True))
     names = config.get("label_names") or cfg.get("label_names")
     return Facts(model, size, "bicubic_antialias", mean, std, tuple(names) if names else None)
 
@@ -239,6 +240,9 @@ def _export_dinov2(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]
         "no LayerScale": not transformer.get("layer_scale"),
         "a head": "head/kernel" in ours,
         "tanh GELU": transformer.get("activation", "gelu_tanh") == "gelu_tanh",
+        "q/k norm": transformer.get("qk_norm"),
+        "fc_norm": model.get("fc_norm"),
+        "a LayerNorm epsilon that is not 1e-6": transformer.get("norm_eps", 1e-6) != 1e-6,
         "a grid that is not square": len(set(description["grid"])) > 1,
         "patches that are not square": len(set(model["patches"]["size"])) > 1,
     }

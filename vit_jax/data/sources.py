@@ -18,9 +18,9 @@ log = logging.getLogger("vit_jax")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif")
 HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder itself keeps none
-TEST_NAMES = ("validation", "val", "test")  # one stands in for another, the first before the last
+TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
 # Where these stand for classes, splits were meant: training must not take them for its classes.
-SPLIT_LIKE = (*TEST_NAMES, "valid", "train", "training", "testing")
+SPLIT_LIKE = (*TEST_NAMES, "train", "training", "testing")
 
 
 class Source(Protocol):

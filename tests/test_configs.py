@@ -63,7 +63,7 @@ def check(config):
 def commands(path):
     """The command lines in a recipe's docstring, as lists of arguments."""
     doc = importlib.import_module(f"configs.{path.stem}").__doc__.replace("\\\n", " ")
-    return [shlex.split(line) for line in re.findall(r"^ +python -m vit_jax\.main (.*)$", doc, re.MULTILINE)]
+    return [shlex.split(line) for line in re.findall(r"^ *python -m vit_jax\.main (.*)$", doc, re.MULTILINE)]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.checkpoint.hostile import Payload, assert_refused
 from tests.models import small
 from vit_jax import checkpoint
 from vit_jax.checkpoint.npz import write_atomically
@@ -67,20 +68,7 @@ def saved(path, params=None):
 
 def refused(path, *parts):
     """Loading `path` is an error that names it and says all of `parts`."""
-    with pytest.raises(UserError) as error:
-        checkpoint.load(path)
-    for part in (str(path), *parts):
-        assert part in str(error.value)
-
-
-class Payload:
-    """What an attacker would pickle: loading it creates a file."""
-
-    def __init__(self, victim):
-        self.victim = victim
-
-    def __reduce__(self):
-        return Path.touch, (self.victim,)
+    assert_refused(checkpoint.load, path, *parts)
 
 
 @pytest.mark.parametrize("kind", small.MODELS)

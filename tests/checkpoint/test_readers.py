@@ -15,6 +15,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from tests.checkpoint.hostile import Payload, assert_refused
 from vit_jax.checkpoint import readers
 from vit_jax.errors import UserError
 
@@ -57,20 +58,7 @@ def assert_same(got, wanted):
 
 def refused(path, *parts):
     """Reading `path` is an error that names it and says all of `parts`."""
-    with pytest.raises(UserError) as error:
-        readers.read(path)
-    for part in (str(path), *parts):
-        assert part in str(error.value)
-
-
-class Payload:
-    """What an attacker would pickle: loading it creates a file."""
-
-    def __init__(self, victim):
-        self.victim = victim
-
-    def __reduce__(self):
-        return Path.touch, (self.victim,)
+    assert_refused(readers.read, path, *parts)
 
 
 def torch_file(path, data, **entries):

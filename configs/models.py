@@ -4,11 +4,21 @@ import ml_collections
 from ml_collections import config_dict
 
 from vit_jax.errors import unknown
-from vit_jax.models import VisionTransformer, zoo
+from vit_jax.models import MlpMixer, VisionTransformer, zoo
 from vit_jax.models.layers import Encoder
 
 _VIT_FIELDS = ("head_bias_init", "fc_norm", "position_embedding", "num_registers")
-_ENCODER_FIELDS = ("activation", "norm_eps", "layer_scale", "qk_norm")
+_ENCODER_FIELDS = (
+    "activation",
+    "norm_eps",
+    "layer_scale",
+    "layer_scale_init",
+    "qk_norm",
+    "stochastic_depth",
+    "stochastic_depth_uniform",
+    "stochastic_depth_mode",
+)
+_MIXER_FIELDS = ("stochastic_depth",)
 
 
 def _default(module: type, name: str):
@@ -16,13 +26,16 @@ def _default(module: type, name: str):
 
 
 def _config(fields: dict) -> ml_collections.ConfigDict:
-    if "transformer" in fields:  # every field that a ViT knows, so that the command line can set it
+    # every field that the model knows, so that the command line can set it
+    if "transformer" in fields:
         vit = {name: _default(VisionTransformer, name) for name in _VIT_FIELDS}
         encoder = {name: _default(Encoder, name) for name in _ENCODER_FIELDS}
         fields = vit | fields | {"transformer": encoder | fields["transformer"]}
+    else:
+        fields = {name: _default(MlpMixer, name) for name in _MIXER_FIELDS} | fields
     config = ml_collections.ConfigDict(fields)
     if fields.get("representation_size", 0) is None:
-        config.representation_size = config_dict.placeholder(int)  # so that the command line can set it
+        config.representation_size = config_dict.placeholder(int)
     return config
 
 

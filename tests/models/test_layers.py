@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.models import small
+from vit_jax.errors import UserError
 from vit_jax.models.layers import Encoder
 
 HEIGHT, WIDTH = 40, 24
@@ -72,6 +73,20 @@ def test_without_classes_there_is_no_head_and_the_result_is_its_input(kind):
         chex.assert_trees_all_equal_structs(small.shapes(headless, images), params)
     x = small.apply(headless, params, images)
     chex.assert_trees_all_close(x @ head["kernel"] + head["bias"], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_distilled_model_has_two_heads_whose_mean_are_its_logits(registers):
+    model, params, images = build("vit", classifier="distilled", num_registers=registers)
+    cls, dist = small.apply(model, params, images, method="head_logits")
+    last = small.apply(model, params, images, method="features")["layers"][-1]
+    tokens = encoder_norm(params, last)
+    for logits, place, head in ((cls, 0, "head"), (dist, 1, "head_dist")):
+        chex.assert_trees_all_close(logits, tokens[:, place] @ params[head]["kernel"] + params[head]["bias"], atol=1e-5)
+    chex.assert_trees_all_close(small.apply(model, params, images), (cls + dist) / 2, atol=1e-6)
+    for other in (small.vit(), small.vit(classifier="distilled", num_classes=None)):
+        with pytest.raises(UserError, match="no two heads: use 'distilled'"):
+            other.apply({"params": params}, images, method="head_logits")
 
 
 # dtype
@@ -169,6 +184,15 @@ def test_first_dropout_belongs_to_the_position_embedding(add_position_embedding)
 
 
 # initial values
+
+
+def test_layer_scale_starts_with_its_value():
+    params = small.shapes(small.vit(), small.random_images(8, 8))
+    assert "ls1" not in params["Transformer"]["encoderblock_0"]
+    model = small.vit(transformer={"layer_scale": True, "layer_scale_init": 1e-4})
+    params = small.initial_params(model, small.random_images(8, 8))
+    for leaf in leaves(params, "encoderblock_./ls./gamma"):
+        np.testing.assert_array_equal(leaf, np.full(32, 1e-4, np.float32))
 
 
 @pytest.fixture(scope="module")

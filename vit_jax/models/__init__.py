@@ -6,8 +6,8 @@ from typing import Any
 from flax import linen as nn
 
 from vit_jax.errors import UserError, unknown
-from vit_jax.models import zoo
-from vit_jax.models.layers import ACTIVATIONS, Encoder
+from vit_jax.models import residual, zoo
+from vit_jax.models.layers import ACTIVATIONS, REMAT, Encoder
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import CLASSIFIERS, POSITION_EMBEDDINGS, VisionTransformer
@@ -42,6 +42,9 @@ def build(model_type: str, fields: Mapping[str, Any]) -> nn.Module:
         (fields, "classifier", CLASSIFIERS),
         (fields, "position_embedding", POSITION_EMBEDDINGS),
         (transformer, "activation", ACTIVATIONS),
+        (transformer, "stochastic_depth_mode", residual.MODES),
+        (transformer, "remat", REMAT),
+        (fields, "remat", REMAT),
     ):
         if name in where and where[name] not in allowed:
             raise unknown(name, where[name], allowed)

@@ -5,17 +5,25 @@ Submodules carry the names of the published checkpoints, which number a block's 
 (`LayerNorm_0`, `MultiHeadDotProductAttention_1`, `LayerNorm_2`, `MlpBlock_3`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.models import residual
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
 Dtype = Any
 ACTIVATIONS = ("gelu_tanh", "gelu", "swiglu")
+REMAT = {  # what of a block's forward pass is kept for the backward pass, beside its input
+    "none": None,  # everything
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the dense layers; not attention's n x n weights
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class PatchEmbed(nn.Module):
@@ -87,11 +95,13 @@ class MlpBlock(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiplies every channel by a learned factor, 1e-5 at first (https://arxiv.org/abs/2103.17239)."""
+    """Multiplies every channel by a learned factor, `initial_value` at first (https://arxiv.org/abs/2103.17239)."""
+
+    initial_value: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return x * self.param("gamma", nn.initializers.constant(1e-5), (x.shape[-1],)).astype(x.dtype)
+        return x * self.param("gamma", nn.initializers.constant(self.initial_value), (x.shape[-1],)).astype(x.dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -108,32 +118,64 @@ class EncoderBlock(nn.Module):
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     layer_scale: bool = False
+    layer_scale_init: float = 1e-5
     qk_norm: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
-        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
-        y = MultiHeadDotProductAttention(
-            self.num_heads,
-            self.attention_dropout_rate,
-            self.norm_eps if self.qk_norm else None,
-            self.dtype,
-            name="MultiHeadDotProductAttention_1",
-        )(y, train=train)
-        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
-        x = x + (LayerScale(name="ls1")(y) if self.layer_scale else y)
-        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_2")(x)
-        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.activation, self.dtype, name="MlpBlock_3")(y, train=train)
-        return x + (LayerScale(name="ls2")(y) if self.layer_scale else y)
+    def __call__(
+        self, x: Float[Array, "b n d"], kept: Sequence[residual.Kept] = (None, None), train: bool = False
+    ) -> Float[Array, "b n d"]:
+        """`kept` says for each of the two branches which examples it is added to, see `residual.add`."""
+
+        def norm(x: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
+            return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)(x)
+
+        def scale(y: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
+            return LayerScale(self.layer_scale_init, name=name)(y) if self.layer_scale else y
+
+        def attend(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+            y = MultiHeadDotProductAttention(
+                self.num_heads,
+                self.attention_dropout_rate,
+                self.norm_eps if self.qk_norm else None,
+                self.dtype,
+                name="MultiHeadDotProductAttention_1",
+            )(norm(x, "LayerNorm_0"), train=train)
+            return scale(nn.Dropout(self.dropout_rate, deterministic=not train)(y), "ls1")
+
+        def transform(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+            mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.activation, self.dtype, name="MlpBlock_3")
+            return scale(mlp(norm(x, "LayerNorm_2"), train=train), "ls2")
+
+        x = residual.add(x, attend, kept[0])
+        return residual.add(x, transform, kept[1])
+
+
+def rematerialised(block: type[nn.Module], remat: str, *, in_scan: bool = False) -> type[nn.Module]:
+    """The block, called as block(x, kept, train), whose backward pass computes again what `REMAT[remat]` does not save.
+
+    On CPUs that has no effect outside a scan: there XLA finds what is computed twice and computes it once.
+    """
+    if remat not in REMAT:
+        raise unknown("remat", remat, REMAT)
+    if REMAT[remat] is None:
+        return block
+    return nn.remat(block, policy=REMAT[remat], prevent_cse=not in_scan, static_argnums=(3,))
 
 
 class Encoder(nn.Module):
     """Position embedding, `num_layers` encoder blocks, a last LayerNorm.
 
-    Returns the normalised tokens and, for those who look inside, every block's output before that norm.
+    Returns the normalised tokens and, for those who ask by `with_layers`, every block's output before that norm.
 
     Attributes:
+      stochastic_depth: chance of the last block to leave out a branch for an example in training; it grows from 0 at the
+        first, or is the same for all with stochastic_depth_uniform. stochastic_depth_mode: "mask" multiplies by 0,
+        "subset" computes a branch for a random part of the batch only, and so saves the work, see `residual`.
+      remat: what the backward pass computes again to save memory: "none", "dots" all but the dense layers, "full" everything.
+      scan: compile one block, and loop over the stacked parameters of all. Their stored names and values stay the same;
+        dropout draws other masks than without, stochastic depth the same. It wants remat: alone it takes more memory.
       add_position_embedding: whether every token gets a learned embedding for its place.
       final_norm: False leaves the last LayerNorm to whoever pools the tokens.
       the others: see `EncoderBlock`.
@@ -147,7 +189,13 @@ class Encoder(nn.Module):
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     layer_scale: bool = False
+    layer_scale_init: float = 1e-5
     qk_norm: bool = False
+    stochastic_depth: float = 0.0
+    stochastic_depth_uniform: bool = False
+    stochastic_depth_mode: str = "mask"
+    remat: str = "none"
+    scan: bool = False
     add_position_embedding: bool = True
     final_norm: bool = True
     dtype: Dtype = jnp.float32
@@ -160,6 +208,7 @@ class Encoder(nn.Module):
         *,
         num_prefix: int = 0,
         train: bool = False,
+        with_layers: bool = False,
     ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
         """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2."""
         if self.add_position_embedding:
@@ -167,21 +216,54 @@ class Encoder(nn.Module):
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if registers is not None:
             x = jnp.concatenate([x[:, :num_prefix], registers.astype(x.dtype), x[:, num_prefix:]], axis=1)
-        layers = []
-        for i in range(self.num_layers):
-            x = EncoderBlock(
-                self.mlp_dim,
-                self.num_heads,
-                self.dropout_rate,
-                self.attention_dropout_rate,
-                self.activation,
-                self.norm_eps,
-                self.layer_scale,
-                self.qk_norm,
-                self.dtype,
-                name=f"encoderblock_{i}",
-            )(x, train=train)
-            layers.append(x)
+        kept = self._keep(len(x), train)
+        if self.scan and not self.is_initializing():
+            x, layers = self._scan_blocks(x, kept, train, with_layers)
+        else:
+            layers = []
+            for i in range(self.num_layers):
+                x = self._block(name=f"encoderblock_{i}")(x, kept[i], train)
+                layers.append(x)
         if self.final_norm:
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")(x)
-        return x, tuple(layers)
+        return x, tuple(layers) if with_layers else ()
+
+    def _keep(self, b: int, train: bool) -> residual.KeptOfBlocks:
+        """What stochastic depth keeps of every block's branches."""
+        if self.scan and self.stochastic_depth_mode == "subset" and self.stochastic_depth:
+            raise UserError("stochastic_depth_mode='subset' does not go with scan=True: turn scan off, or use 'mask'")
+        rates = residual.rates(self.stochastic_depth, self.num_layers, uniform=self.stochastic_depth_uniform)
+        key = self.make_rng("dropout") if train and self.stochastic_depth else None
+        return residual.draw(key, rates, b, self.stochastic_depth_mode)
+
+    def _block(self, **kwargs: Any) -> EncoderBlock:
+        return rematerialised(EncoderBlock, self.remat, in_scan=self.scan)(
+            self.mlp_dim,
+            self.num_heads,
+            self.dropout_rate,
+            self.attention_dropout_rate,
+            self.activation,
+            self.norm_eps,
+            self.layer_scale,
+            self.layer_scale_init,
+            self.qk_norm,
+            self.dtype,
+            **kwargs,
+        )
+
+    def _scan_blocks(self, x: Float[Array, "b n d"], kept: Any, train: bool, with_layers: bool):
+        """All blocks, by a loop on the device, and the output of each if `with_layers`."""
+        blocks = (self.variables["params"][f"encoderblock_{i}"] for i in range(self.num_layers))
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        drops = train and self.has_rng("dropout")
+        keys = jax.random.split(self.make_rng("dropout"), self.num_layers) if drops else None
+        block = self._block(parent=None)
+
+        def body(x, layer):
+            params, kept, key = layer
+            x = block.apply({"params": params}, x, kept, train, rngs={"dropout": key} if drops else None)
+            return x, x if with_layers else None
+
+        kept = kept if isinstance(kept, jax.Array) else (None, None)
+        x, layers = jax.lax.scan(body, x, (params, kept, keys))
+        return x, layers if with_layers else ()

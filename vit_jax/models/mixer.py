@@ -1,13 +1,14 @@
 """MLP-Mixer: "MLP-Mixer: An all-MLP Architecture for Vision" (https://arxiv.org/abs/2105.01601)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.models.layers import MlpBlock, PatchEmbed
+from vit_jax.models import residual
+from vit_jax.models.layers import MlpBlock, PatchEmbed, rematerialised
 
 
 class MixerBlock(nn.Module):
@@ -18,11 +19,21 @@ class MixerBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x).swapaxes(1, 2)
-        x = x + MlpBlock(self.tokens_mlp_dim, dtype=self.dtype, name="token_mixing")(y).swapaxes(1, 2)
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_1")(x)
-        return x + MlpBlock(self.channels_mlp_dim, dtype=self.dtype, name="channel_mixing")(y)
+    def __call__(
+        self, x: Float[Array, "b n d"], kept: Sequence[residual.Kept] = (None, None), train: bool = False
+    ) -> Float[Array, "b n d"]:
+        """`kept` is as in `layers.EncoderBlock`; nothing else depends on `train`."""
+
+        def mix_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+            y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x).swapaxes(1, 2)
+            return MlpBlock(self.tokens_mlp_dim, dtype=self.dtype, name="token_mixing")(y).swapaxes(1, 2)
+
+        def mix_channels(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+            y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_1")(x)
+            return MlpBlock(self.channels_mlp_dim, dtype=self.dtype, name="channel_mixing")(y)
+
+        x = residual.add(x, mix_tokens, kept[0])
+        return residual.add(x, mix_channels, kept[1])
 
 
 class MlpMixer(nn.Module):
@@ -32,6 +43,9 @@ class MlpMixer(nn.Module):
       patches: {"size": (height, width)} of a patch in pixels; images are padded with zeros to whole patches.
       hidden_dim: the width d; num_blocks: the depth; tokens_mlp_dim, channels_mlp_dim: widths of the two MLPs.
       num_classes: size of the head; None or 0 for none.
+      stochastic_depth: chance of the last block to leave out a branch for an example in training, growing from 0 at the
+        first. Unlike big_vision's Mixer, branches that stay are scaled up, as everywhere here.
+      remat: what the backward pass computes again, see `layers.Encoder`.
       dtype: what every layer computes in; model_name: for messages only.
     """
 
@@ -41,13 +55,17 @@ class MlpMixer(nn.Module):
     tokens_mlp_dim: int
     channels_mlp_dim: int
     num_classes: int | None = 1000
+    stochastic_depth: float = 0.0
+    remat: str = "none"
     dtype: Any = jnp.float32
     model_name: str | None = None
 
     def setup(self):
         self.stem = PatchEmbed(self.hidden_dim, tuple(self.patches["size"]), padding="SAME", dtype=self.dtype)
         self.blocks = [
-            MixerBlock(self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f"MixerBlock_{i}")
+            rematerialised(MixerBlock, self.remat)(
+                self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f"MixerBlock_{i}"
+            )
             for i in range(self.num_blocks)
         ]
         self.pre_head_layer_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
@@ -55,7 +73,7 @@ class MlpMixer(nn.Module):
             self.head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(self, images: Float[Array, "b H W c"], *, train: bool = False) -> Float[Array, "b classes"]:
-        """Logits of normalised images, or the mean token without `num_classes`. A Mixer has no dropout."""
+        """Logits of normalised images, or the mean token without `num_classes`. Only stochastic depth needs "dropout" keys."""
         x = self.features(images, train=train)["patches"].mean(axis=1)
         return self.head(x) if self.num_classes else x
 
@@ -64,9 +82,11 @@ class MlpMixer(nn.Module):
         x = self.stem(images)
         b, h, w, d = x.shape
         x = x.reshape(b, h * w, d)
+        rates = residual.rates(self.stochastic_depth, self.num_blocks)
+        kept = residual.draw(self.make_rng("dropout") if train and self.stochastic_depth else None, rates, b)
         layers = []
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, kept[i], train)
             layers.append(x)
         x = self.pre_head_layer_norm(x)
         return {"cls": None, "registers": x[:, :0], "patches": x, "map": x.reshape(b, h, w, d), "layers": tuple(layers)}

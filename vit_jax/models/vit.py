@@ -41,7 +41,7 @@ class ClassifierHead(nn.Module):
     `classifier`: "token" reads the class token; "gap" the mean over the patches; "cls_mean" both, side by side, as DINOv2
     does; "map" asks a learned probe; "distilled" averages the scores of class and distillation token, as DeiT does;
     "unpooled" and "token_unpooled" keep all tokens. With `fc_norm` a LayerNorm follows the pooling. Without `num_classes`
-    the result is the representation before `head`.
+    the result is the representation before `head`; with `apart` it is the pair of scores that "distilled" averages.
     """
 
     num_classes: int | None
@@ -55,7 +55,9 @@ class ClassifierHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"], num_prefix: int = 0) -> Float[Array, "b *n classes"]:
+    def __call__(
+        self, tokens: Float[Array, "b n d"], num_prefix: int = 0, *, apart: bool = False
+    ) -> Float[Array, "b *n classes"] | tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
         x = self._pool(tokens, num_prefix)
         if self.fc_norm:
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="fc_norm")(x)
@@ -64,7 +66,8 @@ class ClassifierHead(nn.Module):
         if not self.num_classes:
             return x
         if self.classifier == "distilled":
-            return (self._dense("head")(x[:, 0]) + self._dense("head_dist")(x[:, 1])) / 2
+            cls, dist = self._dense("head")(x[:, 0]), self._dense("head_dist")(x[:, 1])
+            return (cls, dist) if apart else (cls + dist) / 2
         return self._dense("head")(x)
 
     def _pool(self, tokens: Float[Array, "b n d"], num_prefix: int) -> Float[Array, "b *n d"]:
@@ -95,7 +98,8 @@ class VisionTransformer(nn.Module):
       num_classes: size of the head; None or 0 for none.
       patches: {"size": (height, width)} of a patch, in pixels or, after a ResNet, in its cells.
       transformer: keywords of `layers.Encoder`: num_layers, mlp_dim, num_heads, dropout_rate, attention_dropout_rate,
-        activation, norm_eps, layer_scale, qk_norm.
+        activation, norm_eps, layer_scale, layer_scale_init, qk_norm, stochastic_depth, stochastic_depth_uniform,
+        stochastic_depth_mode, and, which do not change the model, remat and scan.
       hidden_size: the width d of the tokens.
       resnet: keywords of `resnet.ResNet` (num_layers, width_factor) for a hybrid.
       representation_size, classifier, head_bias_init, fc_norm: see `ClassifierHead`.
@@ -151,9 +155,18 @@ class VisionTransformer(nn.Module):
         nn.share_scope(self, self.classifier_head)
 
     def __call__(self, images: Float[Array, "b H W c"], *, train: bool = False) -> Float[Array, "b *n classes"]:
-        """Logits of normalised images; "dropout" keys are needed when `train` and a dropout rate is above 0."""
+        """Logits of normalised images; "dropout" keys are needed when `train` and a rate is above 0."""
         tokens, (h, w), _ = self._encode(images, train)
         return self.classifier_head(tokens, tokens.shape[1] - h * w)
+
+    def head_logits(
+        self, images: Float[Array, "b H W c"], *, train: bool = False
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
+        """Logits of the class token and of the distillation token, of which `__call__` gives the mean."""
+        if self.classifier != "distilled" or not self.num_classes:
+            raise UserError(f"classifier {self.classifier!r} of {self.num_classes} classes has no two heads: use 'distilled'")
+        tokens, _, _ = self._encode(images, train)
+        return self.classifier_head(tokens, apart=True)
 
     def features(self, images: Float[Array, "b H W c"], *, train: bool = False) -> dict[str, Any]:
         """What the encoder makes of the images, for probes, dense tasks and pictures.
@@ -164,7 +177,7 @@ class VisionTransformer(nn.Module):
           patches: (b, h·w, d) and map: (b, h, w, d), the patch tokens in rows and as a grid;
           layers: for every block all its tokens (b, n, d), before the last LayerNorm.
         """
-        tokens, (h, w), layers = self._encode(images, train)
+        tokens, (h, w), layers = self._encode(images, train, with_layers=True)
         b, n, d = tokens.shape
         first, registers = n - h * w, self.num_registers
         patches = tokens[:, first:]
@@ -177,7 +190,7 @@ class VisionTransformer(nn.Module):
             "layers": layers,
         }
 
-    def _encode(self, images: Float[Array, "b H W c"], train: bool):
+    def _encode(self, images: Float[Array, "b H W c"], train: bool, with_layers: bool = False):
         x = images.astype(self.dtype)
         if self.resnet is not None:
             x = self.backbone(x)
@@ -193,7 +206,7 @@ class VisionTransformer(nn.Module):
         names = ["cls"] * (self.classifier in _WITH_CLS) + ["dist"] * (self.classifier == "distilled")
         x = jnp.concatenate([*(batch_of(getattr(self, name)) for name in names), x], axis=1)
         registers = batch_of(self.registers) if self.num_registers else None
-        tokens, layers = self.Transformer(x, registers, num_prefix=len(names), train=train)
+        tokens, layers = self.Transformer(x, registers, num_prefix=len(names), train=train, with_layers=with_layers)
         return tokens, (h, w), layers
 
 

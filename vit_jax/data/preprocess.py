@@ -2,11 +2,13 @@
 
 The published checkpoints were trained with TensorFlow's decoder and resizer. `decode` equals `tf.io.decode_jpeg` bit
 for bit on grey and colour JPEGs, and `resize` equals `tf.image.resize` to 1e-4 on the scale [-1, 1]: TensorFlow rounds
-positions to float32, OpenCV does not. Flipping and normalising happen later, on the device.
+positions to float32, OpenCV does not. What was trained with torch (DeiT, timm) saw Pillow's antialiased resizing and
+torchvision's crops: `antialias`, "random_resized", "simple". Flipping and normalising happen later, on the device.
 """
 
 import io
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,12 +16,15 @@ import simplejpeg
 from jaxtyping import Float32, Shaped, UInt8
 from PIL import ExifTags, Image
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 
 # What Pillow may open: among its other formats are some that start external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 # Pillow's own limit against decompression bombs; as 8-bit RGB an image of this size fills 537 MB.
 MAX_PIXELS = 178_956_970
+
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+CROP_METHODS = ("inception", "random_resized", "simple")
 
 # EXIF orientation → how to turn the stored pixels so that they stand upright. 1 is upright already.
 TURNS = {
@@ -145,11 +150,34 @@ def _undecodable(data: bytes, why: str) -> ImageError:
     return ImageError(f"the image cannot be decoded: {why}. It has {len(data):,} bytes{start}; {allowed}")
 
 
-def resize(image: Shaped[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float32[np.ndarray, "h2 w2 3"]:
-    """Resizes to (h2, w2) as `tf.image.resize` does: bilinear, half-pixel centres, no antialiasing; the range stays."""
+def resize(
+    image: Shaped[np.ndarray, "h w 3"], size: tuple[int, int], *, interpolation: str = "bilinear", antialias: bool = False
+) -> Shaped[np.ndarray, "h2 w2 3"]:
+    """Resizes to (h2, w2) with half-pixel centres; the range stays.
+
+    As it stands, like `tf.image.resize`: bilinear, float32. With `antialias`, which takes and returns uint8, like Pillow,
+    and so torchvision and timm: bit for bit the same, and `interpolation` may be "bicubic", too.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise unknown("interpolation", interpolation, INTERPOLATIONS)
     height, width = size
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation]))
+    if interpolation != "bilinear":
+        raise UserError(f"interpolation={interpolation!r} needs antialias=True")
     # float32 matters: on uint8 OpenCV interpolates with 11 bits.
     return cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def resize_to_cover(image: Shaped[np.ndarray, "h w 3"], box: tuple[int, int], **how: Any) -> Shaped[np.ndarray, "h2 w2 3"]:
+    """Resizes to the smallest size of the same aspect that covers (h, w) of `box`: of a square, the shorter side is its own.
+
+    The other side is rounded down, as torchvision does. `how` is for `resize`.
+    """
+    h, w, _ = image.shape
+    height, width = box
+    size = (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
+    return resize(image, size, **how)
 
 
 def inception_crop(
@@ -182,6 +210,41 @@ def inception_crop(
     return image
 
 
+def random_resized_crop(
+    image: UInt8[np.ndarray, "h w 3"],
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Returns a random window as a view, drawn as torchvision's and timm's RandomResizedCrop do.
+
+    Its share of the image is uniform in `area`, its width / height log-uniform in `aspect`. After 10 vain attempts it is
+    the largest window in the middle whose aspect is allowed.
+    """
+    h, w, _ = image.shape
+    for _ in range(10):
+        pixels, ratio = h * w * rng.uniform(*area), math.exp(rng.uniform(*map(math.log, aspect)))
+        height, width = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < height <= h and 0 < width <= w:
+            return random_crop(image, (height, width), rng)
+    ratio = min(max(w / h, aspect[0]), aspect[1])
+    height, width = min(h, round(w / ratio)), min(w, round(h * ratio))
+    top, left = (h - height) // 2, (w - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+def simple_crop(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: tuple[int, int], *, padding: int = 4, **how: Any
+) -> Shaped[np.ndarray, "h2 w2 3"]:
+    """Returns DeiT III's simple random crop (https://arxiv.org/abs/2204.07118), a window of (h2, w2) pixels.
+
+    The image is resized to cover `size`, reflected around its edges by `padding` pixels, and cropped at random. `how` is
+    for `resize`.
+    """
+    pixels = resize_to_cover(image, size, **how)
+    return random_crop(cv2.copyMakeBorder(pixels, *[padding] * 4, cv2.BORDER_REFLECT_101), size, rng)
+
+
 def random_crop(
     image: Shaped[np.ndarray, "h w 3"], size: tuple[int, int], rng: np.random.Generator
 ) -> Shaped[np.ndarray, "h2 w2 3"]:
@@ -201,25 +264,54 @@ def train_image(
     *,
     crop: int | tuple[int, int],
     resize_to: int | None = None,
+    crop_method: str = "inception",
     area: tuple[float, float] = (0.05, 1.0),
+    interpolation: str = "bilinear",
+    antialias: bool = False,
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Returns a random view of the image for training, of `crop` pixels (a side, or (h2, w2)), rounded to uint8.
 
-    Without `resize_to`: an Inception crop of the share `area`, resized. With it, the transfer recipe of AugReg ("How to
-    train your ViT?", arXiv 2106.10270): the whole image resized to a square of `resize_to`, and a random window of it.
+    `crop_method`: "inception" and "random_resized" resize a random window, which covers a share of the image within
+    `area`, see `inception_crop` and `random_resized_crop`; "simple" is `simple_crop`. With `resize_to`, whatever the
+    method, the transfer recipe of AugReg ("How to train your ViT?", arXiv 2106.10270): the whole image resized to a
+    square of `resize_to`, and a random window of it. `interpolation` and `antialias` are those of `resize`.
     """
-    size = _pair(crop)
-    if resize_to is None:
-        pixels = resize(inception_crop(image, rng, area), size)
+    if crop_method not in CROP_METHODS:
+        raise unknown("crop_method", crop_method, CROP_METHODS)
+    size, how = _pair(crop), {"interpolation": interpolation, "antialias": antialias}
+    if resize_to is not None:
+        pixels = random_crop(resize(image, _pair(resize_to), **how), size, rng)
+    elif crop_method == "simple":
+        pixels = simple_crop(image, rng, size, **how)
     else:
-        pixels = random_crop(resize(image, _pair(resize_to)), size, rng)
+        window = inception_crop if crop_method == "inception" else random_resized_crop
+        pixels = resize(window(image, rng, area), size, **how)
     # No clipping: bilinear interpolation leaves 0..255 by less than rint takes back.
-    return np.rint(pixels).astype(np.uint8)
+    return np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8))
 
 
-def eval_image(image: UInt8[np.ndarray, "h w 3"], *, crop: int | tuple[int, int]) -> Float32[np.ndarray, "h2 w2 3"]:
-    """Returns the whole image resized to `crop` pixels (a side, or (h2, w2)), 0..255, as the published evaluation."""
-    return resize(image, _pair(crop))
+def eval_image(
+    image: UInt8[np.ndarray, "h w 3"],
+    *,
+    crop: int | tuple[int, int],
+    resize_to: int | None = None,
+    interpolation: str = "bilinear",
+    antialias: bool = False,
+) -> Float32[np.ndarray, "h2 w2 3"]:
+    """Returns the image as a model sees it in evaluation: `crop` pixels (a side, or (h2, w2)), 0..255.
+
+    Without `resize_to` the whole image is resized to them, as the published evaluation of Google's ViTs does. With it, as
+    in torchvision's: resized to a shorter side of `resize_to`, the middle cut out. Of a `crop` that is no square,
+    `resize_to` is for the shorter side, and the image is resized to cover a box of its aspect.
+    """
+    size, how = _pair(crop), {"interpolation": interpolation, "antialias": antialias}
+    if resize_to is None:
+        return resize(image, size, **how).astype(np.float32, copy=False)
+    if resize_to < min(size):
+        raise UserError(f"a crop of {size[0]} x {size[1]} does not fit into a shorter side of {resize_to}: resize to more")
+    pixels = resize_to_cover(image, tuple(round(resize_to * side / min(size)) for side in size), **how)
+    top, left = (round((have - want) / 2) for have, want in zip(pixels.shape[:2], size, strict=True))
+    return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]], np.float32)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,5 +1,11 @@
 """Learning-rate schedules and optimisers."""
 
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -8,27 +14,58 @@ import optax
 
 from vit_jax.errors import UserError, unknown
 
-DECAY_TYPES = ("cosine", "linear")
-OPTIMIZERS = ("sgd", "adamw")
+Tree = Any
+Steps = list[optax.GradientTransformation]
+
+DECAY_TYPES = ("cosine", "linear", "rsqrt", "constant")
 
 
 def make_schedule(
-    base_lr: float, total_steps: int, *, warmup_steps: int = 0, decay_type: str = "cosine", linear_end: float = 1e-5
+    base_lr: float,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    decay_type: str = "cosine",
+    linear_end: float = 1e-5,
+    cooldown_steps: int = 0,
+    timescale: float = 10_000,
 ) -> optax.Schedule:
-    """Linear warm-up to `base_lr`, then a cosine to 0 or a line to `linear_end`.
+    """Linear warm-up to `base_lr`, then a cosine to 0, a line to `linear_end`, a reciprocal square root, or nothing.
 
-    With progress p = clip((step − warmup) / (total − warmup), 0, 1) the rate is base·(1 + cos πp)/2, or
-    linear_end + (base − linear_end)·(1 − p), times min(1, step / warmup).
+    With progress p = clip((step − warmup) / (total − warmup), 0, 1) the rate is
+      cosine: base·(1 + cos πp)/2,
+      linear: linear_end + (base − linear_end)·(1 − p),
+      rsqrt: base / √(1 + max(0, step − warmup) / timescale), as in big_vision (https://arxiv.org/abs/2106.04560),
+      constant: base,
+    times min(1, step / warmup). The last two know no end of their own: over the last `cooldown_steps` they fall on a line
+    to 0, by the factor (total − step) / cooldown. What comes before does not depend on `total_steps`, so a run can be
+    cooled down from any of its checkpoints.
     """
     if decay_type not in DECAY_TYPES:
         raise unknown("decay_type", decay_type, DECAY_TYPES)
+    endless = decay_type in ("rsqrt", "constant")
+    if cooldown_steps and not endless:
+        raise UserError(f"cooldown_steps={cooldown_steps} needs decay_type rsqrt or constant; {decay_type} ends by itself")
+    if cooldown_steps < 0 or timescale <= 0:
+        raise UserError(f"cooldown_steps={cooldown_steps} must be at least 0 and timescale={timescale} positive")
+    if cooldown_steps and warmup_steps + cooldown_steps > total_steps > 1:  # 1 stands for no training at all
+        raise UserError(
+            f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} do not fit into total_steps={total_steps}: "
+            "train for longer, or shorten them"
+        )
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         progress = jnp.clip((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
         if decay_type == "cosine":
             rate = base_lr * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        else:
+        elif decay_type == "linear":
             rate = linear_end + (base_lr - linear_end) * (1.0 - progress)
+        elif decay_type == "rsqrt":
+            rate = base_lr / jnp.sqrt(1.0 + jnp.maximum(0, step - warmup_steps) / timescale)
+        else:
+            rate = jnp.float32(base_lr)
+        if cooldown_steps:
+            rate = rate * jnp.clip((total_steps - step) / cooldown_steps, 0.0, 1.0)
         return rate * jnp.minimum(1.0, step / warmup_steps) if warmup_steps else rate
 
     return schedule
@@ -41,25 +78,283 @@ def make_optimizer(
     grad_norm_clip: float | None = None,
     weight_decay: float = 0.0,
     dtype: Any = jnp.float32,
+    lr_factors: Sequence[tuple[str, float]] = (),
+    layer_decay: float | None = None,
+    num_layers: int | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then SGD with momentum 0.9, or AdamW with decoupled decay of the matrices.
+    """Clipping by the global norm, one of `OPTIMIZERS`, decay of the matrices, the rate, and a factor for every group.
 
     Args:
-      dtype: of SGD's momentum or of Adam's first moment.
-      weight_decay: AdamW's, times the learning rate; it spares everything that is not a `kernel`.
+      weight_decay: decoupled and times the learning rate, on what `matrices` names; the published sgd has none.
+      dtype: of the momentum or first moment.
+      lr_factors, layer_decay, num_layers: see `group_factors`. They come last, so they scale a parameter's whole update,
+        rate and decay, and no normalisation undoes them.
+      options: the optimiser's own, such as b1, b2, eps, momentum: the keywords of its function below.
     """
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
+    known = [p.name for p in inspect.signature(OPTIMIZERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of the optimizer {name}", option, known)
     clip = [optax.clip_by_global_norm(grad_norm_clip)] if grad_norm_clip else []
-    if name == "adamw":
-        optimizer = optax.adamw(learning_rate, weight_decay=weight_decay, mask=matrices, mu_dtype=dtype)
-    elif weight_decay:
+    steps = OPTIMIZERS[name](weight_decay, dtype, **options)
+    optimizer = optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+    groups = [_scale_groups(lr_factors, layer_decay, num_layers)] if lr_factors or layer_decay is not None else []
+    return optax.chain(*clip, optimizer, *groups)
+
+
+# The optimisers: a function each from (weight_decay, dtype of the first moment, options) to what precedes the rate.
+
+
+def _sgd(weight_decay: float, dtype: Any, *, momentum: float = 0.9) -> Steps:
+    """m ← momentum·m + g, as in the published fine-tuning."""
+    if weight_decay:
         raise UserError(f"weight_decay={weight_decay} needs --config.optimizer=adamw; sgd here is the published one, without")
-    else:
-        optimizer = optax.sgd(learning_rate, momentum=0.9, accumulator_dtype=dtype)
-    return optax.chain(*clip, optimizer)
+    return [optax.trace(momentum, accumulator_dtype=dtype)]
 
 
-def matrices(params: Any) -> Any:
+def _adamw(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Steps:
+    """https://arxiv.org/abs/1711.05101"""
+    return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), _decay(weight_decay)]
+
+
+def _adafactor(
+    weight_decay: float,
+    dtype: Any,
+    *,
+    momentum: float = 0.9,
+    decay_rate: float = 0.8,
+    beta2_cap: float = 0.999,
+    min_dim_size_to_factor: int = 32,
+    clipping_threshold: float | None = None,
+) -> Steps:
+    """Adafactor as big_vision scales ViTs with it (https://arxiv.org/abs/2106.04560).
+
+    A second moment that is factored over the two largest dimensions, if both reach `min_dim_size_to_factor`, with
+    β₂ = min(cap, 1 − t^−decay_rate) and no bias correction; then clipping of every tensor's root mean square, if asked
+    for; then an average of the updates. The rate is the schedule's, not relative to the parameters.
+    """
+
+    def beta2(count, exponent):
+        return jnp.minimum(beta2_cap, 1.0 - (count + 1.0) ** -exponent)
+
+    steps = [
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, decay_rate_fn=beta2)
+    ]
+    if clipping_threshold:
+        steps.append(optax.clip_by_block_rms(clipping_threshold))
+    return [*steps, optax.ema(momentum, debias=False, accumulator_dtype=dtype), _decay(weight_decay)]
+
+
+def _lamb(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> Steps:
+    """AdamW whose step for a matrix w is u·φ(‖w‖)/‖u‖ (https://arxiv.org/abs/1904.00962).
+
+    As in the implementations that train BERT and DeiT III, only what is decayed is so scaled. φ(z) = max(z, 1): with
+    φ(z) = z the head, which starts at 0, could only grow by a factor of 1 + rate a step.
+    """
+    trust = optax.masked(optax.scale_by_trust_ratio(min_norm=1.0), matrices)
+    return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), _decay(weight_decay), trust]
+
+
+def _lion(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.99) -> Steps:
+    """The sign of b1·m + (1 − b1)·g, then m ← b2·m + (1 − b2)·g (https://arxiv.org/abs/2302.06675)."""
+    return [optax.scale_by_lion(b1, b2, mu_dtype=dtype), _decay(weight_decay)]
+
+
+def _muon(
+    weight_decay: float, dtype: Any, *, momentum: float = 0.95, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> Steps:
+    """Orthogonalised Nesterov momentum for the matrices of the blocks, Adam (b1, b2) for everything else.
+
+    Embeddings, head, biases and norms are Adam's, as the author advises (https://kellerjordan.github.io/posts/muon).
+    An update is scaled by 0.2·√max(inputs, outputs), which makes its root mean square that of AdamW, so that one learning
+    rate and decay serve both (https://arxiv.org/abs/2502.16982). optax corrects the momentum's bias; the author does not.
+    """
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=momentum, eps=eps, mu_dtype=dtype, weight_dimension_numbers=_inputs_and_outputs),
+        optax.stateless(_scale_by_size),
+    )
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype)
+    return [optax.partition({"muon": muon, "adam": adam}, _muon_or_adam), _decay(weight_decay)]
+
+
+OPTIMIZERS: dict[str, Callable[..., Steps]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lamb": _lamb,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def _decay(weight_decay: float) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(weight_decay, matrices)
+
+
+# Names of parameters: which are matrices, and to which layer they belong
+
+
+_FIRST = re.compile(r"(embedding|stem|cls|dist|register_tokens|conv_root|gn_root|block\d+|Transformer/posembed_input)(/.*)?")
+_BLOCK = re.compile(r"(?:lora/)?(?:Transformer/encoderblock|MixerBlock)_(\d+)/.*")  # LoRA's belong to the block they change
+
+
+def matrices(params: Tree) -> Tree:
     """A tree of booleans: True for the kernels of linear maps and convolutions, False for all else."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return _map_with_names(lambda name, _: name.rsplit("/", 1)[-1] == "kernel", params)
+
+
+def _muon_or_adam(params: Tree) -> Tree:
+    """A tree of "muon" for the kernels of blocks, "adam" for all else."""
+    return _map_with_names(lambda name, _: "muon" if _BLOCK.fullmatch(name) and name.endswith("/kernel") else "adam", params)
+
+
+def _inputs_and_outputs(kernels: Tree) -> Tree:
+    """Which axes of a block's kernels are inputs and which outputs: all heads together make up one matrix.
+
+    Query, key and value (d, k, d/k) map d to k·d/k numbers, the output (k, d/k, d) maps k·d/k to d.
+    """
+
+    def axes(name: str, x: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+        inputs = x.ndim - 1 if name.endswith("/out/kernel") else 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
+
+    return _map_with_names(axes, kernels)
+
+
+def _scale_by_size(updates: Tree, params: Tree) -> Tree:
+    def scale(u: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        inputs, outputs = (math.prod(u.shape[i] for i in part) for part in axes)
+        return u * (0.2 * math.sqrt(max(inputs, outputs)))
+
+    return jax.tree.map(scale, updates, _inputs_and_outputs(updates))
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _map_with_names(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda path, x: function(_name(path), x), tree)
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+    return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+# Factors on the updates of groups of parameters
+
+
+def group_factors(
+    params: Tree,
+    lr_factors: Sequence[tuple[str, float]] = (),
+    layer_decay: float | None = None,
+    num_layers: int | None = None,
+) -> Tree:
+    """What the update of every parameter is multiplied by: a tree of floats, in the structure of `params`.
+
+    Args:
+      params: arrays or shapes; it may be a part of a model. Only names count, such as
+        "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel".
+      lr_factors: (regular expression, factor) pairs. The first expression that matches a whole name counts; what none
+        matches has the factor 1. One that is never the first to match is a UserError.
+      layer_decay: multiplies by layer_decay^(num_layers + 1 − layer), where layer is 0 for the embeddings of patches and
+        positions, class tokens and a hybrid's ResNet, i + 1 for block i, num_layers + 1 for what follows the blocks
+        (BEiT, https://arxiv.org/abs/2106.08254; timm counts the last norm to the last block).
+      num_layers: of the model, for `layer_decay`.
+    """
+    names = list(_flat(params))
+    patterns = [_checked(pair) for pair in lr_factors]
+    first = {name: next((i for i, p in enumerate(patterns) if p.fullmatch(name)), None) for name in names}
+    for i, pattern in enumerate(patterns):
+        if i not in first.values():
+            raise _matches_nothing(pattern.pattern, names)
+    if layer_decay is not None:
+        assert num_layers is not None, "layer_decay needs num_layers"
+        if not 0 < layer_decay <= 1:
+            raise UserError(f"layer_decay={layer_decay} must be above 0 and at most 1, such as 0.75")
+        if not any(map(_BLOCK.fullmatch, names)):
+            raise UserError(
+                f"layer_decay={layer_decay} finds no block such as Transformer/encoderblock_0 among what is trained"
+            )
+
+    def factor(name: str, _: Any) -> float:
+        by_pattern = 1.0 if first[name] is None else lr_factors[first[name]][1]
+        return by_pattern if layer_decay is None else by_pattern * layer_decay ** (num_layers + 1 - _layer(name, num_layers))
+
+    return _map_with_names(factor, params)
+
+
+def factor_table(
+    params: Tree,
+    lr_factors: Sequence[tuple[str, float]] = (),
+    layer_decay: float | None = None,
+    num_layers: int | None = None,
+    *,
+    frozen: Tree = None,
+) -> str:
+    """`group_factors` as a table: a line for every factor, with its tensors and parameters; those of `frozen` have 0."""
+    shapes = _flat(params)
+    factors = jax.tree.leaves(group_factors(params, lr_factors, layer_decay, num_layers))
+    members: dict[float, dict[str, Any]] = {}
+    for (name, x), factor in zip(shapes.items(), factors, strict=True):
+        members.setdefault(factor, {})[name] = x
+    if kept := {name: x for name, x in _flat(frozen).items() if x.shape}:  # LoRA's scale is no parameter
+        members[0.0] = kept
+    lines = [f"{'factor':>8} {'tensors':>8} {'parameters':>13}  of"]
+    for factor, group in sorted(members.items()):
+        size = sum(math.prod(x.shape) for x in group.values())
+        parts = list(dict.fromkeys(map(_part, group)))
+        of = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+        lines.append(f"{factor:>8.4g} {len(group):>8,} {size:>13,}  {of}")
+    return "\n".join(lines)
+
+
+def _scale_groups(lr_factors: Sequence, layer_decay: float | None, num_layers: int | None) -> optax.GradientTransformation:
+    def factors(tree: Tree) -> Tree:
+        return group_factors(tree, lr_factors, layer_decay, num_layers)
+
+    def init(params: Tree) -> optax.EmptyState:
+        factors(params)  # a pattern that matches nothing is refused before the first step
+        return optax.EmptyState()
+
+    def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
+        return jax.tree.map(lambda u, factor: u if factor == 1 else u * factor, updates, factors(updates)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _layer(name: str, num_layers: int) -> int:
+    if _FIRST.fullmatch(name):
+        return 0
+    block = _BLOCK.fullmatch(name)
+    return int(block[1]) + 1 if block else num_layers + 1
+
+
+def _part(name: str) -> str:
+    """The block or other part of the model that a parameter belongs to."""
+    return re.match("(lora/)?(Transformer/)?[^/]+", name)[0]
+
+
+def _checked(pair: tuple[str, float]) -> re.Pattern:
+    if not (isinstance(pair, Sequence) and [type(x) for x in pair] in ([str, float], [str, int])):
+        raise UserError(f"lr_factors: {pair!r} must be a pair of a pattern and a factor, such as ('head/.*', 10.0)")
+    pattern, factor = pair
+    if factor <= 0:
+        raise UserError(
+            f"lr_factors: {factor} for {pattern!r} must be positive; config.freeze is for what is not to be trained"
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"lr_factors: {pattern!r} is no regular expression: {e}") from e
+
+
+def _matches_nothing(pattern: str, names: list[str]) -> UserError:
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(dict.fromkeys(map(_part, names)))[:5]
+    return UserError(
+        f"lr_factors: {pattern!r} matches no trained parameter that no pattern before it matches; "
+        f"a pattern matches whole names, near ones are {', '.join(near)}"
+    )

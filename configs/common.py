@@ -7,15 +7,14 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-from vit_jax.settings import Preprocessing, Settings
+from vit_jax.data.sources import split_range
+from vit_jax.errors import UserError
+from vit_jax.settings import Settings, nested
 
 
 def get_config() -> ml_collections.ConfigDict:
     """A recipe with every field of `vit_jax.settings.Settings` at its default; the model is still to be chosen."""
-    config = ml_collections.ConfigDict(_fields(Settings))
-    config.pp = ml_collections.ConfigDict(_fields(Preprocessing))
-    config.model = ml_collections.ConfigDict()
-    return config
+    return ml_collections.ConfigDict(_fields(Settings))
 
 
 def with_dataset(config: ml_collections.ConfigDict, dataset: str) -> ml_collections.ConfigDict:
@@ -24,6 +23,44 @@ def with_dataset(config: ml_collections.ConfigDict, dataset: str) -> ml_collecti
     config.update(PRESETS.get(dataset, {"total_steps": 500, "warmup_steps": 100}))
     return config
 
+
+def use_imagenet(config: ml_collections.ConfigDict, *, train: str = "train[:99%]") -> None:
+    """ImageNet-1k at 224 px as a model is trained on it from nothing: crops, evaluation, and how often.
+
+    Validation images are resized to 256 px on the shorter side and cropped in the middle. Where `train` leaves out the last
+    percent, that is `minival`: choose hyper-parameters by it, not by the validation images.
+    """
+    config.dataset = "imagenet2012"
+    config.pp.update({"train": train, "test": "validation", "crop": 224, "eval_resize": 256})
+    if train != "train":
+        config.evaluators = {"minival": {"type": "classify", "split": "train[99%:]"}}
+    config.pretrained_dir = ""
+    config.accum_steps = 1
+    config.progress_every = 50
+    config.eval_every = 2_500
+
+
+def steps(config: ml_collections.ConfigDict, epochs: float) -> int:
+    """How many steps of `config.batch` make up so many epochs of `config.pp.train` of a dataset in `SIZES`."""
+    _, part = split_range(config.pp.train, SIZES[config.dataset])
+    return int(epochs * len(part) / config.batch)
+
+
+def number(text: str, kind: type[int] | type[float], what: str) -> float:
+    """A number in a recipe's argument."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{what} must be a number, not {text!r}") from None
+
+
+SIZES = {
+    "imagenet2012": {"train": 1_281_167},
+    "imagenet21k": {"full": 14_197_122},
+    "oxford_flowers102": {"train": 1_020},
+    "oxford_iiit_pet": {"train": 3_680},
+}
+"""How many examples the datasets have for training, by split."""
 
 _CIFAR = {"total_steps": 10_000, "pp": {"train": "train[:98%]", "test": "test", "crop": 384}}
 _DIGITS = {
@@ -48,11 +85,13 @@ PRESETS = {
 def _fields(cls: type) -> dict:
     """Names and defaults; None becomes a placeholder that knows its type, so that the command line can set it."""
     types_of = typing.get_type_hints(cls)
-    return {
+    fields = {
         field.name: _placeholder(types_of[field.name]) if field.default is None else field.default
         for field in dataclasses.fields(cls)
         if field.default is not dataclasses.MISSING
     }
+    fields |= {f.name: ml_collections.ConfigDict() for f in dataclasses.fields(cls) if f.default_factory is dict}
+    return fields | {name: ml_collections.ConfigDict(_fields(kind)) for name, kind in nested(cls).items()}
 
 
 def _placeholder(annotation: types.UnionType) -> config_dict.FieldReference:

@@ -26,7 +26,7 @@ def arguments(*args: str) -> Iterator[None]:
 def parse(*args: str):
     """The config that the command line makes of a recipe and its overrides."""
     with arguments(*args):
-        main._parse(sys.argv)
+        main.parse(sys.argv)
         return main._CONFIG.value
 
 

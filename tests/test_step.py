@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from vit_jax import models, optim, parallel
+from vit_jax.data import augment
 from vit_jax.errors import UserError
 from vit_jax.step import State, make_update
 from vit_jax.tasks import classify
@@ -29,17 +30,26 @@ def _state(model, optimizer) -> State:
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def test_four_micro_batches_give_the_update_of_one(model):
+def _loss(model, **options):
+    return classify.make_task(model, classify.make_prepare(3, **options)).loss
+
+
+@pytest.fixture(params=["pmap", "mesh"])
+def way(request: pytest.FixtureRequest) -> parallel.Way:
+    return parallel.Pmap() if request.param == "pmap" else parallel.Mesh()
+
+
+def test_four_micro_batches_give_the_update_of_one(model, way: parallel.Way):
     optimizer = optim.make_optimizer("sgd", 0.1, grad_norm_clip=1.0)
-    batch = parallel.shard(_batch(np.random.default_rng(0)))
+    batch = way.send(_batch(np.random.default_rng(0)))
     results = []
     for accum_steps in (1, 4):
-        update = parallel.pmap_update(make_update(classify.make_task(model).loss, optimizer, seed=0, accum_steps=accum_steps))
-        results.append(update(parallel.replicate(_state(model, optimizer)), batch))
+        update = way.update(make_update(_loss(model), optimizer, way, seed=0, accum_steps=accum_steps))
+        results.append(update(way.place(_state(model, optimizer)), batch))
     chex.assert_trees_all_close(*results, atol=1e-6)
 
 
-def test_an_update_is_that_of_plain_gradient_descent_on_the_mean_cross_entropy(model):
+def test_an_update_is_that_of_plain_gradient_descent_on_the_mean_cross_entropy(model, way: parallel.Way):
     optimizer = optim.make_optimizer("sgd", 0.1)
     state, batch = _state(model, optimizer), _batch(np.random.default_rng(1))
 
@@ -49,60 +59,97 @@ def test_an_update_is_that_of_plain_gradient_descent_on_the_mean_cross_entropy(m
 
     value, grads = jax.value_and_grad(loss)(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
-    update = parallel.pmap_update(make_update(classify.make_task(model, flip=False).loss, optimizer, seed=0))
-    new, metrics = parallel.unreplicate(update(parallel.replicate(state), parallel.shard(batch)))
+    update = way.update(make_update(_loss(model), optimizer, way, seed=0))
+    new, metrics = way.read(update(way.place(state), way.send(batch)))
     chex.assert_trees_all_close(new.params, expected, atol=1e-6)
     chex.assert_trees_all_close(metrics["loss"], value, atol=1e-6)
     chex.assert_trees_all_close(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
     assert new.step == 1
 
 
-def test_every_micro_batch_and_every_step_draws_its_own_randomness():
+def test_every_micro_batch_and_every_step_draws_its_own_randomness(way: parallel.Way):
     """The gradient of a randomly masked sum is the mask: one mask for both micro-batches could never average to 1/2."""
 
-    def loss(params, batch, rng):
+    def loss(params, frozen, batch, rng):
         masked = jnp.sum(params * jax.random.bernoulli(rng, shape=params.shape)) + 0 * jnp.sum(batch["x"])
         return masked, {"loss": masked}
 
     optimizer = optax.sgd(1.0)
     params = jnp.zeros(64)
-    update = parallel.pmap_update(make_update(loss, optimizer, seed=0, accum_steps=2))
-    state = parallel.replicate(State(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
+    update = way.update(make_update(loss, optimizer, way, seed=0, accum_steps=2))
+    state = way.place(State(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
     masks = []
     for _ in range(2):
-        before = np.asarray(state.params[0])
-        state, _ = update(state, parallel.shard({"x": np.zeros(2, np.float32)}))
-        masks.append(before - np.asarray(state.params[0]))
+        before = way.read(state.params)
+        state, _ = update(state, way.send({"x": np.zeros(2, np.float32)}))
+        masks.append(before - way.read(state.params))
     assert set(np.unique(masks)) == {0.0, 0.5, 1.0}
     assert (masks[0] != masks[1]).any()
 
 
-def test_the_state_is_donated_and_the_step_compiles_once(model):
+def test_the_state_is_donated_compiles_once_and_nothing_is_copied_in_the_loop(model, way: parallel.Way):
     optimizer = optim.make_optimizer("adamw", 0.1, weight_decay=0.1)
-    loss = classify.make_task(model).loss
-    traces = []
+    loss, traces = _loss(model, augmented=augment.random_flip), []
 
     def counted(*args):
         traces.append(args)
         return loss(*args)
 
-    update = parallel.pmap_update(make_update(counted, optimizer, seed=0))
+    update = way.update(make_update(counted, optimizer, way, seed=0, ema_decay=0.9, skip_nonfinite=True))
     rng = np.random.default_rng(2)
-    state = first = parallel.replicate(_state(model, optimizer))
-    batches = parallel.prefetch(iter([_batch(rng) for _ in range(3)]), 2)
-    for batch in batches:
-        state, _ = update(state, batch)
+    state = first = way.create(lambda: _state(model, optimizer).replace(ema=_state(model, optimizer).params))
+    batches = way.prefetch(iter([_batch(rng) for _ in range(4)]), 2)
+    with jax.transfer_guard("disallow"):  # explicit transfers are allowed: sending a batch, reading metrics
+        for batch in batches:
+            state, metrics = update(state, batch)
+        way.read(metrics)
     assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
     assert len(traces) == 1
 
 
-def test_prefetching_keeps_order_and_everything_to_the_last_batch():
+def test_the_average_of_the_parameters_follows_them_and_what_is_frozen_stays(model):
+    way, optimizer = parallel.Pmap(), optim.make_optimizer("sgd", 0.1)
+    state = _state(model, optimizer)
+    head, rest = {"head": state.params["head"]}, {k: v for k, v in state.params.items() if k != "head"}
+    state = State(state.step, head, optimizer.init(head), ema=head, frozen={"model": rest})
+    update = way.update(make_update(_loss(model), optimizer, way, seed=0, ema_decay=0.75))
+    new, _ = way.read(update(way.place(state), way.send(_batch(np.random.default_rng(1)))))
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, head, new.params)
+    chex.assert_trees_all_close(new.ema, expected, atol=1e-7)
+    assert np.abs(new.params["head"]["kernel"]).max() > 0
+    chex.assert_trees_all_equal(new.frozen["model"], jax.device_get(rest))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counter_if_asked_so():
+    """1/0 in the second of three steps."""
+
+    def loss(params, frozen, batch, rng):
+        value = jnp.sum(params**2) / jnp.mean(batch["x"])
+        return value, {"loss": value}
+
+    way, optimizer = parallel.Pmap(), optax.adam(0.1)
+    params = jnp.ones(3)
+    states = {}
+    for xs in ((1.0, 0.0, 1.0), (1.0, 1.0)):
+        update = way.update(make_update(loss, optimizer, way, seed=0, ema_decay=0.5, skip_nonfinite=True))
+        state = way.place(State(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema=params))
+        skipped = []
+        for x in xs:
+            state, metrics = update(state, way.send({"x": np.full(2, x, np.float32)}))
+            skipped.append(bool(way.read(metrics)["skipped"]))
+        assert skipped == [x == 0 for x in xs]
+        states[len(xs)] = way.read(state)
+    assert states[3].step == 3
+    chex.assert_trees_all_equal(states[3].replace(step=None), states[2].replace(step=None))
+
+
+def test_prefetching_keeps_order_and_everything_to_the_last_batch(way: parallel.Way):
     batches = [{"x": np.full((2, 1), i)} for i in range(5)]
-    got = [int(batch["x"][0, 0, 0]) for batch in parallel.prefetch(iter(batches), 3)]
+    got = [int(way.gather(batch)["x"][0, 0]) for batch in way.prefetch(iter(batches), 3)]
     assert got == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("batch", "accum"), [(0, 1), (7, 2), (8, 0), (8, 3)])
 def test_a_batch_that_cannot_be_shared_out_is_refused(batch: int, accum: int):
     with pytest.raises(UserError, match=f"batch={batch} .*accum_steps={accum}.* choose a multiple"):
-        parallel.check_batch(batch, accum)
+        parallel.check_batch(batch, accum, shards=1)

@@ -207,14 +207,16 @@ def test_a_recipe_takes_activation_epsilon_and_normalisation_from_what_it_starts
     assert (written["mean"], written["std"]) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
 
 
-def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path):
-    shutil.copytree(undisturbed, tmp_path / "copy")
-    folder = tmp_path / "copy" / "checkpoints" / "20"
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_size > 1000:
-            path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"the checkpoint {folder} cannot be read"):
-        train_and_evaluate(tiny.config(accum_steps=2), tmp_path / "copy")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path):
+    c = tiny.config(accum_steps=2, checkpoint_every=10, keep=2)
+    train_and_evaluate(c, tmp_path)
+    largest = max((p for p in (tmp_path / "checkpoints" / "20").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    (tmp_path / "model.npz").unlink()
+    train_and_evaluate(c, tmp_path)
+    assert "checkpoints/20 is damaged" in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "checkpoints" / "20.damaged").is_dir()
+    _assert_same_run(tmp_path, undisturbed)
 
 
 def _assert_same_run(workdir: Path, expected: Path) -> None:

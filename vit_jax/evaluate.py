@@ -1,23 +1,19 @@
-"""Scores parameters on a test set, every example counted exactly once."""
+"""Scores parameters, every example counted exactly once: when they are evaluated alone, and while they are trained."""
 
 import contextlib
-import functools
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-
-from vit_jax import experiment, parallel
+from vit_jax import evaluators, experiment
 from vit_jax import workdir as workdirs
 from vit_jax.checkpoint.state import Checkpointer
-from vit_jax.data import loader, preprocess, sources
-from vit_jax.errors import UserError
-from vit_jax.metrics import logging_to
+from vit_jax.errors import UserError, unknown
+from vit_jax.evaluators import Evaluator, classify
+from vit_jax.metrics import Writer, logging_to
 from vit_jax.settings import Settings
-from vit_jax.tasks import classify
+from vit_jax.step import State
 
 log = logging.getLogger("vit_jax")
 
@@ -26,66 +22,62 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
     """Scores what a training run with this config would start from, and trains nothing.
 
     That is the newest checkpoint in `workdir`, else `config.pretrained`, else the file in `config.pretrained_dir`, with
-    its head as it is. Returns the metrics.
+    its head as it is. `config.evaluator` names what is run: "classify" is accuracy and loss on the test set and all of
+    `config.evaluators`; another name is one of these, or a type, and where that is about features a file may have any
+    head. The metrics are returned, and added to `metrics.jsonl` with the number of steps that were trained.
     """
     s = Settings.from_config(config)
     directory = workdirs.make(workdir)
     with logging_to(directory):
         e = experiment.build(s, directory)
         experiment.log_setup(e)
+        chosen, keep_head = _chosen(e)
         with contextlib.closing(Checkpointer(directory / "checkpoints", keep=s.keep)) as checkpointer:
-            state = experiment.start(e, checkpointer, keep_head=True)
+            state = experiment.start(e, checkpointer, keep_head=keep_head)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
-        metrics = make_evaluator(e)(parallel.replicate(state.params))
+        metrics = scores(e, state, chosen)
+        with contextlib.closing(Writer(directory)) as writer:
+            writer.scalars(int(e.way.read(state.step)), metrics)
         log.info("  ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
         return metrics
 
 
-def make_evaluator(e: experiment.Experiment) -> Callable[[Any], dict[str, float]]:
-    """A function from replicated parameters to the metrics on the whole test source; it compiles once."""
-    score = parallel.pmap_sums(e.task.evaluate)
-    source, devices = e.test_source, jax.device_count()
+def scores(e: experiment.Experiment, state: State, chosen: Iterable[Evaluator]) -> dict[str, float]:
+    """The metrics of the state's parameters, and of their average if there is one."""
+    metrics = {}
+    for suffix, params in experiment.model_params(e, state).items():
+        for evaluator in chosen:
+            metrics |= {name + suffix: value for name, value in evaluator(params).items()}
+    return metrics
+
+
+def make_evaluators(e: experiment.Experiment) -> list[tuple[int, Evaluator]]:
+    """(every so many steps, evaluator) of the plain one and of all of `config.evaluators`. Each compiles once."""
+    every, found = e.settings.eval_every, [(e.settings.eval_every, make_evaluator(e))]
+    for name, options in e.settings.evaluators.items():
+        evaluator = evaluators.make(name, options, e)
+        found.append((evaluators.every(name, options, every), evaluator))
+    return found
+
+
+def make_evaluator(e: experiment.Experiment) -> Evaluator:
+    """parameters on the devices → `accuracy_test`, `loss_test` and `img_sec_core_test` of the whole test source."""
+    score = classify.make_score(e, e.test_source)
 
     def evaluator(params: Any) -> dict[str, float]:
-        started, untimed = time.perf_counter(), 0
-        sums: dict[str, float] = {}
-        running = None
-        for batch in batches_of(e, source):
-            dispatched = score(params, batch)
-            _add(sums, running)
-            if running is None and len(source) > batch_size(e, source):  # the first may compile: the clock starts behind it
-                jax.block_until_ready(dispatched)
-                started, untimed = time.perf_counter(), batch_size(e, source)
-            running = dispatched
-        _add(sums, running)
-        if sums["count"] != len(source):
-            raise AssertionError(f"counted {sums['count']} of {len(source)} test examples")
-        rate = (len(source) - untimed) / (time.perf_counter() - started) / devices
-        return classify.summarize(sums) | {"img_sec_core_test": rate}
+        metrics, rate = score(params)
+        return {f"{name}_test": value for name, value in metrics.items()} | {"img_sec_core_test": rate}
 
     return evaluator
 
 
-def batches_of(e: experiment.Experiment, source: sources.Source) -> Iterator[dict[str, jax.Array]]:
-    """The examples of a source on the devices, each once and without augmentation; the last batch padded and masked."""
-    batches = loader.eval_batches(
-        source,
-        functools.partial(preprocess.eval_image, crop=e.image_size),
-        batch_size=batch_size(e, source),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return parallel.prefetch(batches, e.settings.prefetch)
-
-
-def batch_size(e: experiment.Experiment, source: sources.Source) -> int:
-    """`config.batch_eval`, or as much of it as the source can fill, rounded up to a multiple of the devices."""
-    devices = jax.device_count()
-    return -(-min(e.settings.batch_eval, len(source)) // devices) * devices
-
-
-def _add(sums: dict[str, float], replicated: Any) -> None:
-    """Adds one batch's sums as Python numbers, which stay exact for any number of examples."""
-    for name, value in parallel.read(replicated or {}).items():
-        sums[name] = sums.get(name, 0) + value.item()
+def _chosen(e: experiment.Experiment) -> tuple[list[Evaluator], bool]:
+    """What `config.evaluator` names, and whether that needs the head of a file."""
+    name, configured = e.settings.evaluator, e.settings.evaluators
+    if name == "classify":
+        return [evaluator for _, evaluator in make_evaluators(e)], True
+    if name not in (allowed := {*evaluators.TYPES, *configured}):
+        raise unknown("config.evaluator", name, allowed)
+    options = configured.get(name, {})
+    return [evaluators.make(name, options, e)], evaluators.type_of(name, options) not in evaluators.HEADLESS

@@ -6,9 +6,9 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,11 @@ SUFFIXES = (".npz", ".safetensors")
 
 @dataclass(frozen=True)
 class Extractor:
-    """A model without its head, ready to use. `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel."""
+    """A model without its head, ready to use.
+
+    `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel; `preprocessing` are keywords of
+    `preprocess.eval_image`.
+    """
 
     model: nn.Module
     params: dict[str, Any]
@@ -40,6 +44,7 @@ class Extractor:
     mean: Sequence[float]
     std: Sequence[float]
     has_cls: bool
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def _run(self) -> Callable:
@@ -58,7 +63,9 @@ class Extractor:
         """
         found = []
         for i in range(0, len(images), batch_size):
-            batch = [preprocess.eval_image(image, crop=self.image_size) for image in images[i : i + batch_size]]
+            batch = [
+                preprocess.eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]
+            ]
             padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
             result = jax.device_get(self._run(self.params, np.stack(batch + padding), kind))
             found.append({name: x[: len(batch)] for name, x in result.items()})
@@ -108,8 +115,11 @@ def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = 
         model_config=fields,
         grid=experiment.patch_grid(model, image_size),
     )
+    how = dict(known.get("preprocessing", {}))
+    if how.get("resize_to"):  # the same part of the image, at any size
+        how["resize_to"] = round(how["resize_to"] * min(image_size) / min(known["image_size"]))
     has_cls = "cls" in params
-    return Extractor(model, jax.tree.map(jnp.asarray, params), image_size, known["mean"], known["std"], has_cls)
+    return Extractor(model, jax.tree.map(jnp.asarray, params), image_size, known["mean"], known["std"], has_cls, how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,9 +49,10 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
     directory = workdirs.make(workdir)
     with logging_to(directory):
         images = np.random.default_rng(0).integers(0, 256, (s.batch, s.image_size, s.image_size, 3), np.uint8)
-        params = parallel.replicate(jax.jit(model.init)(jax.random.key(0), augment.normalize(images[:1]))["params"])
-        classify = parallel.pmap_apply(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
-        batch = next(parallel.prefetch(iter([{"image": images}]), 1))
+        way = parallel.Pmap()
+        params = way.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
+        classify = way.apply(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
+        batch = way.send({"image": images})
         seconds = []
         for _ in range(s.initial_steps + s.steps):
             started = time.perf_counter()

@@ -10,9 +10,13 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from vit_jax import cluster
 from vit_jax.errors import UserError, leave_at_once, unknown
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if several processes train one model.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: FILE or FILE:ARGUMENT.", lock_config=True)
 
 
@@ -23,12 +27,11 @@ def main(argv: list[str]) -> None:
     for flag, value in (("workdir", _WORKDIR.value), ("config", _CONFIG.value)):
         if value is None:
             raise UserError(f"--{flag} is missing. {__doc__.splitlines()[0]}")
+    cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     trainer = config.get("trainer", "train")
     if trainer == "train":
         from vit_jax.train import train_and_evaluate as run
-    elif trainer == "evaluate" and config.get("evaluator") == "knn":
-        from vit_jax.knn import evaluate_knn as run
     elif trainer == "evaluate":
         from vit_jax.evaluate import evaluate as run
     elif trainer == "inference_time":
@@ -42,7 +45,7 @@ def cli() -> None:
     """The console command: errors meant for the user are printed without a traceback, exit code 2."""
     sys.path.append(os.getcwd())  # as `python -m` has it, so that recipes find each other from the installed command too
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=parse)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -50,7 +53,7 @@ def cli() -> None:
         leave_at_once(130)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
     """Parses the flags and loads the recipe; what absl and ml_collections object to becomes a UserError."""
     recipe = _recipe(argv)
     if recipe is not None and not os.path.isfile(path := recipe.partition(":")[0]):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vit_jax import parallel
 from vit_jax.checkpoint.npz import write_atomically
 
 log = logging.getLogger("vit_jax")
@@ -17,21 +18,27 @@ log = logging.getLogger("vit_jax")
 
 @contextlib.contextmanager
 def logging_to(workdir: Path) -> Iterator[None]:
-    """Sends the package's log to `workdir/train.log` and, in plain lines, to standard output."""
-    console, file = _Console(), logging.FileHandler(workdir / "train.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    """Sends the package's log to `workdir/train.log` and, in plain lines, to standard output.
+
+    Of several processes the first does so; the others print their warnings only, each with its number.
+    """
+    handlers: list[logging.Handler] = [_Console()]
+    if parallel.is_main():
+        handlers.append(logging.FileHandler(workdir / "train.log", encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level, propagate = log.level, log.propagate
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if parallel.is_main() else logging.WARNING)
     log.propagate = False
-    for handler in (console, file):
+    for handler in handlers:
         log.addHandler(handler)
     try:
         yield
     except Exception as e:
-        file.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, str(e), (), None))
+        for handler in handlers[1:]:
+            handler.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, str(e), (), None))
         raise
     finally:
-        for handler in (console, file):
+        for handler in handlers:
             log.removeHandler(handler)
             handler.close()
         log.setLevel(level)
@@ -41,13 +48,18 @@ def logging_to(workdir: Path) -> Iterator[None]:
 class Writer:
     """Writes the scalars of a run, and shows how far it is: a bar on a terminal, plain lines anywhere else.
 
-    A run that starts after `start_step` replaces what was written of later steps; None adds to what is there.
+    A run that starts after `start_step` replaces what was written of later steps; None adds to what is there. Of several
+    processes only the first writes anything.
     """
 
     def __init__(self, workdir: Path, *, start_step: int | None = None, total_steps: int = 0):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        self._bar = None
+        self._writes = parallel.is_main()
+        if not self._writes:
+            return
         self._jsonl_path = workdir / "metrics.jsonl"
         if start_step is not None:
             _drop_after(self._jsonl_path, start_step)
@@ -56,7 +68,6 @@ class Writer:
         if start_step is not None:
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard drops what came after this step
             self._events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
-        self._bar = None
         if total_steps and sys.stdout.isatty():
             layout = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=total_steps, initial=start_step or 0, bar_format=layout, file=sys.stdout, leave=False)
@@ -64,6 +75,8 @@ class Writer:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records named numbers of one step in `metrics.jsonl` and as TensorBoard events."""
+        if not self._writes:
+            return
         values = {name: float(value) for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step} | values) + "\n")
         self._jsonl.flush()
@@ -79,8 +92,10 @@ class Writer:
         """Puts everything on disk and takes the bar away."""
         if self._bar is not None:
             self._bar.close()
-        self._jsonl.close()
-        self._events.close()
+        if self._writes:
+            for file in (self._jsonl, self._events):
+                with contextlib.suppress(OSError):  # a full disk, of which `scalars` told
+                    file.close()
 
 
 class _Console(logging.Handler):

@@ -5,8 +5,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ from vit_jax.models import zoo
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained model, ready to use. `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel."""
+    """A trained model, ready to use.
+
+    `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel; `preprocessing` are keywords of
+    `preprocess.eval_image`.
+    """
 
     model: nn.Module
     params: dict[str, Any]
@@ -33,6 +37,7 @@ class Classifier:
     image_size: tuple[int, int]
     mean: Sequence[float] = (augment.MEAN,) * 3
     std: Sequence[float] = (augment.STD,) * 3
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def _probabilities(self) -> Callable:
@@ -46,7 +51,9 @@ class Classifier:
         """Probabilities of decoded uint8 images (h w 3) of any sizes. Batches are padded, so that one size compiles."""
         found = []
         for i in range(0, len(images), batch_size):
-            batch = [preprocess.eval_image(image, crop=self.image_size) for image in images[i : i + batch_size]]
+            batch = [
+                preprocess.eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]
+            ]
             padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
             found.append(np.asarray(self._probabilities(self.params, np.stack(batch + padding)))[: len(batch)])
         return np.concatenate(found)
@@ -71,7 +78,15 @@ def load_classifier(source: str | os.PathLike, *, model_name: str | None = None)
         representation = {"representation_size": known["model"].get("representation_size")}
         overrides = representation if model_name in zoo.VIT else {}
         model = models.get_model(model_name, num_classes=known["model"]["num_classes"], **overrides)
-    classifier = Classifier(model, opened.params, known["class_names"], tuple(known["image_size"]), known["mean"], known["std"])
+    classifier = Classifier(
+        model,
+        opened.params,
+        known["class_names"],
+        tuple(known["image_size"]),
+        known["mean"],
+        known["std"],
+        known.get("preprocessing", {}),
+    )
     _check_fits(classifier, opened.path)
     return classifier
 

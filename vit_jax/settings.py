@@ -1,27 +1,79 @@
 """Every field of a training recipe, with its default. `configs/common.py` makes recipes of them; `train.py` reads them."""
 
 import dataclasses
+import operator
+import typing
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax import parallel
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError, unknown
 
 TRAINERS = ("train", "evaluate", "inference_time")
-EVALUATORS = ("classify", "knn")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """`config.pp`."""
+    """`config.pp`: which images, and what happens to them on the host."""
 
     train: str = "train"  # split to train on, e.g. train[:98%]
     test: str = "test"  # split to evaluate on
     crop: int = 224  # size of the images that the model sees
     crop_width: int | None = None  # their width, where it is not the height, which is then `crop`
-    resize: int | None = None  # train on random crops of images resized to this size, instead of Inception crops
-    area: tuple[float, float] = (0.05, 1.0)  # share of the image that an Inception crop covers
+    crop_method: str = "inception"  # how training images are cut out; or random_resized (torchvision's), simple (DeiT III's)
+    area: tuple[float, float] = (0.05, 1.0)  # share of the image that such a crop covers, but for simple
+    resize: int | None = None  # train on random crops of images resized to this size, whatever crop_method
+    eval_resize: int | None = None  # shorter side before a centre crop; None: the whole image is resized to crop
+    interpolation: str = "bilinear"  # or bicubic, which needs antialias
+    antialias: bool = False  # as Pillow, torchvision and timm do; False: as TensorFlow does
     flip: bool = True  # mirror at random: off where left and right differ, as in digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """`config.augment`: what happens to training images on the devices, besides flips. All off by default."""
+
+    color_jitter: float = 0.0  # brightness, contrast and saturation, each by a factor in 1 ± this
+    randaug: tuple[int, ...] = ()  # (layers, magnitude of 10), e.g. (2, 10); some shifts are of 100 px: for large images
+    three_augment: bool = False  # DeiT III: grey, solarized or blurred
+    erasing: float = 0.0  # probability of random erasing
+    mixup: float = 0.0  # alpha of the Beta distribution
+    cutmix: float = 0.0
+    mix_prob: float = 1.0  # of a batch being mixed at all
+    switch_prob: float = 0.5  # of CutMix where both are on
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """`config.mesh`, for parallel="mesh": how many devices each axis has; -1 once, for those that are left."""
+
+    data: int = -1  # copies of the state, each with a share of the batch
+    fsdp: int = 1  # a share of the batch and of the state each
+    tensor: int = 1  # a share of the heads and hidden units each
+    rules: str = "fsdp"  # or zero (gradients and optimiser only), see parallel.RULES
+    more_rules: tuple[Any, ...] = ()  # (pattern, axes) that come before those
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """`config.lora`: small matrices beside frozen kernels are trained instead of a whole model (arXiv 2106.09685)."""
+
+    rank: int = 0  # 0: off
+    alpha: float = 8.0  # the change of a kernel is alpha / rank · A·B
+    targets: tuple[str, ...] = (".*/(query|value)/kernel",)  # expressions for the names of the kernels
+    train: tuple[str, ...] = ("head/.*",)  # and of parameters that are trained themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """`config.distill`: learning from a teacher, see tasks/distill.py."""
+
+    teacher: str | None = None  # anything that `config.pretrained` may name, with a head for the same classes
+    kind: str = "soft"  # or hard, function_matching
+    temperature: float = 1.0
+    alpha: float = 0.5  # the teacher's share of the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +81,7 @@ class Settings:
     """`config`: the names and defaults are the reference's where it has them."""
 
     trainer: str = "train"  # or evaluate
-    evaluator: str = "classify"  # or knn: how trainer="evaluate" scores
+    evaluator: str = "classify"  # what trainer="evaluate" runs: that and all `evaluators`, or one of them, such as knn
     seed: int = 0
     # model
     model_type: str = "ViT"
@@ -39,54 +91,92 @@ class Settings:
     pretrained: str | None = None  # a file or folder of any family, a workdir, gs://…, https://…, hf://OWNER/NAME
     pretrained_dir: str | None = "."  # folder of published files: {model_name}.npz, or what model_or_filename says
     model_or_filename: str | None = None  # AugReg: an architecture such as Ti_16, or the name of a file
+    # devices and memory
+    parallel: str = "pmap"  # or mesh
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    remat: str = "none"  # or dots, full: what of a block is computed again rather than kept
+    scan: bool = False  # compile one block and loop over it
     # data
     dataset: str | None = None  # digits, a folder of images, or a name that tensorflow-datasets knows
     tfds_data_dir: str | None = None
     tfds_manual_dir: str | None = None
     pp: Preprocessing = dataclasses.field(default_factory=Preprocessing)
+    augment: Augmentation = dataclasses.field(default_factory=Augmentation)
     bad_images: str = "error"  # or "skip": training goes on with another image, and says so
     shuffle_buffer: int = 50_000  # every epoch is a full permutation, which needs no buffer; 0 keeps the files' order
     prefetch: int = 2  # batches sent to the devices ahead of time
     batch: int = 512  # over all devices and micro-batches
     batch_eval: int = 512
+    # loss
+    loss: str = "softmax"  # or sigmoid
+    label_smoothing: float = 0.0
+    distill: Distillation = dataclasses.field(default_factory=Distillation)
+    # what is trained: expressions for whole names of parameters, such as "head/.*"
+    train_only: tuple[str, ...] = ()  # everything, if empty
+    freeze: tuple[str, ...] = ()
+    lora: Lora = dataclasses.field(default_factory=Lora)
     # optimisation
     total_steps: int | None = None
     accum_steps: int = 8  # micro-batches that a batch is cut into, to save memory
-    optimizer: str = "sgd"  # or adamw
+    optimizer: str = "sgd"  # or another of optim.OPTIMIZERS
+    optimizer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its own, such as {"b2": 0.95}
     optim_dtype: str = "bfloat16"  # of the momentum
     base_lr: float = 0.03
-    decay_type: str = "cosine"  # or linear
+    decay_type: str = "cosine"  # or linear, rsqrt, constant
     warmup_steps: int = 500
+    linear_end: float = 1e-5  # the rate that linear ends with
+    cooldown_steps: int = 0  # of rsqrt and constant: a line to 0 at the end
+    timescale: float = 10_000.0  # of rsqrt
     weight_decay: float = 0.0
+    lr_factors: tuple[Any, ...] = ()  # (expression for names, factor) pairs; the first that matches counts
+    layer_decay: float | None = None  # such as 0.75: earlier blocks learn more slowly
+    sharpness: str | None = None  # sam or gsam
+    sharpness_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"rho": 0.05}, see sharpness.py
     grad_norm_clip: float | None = 1.0
+    ema_decay: float | None = None  # of a running average of the parameters, evaluated and saved beside
+    nonfinite: str = "stop"  # at a loss or gradient that is not finite; or skip the step
+    nonfinite_limit: int = 10  # skipped steps in a row at which training stops after all
     # how often, in steps
     progress_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 1_000
     keep: int = 1  # how many checkpoints stay
+    keep_best: str | None = None  # a metric such as accuracy_test: its best checkpoint stays too, and is model_best.npz
+    evaluators: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: {"every": steps, …}}, see evaluators/
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
         """Reads a ConfigDict or dict. An unknown field, or a value that makes no sense, is a UserError."""
-        fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        check_names(cls, fields, "config")
-        pp = dict(fields.get("pp") or {})
-        check_names(Preprocessing, pp, "config.pp")
-        settings = cls(**fields | {"pp": Preprocessing(**pp)})
-        settings._check_values()
-        return settings
+        return _read(cls, config, "config").checked()
 
-    def _check_values(self) -> None:
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) of the images that the model sees."""
+        return self.pp.crop, self.pp.crop_width or self.pp.crop
+
+    def checked(self) -> "Settings":
+        """The settings; UserError for a value that makes no sense."""
+        self._check_choices()
+        self._check_numbers()
+        return self
+
+    def _check_choices(self) -> None:
         choices = {
             "trainer": TRAINERS,
-            "evaluator": EVALUATORS,
             "bad_images": ("error", "skip"),
             "dtype": DTYPES,
             "optim_dtype": DTYPES,
+            "parallel": parallel.WAYS,
+            "mesh.rules": parallel.RULES,
+            "remat": ("none", "dots", "full"),
+            "loss": ("softmax", "sigmoid"),
+            "nonfinite": ("stop", "skip"),
+            "pp.crop_method": preprocess.CROP_METHODS,
+            "pp.interpolation": preprocess.INTERPOLATIONS,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise unknown(f"config.{name}", getattr(self, name), allowed)
+            if (value := operator.attrgetter(name)(self)) not in allowed:
+                raise unknown(f"config.{name}", value, allowed)
         if not self.model and not self.pretrained:
             raise UserError(
                 "config.model is empty: take it from configs.models.MODEL_CONFIGS, use configs/vit.py:b16, "
@@ -96,19 +186,45 @@ class Settings:
             raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
         if self.trainer == "train" and (self.total_steps or 0) < 1:
             raise UserError(f"config.total_steps={self.total_steps}: say how many steps to train")
-        at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0}
-        at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f"config.{name}={getattr(self, name)} must be at least {least}")
-        if self.pp.crop < 1 or (self.pp.crop_width is not None and self.pp.crop_width < 1):
-            raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
+        if self.lora.rank and (self.freeze or self.train_only):
+            raise UserError("config.lora freezes all but config.lora.train: leave config.freeze and config.train_only empty")
+        if self.lora.rank and not (self.pretrained or self.pretrained_dir):
+            raise UserError("config.lora changes a trained model: name it by --config.pretrained")
+        if self.distill != Distillation() and not self.distill.teacher:
+            raise UserError("config.distill needs a teacher: --config.distill.teacher names a trained classifier")
+        if self.distill.teacher and self.loss != "softmax":
+            raise UserError(f"config.loss={self.loss} and config.distill exclude each other: a teacher is matched by softmax")
         if self.evaluator != "classify" and self.trainer != "evaluate":
             raise UserError(f"config.evaluator={self.evaluator} needs --config.trainer=evaluate")
+
+    def _check_numbers(self) -> None:
+        at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0, "cooldown_steps": 0}
+        at_least["nonfinite_limit"] = 1
+        at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
+        at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix"), 0)
+        for name, least in at_least.items():
+            if (value := operator.attrgetter(name)(self)) < least:
+                raise UserError(f"config.{name}={value} must be at least {least}")
+        for name in ("label_smoothing", "augment.erasing", "augment.mix_prob", "augment.switch_prob"):
+            if not 0 <= (value := operator.attrgetter(name)(self)) <= 1:
+                raise UserError(f"config.{name}={value} must be between 0 and 1")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"config.ema_decay={self.ema_decay} must be from 0 to below 1, such as 0.9999")
+        if self.pp.crop < 1 or (self.pp.crop_width is not None and self.pp.crop_width < 1):
+            raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
+        if self.pp.interpolation != "bilinear" and not self.pp.antialias:
+            raise UserError(f"config.pp.interpolation={self.pp.interpolation} needs --config.pp.antialias=True")
+        if self.pp.eval_resize is not None and self.pp.eval_resize < min(self.pp.crop, self.pp.crop_width or self.pp.crop):
+            raise UserError(f"config.pp.eval_resize={self.pp.eval_resize} is smaller than config.pp.crop={self.pp.crop}")
         if self.grad_norm_clip is not None and self.grad_norm_clip < 0:
             raise UserError(f"config.grad_norm_clip={self.grad_norm_clip} must be positive, or 0 for none")
         if len(self.pp.area) != 2 or not 0 < self.pp.area[0] <= self.pp.area[1] <= 1:
             raise UserError(f"config.pp.area={self.pp.area} must be two shares of the image, such as (0.05, 1.0)")
+
+
+def nested(cls: type) -> dict[str, type]:
+    """The fields of a dataclass that are dataclasses themselves."""
+    return {name: kind for name, kind in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
 
 
 def check_names(cls: type, fields: Mapping[str, Any], where: str) -> None:
@@ -117,3 +233,11 @@ def check_names(cls: type, fields: Mapping[str, Any], where: str) -> None:
     for name in fields:
         if name not in known:
             raise unknown(f"field of {where}", name, known)
+
+
+def _read(cls: type, config: Mapping[str, Any], where: str) -> Any:
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    check_names(cls, fields, where)
+    for name, kind in nested(cls).items():
+        fields[name] = _read(kind, fields.get(name) or {}, f"{where}.{name}")
+    return cls(**fields)

@@ -15,8 +15,8 @@ class GracefulExit:
 
     @property
     def exit_code(self) -> int:
-        """What shells expect of a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.signal or 0)
+        """What shells expect of a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM, or another's signal."""
+        return 128 + (self.signal or signal.SIGTERM)
 
     def __enter__(self) -> "GracefulExit":
         if threading.current_thread() is threading.main_thread():
@@ -33,5 +33,5 @@ class GracefulExit:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that Python did not set, such as JAX's
         self._previous = {}

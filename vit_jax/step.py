@@ -7,58 +7,101 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from vit_jax import parallel
+from vit_jax.parallel import Way
 
 Tree = Any
+Batch = dict[str, Array]
+MeanGrad = Callable[[Tree], tuple[Tree, dict]]
 
 
 @struct.dataclass
 class State:
-    """Everything that training changes. The loader's position and all randomness follow from `step` and the seed."""
+    """Everything that a step needs. The loader's position and all randomness follow from `step` and the seed.
+
+    Attributes:
+      params: what is trained.
+      ema: the running average of `params`, or None.
+      frozen: trees by name that are not trained, such as the rest of the model or a teacher; no checkpoint holds them.
+    """
 
     step: Int[Array, ""]
     params: Tree
     opt_state: optax.OptState
+    ema: Tree = None
+    frozen: dict[str, Tree] = struct.field(default_factory=dict)
 
 
 def make_update(
-    loss: Callable, optimizer: optax.GradientTransformation, *, seed: int, accum_steps: int = 1
-) -> Callable[[State, dict], tuple[State, dict]]:
-    """(state, batch) → (state, metrics), to be run by `parallel.pmap_update`.
+    loss: Callable[[Tree, dict, Batch, jax.Array], tuple[Array, dict]],
+    optimizer: optax.GradientTransformation,
+    way: Way,
+    *,
+    seed: int,
+    accum_steps: int = 1,
+    ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
+    sharpness: Callable[[MeanGrad, Tree, Array], tuple[Tree, dict]] | None = None,
+) -> Callable[[State, Batch], tuple[State, dict]]:
+    """(state, batch) → (state, metrics), to be run by `way.update`.
 
-    Gradients are averaged over `accum_steps` micro-batches and over the devices. Every step, device and micro-batch has
-    a dropout key of its own. Metrics are the means of the loss's own, and `grad_norm` before clipping.
+    Gradients are averaged over `accum_steps` micro-batches and over the devices. Every step, micro-batch and, with pmap,
+    device has a key of its own. Metrics are the means of the loss's own, `grad_norm` before clipping, and `stop` if the
+    batch has a field of that name: whether any process asks to stop.
+
+    Args:
+      loss: (params, frozen, batch, key) → (mean loss, metrics).
+      ema_decay: ema ← decay · ema + (1 − decay) · params after every step.
+      skip_nonfinite: a step whose loss or gradient is not finite changes nothing but the counter; `skipped` tells.
+      sharpness: (mean_grad, params, step) → (gradient, metrics), see `vit_jax.sharpness`.
     """
     grad = jax.grad(loss, has_aux=True)
 
-    def update(state: State, batch: dict) -> tuple[State, dict]:
+    def update(state: State, batch: Batch) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        key = jax.random.fold_in(key, parallel.device_index())
+        key = jax.random.fold_in(key, way.index())
+        batch = dict(batch)
+        asks_to_stop = batch.pop("stop", None)
 
-        def micro_step(i, micro_batch):
-            return grad(state.params, micro_batch, jax.random.fold_in(key, i))
+        def mean_grad(params: Tree) -> tuple[Tree, dict]:
+            def micro_step(i: Array, micro_batch: Batch) -> tuple[Tree, dict]:
+                grads, metrics = grad(params, state.frozen, micro_batch, jax.random.fold_in(key, i))
+                return way.constrain(grads, "grads"), metrics
 
-        if accum_steps == 1:
-            grads_and_metrics = micro_step(0, batch)
-        else:
-            grads_and_metrics = _mean_over_micro_batches(micro_step, batch, accum_steps)
-        grads, metrics = parallel.mean_over_devices(grads_and_metrics)
+            if accum_steps == 1:
+                return way.mean(micro_step(0, batch))
+            return way.mean(_mean_over(micro_step, way.micro_batches(batch, accum_steps), accum_steps))
+
+        grads, metrics = sharpness(mean_grad, state.params, state.step) if sharpness else mean_grad(state.params)
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        state = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda average, x: ema_decay * average + (1 - ema_decay) * x, ema, params)
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        if skip_nonfinite:
+            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            new = _choose(good, new, state.replace(step=state.step + 1))
+            metrics |= {"skipped": ~good}
+        if asks_to_stop is not None:
+            metrics |= {"stop": way.mean(jnp.mean(asks_to_stop, dtype=jnp.float32)) > 0}
+        return new, metrics
 
     return update
 
 
-def _mean_over_micro_batches(micro_step: Callable, batch: dict, accum_steps: int) -> Tree:
-    micro_batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
+def _mean_over(micro_step: Callable, micro_batches: Batch, n: int) -> Tree:
     first = jax.tree.map(lambda x: x[0], micro_batches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, 0, first))
 
-    def add(total, i_and_batch):
+    def add(total: Tree, i_and_batch: tuple[Array, Batch]) -> tuple[Tree, None]:
         return jax.tree.map(lambda a, b: a + b, total, micro_step(*i_and_batch)), None
 
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accum_steps), micro_batches))
-    return jax.tree.map(lambda x: x / accum_steps, total)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro_batches))
+    return jax.tree.map(lambda x: x / n, total)
+
+
+def _choose(condition: Bool[Array, ""], yes: Tree, no: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), yes, no)

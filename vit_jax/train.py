@@ -1,29 +1,26 @@
 """The training loop, from top to bottom: `train_and_evaluate(config, workdir)`."""
 
-import functools
+import contextlib
 import logging
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, experiment, parallel
+from vit_jax import experiment, outcome, parallel
 from vit_jax import workdir as workdirs
-from vit_jax.checkpoint import describe
-from vit_jax.checkpoint.state import Checkpointer
-from vit_jax.data import loader, preprocess
-from vit_jax.errors import UserError
-from vit_jax.evaluate import make_evaluator
+from vit_jax.checkpoint.state import Checkpointer, WriteError
+from vit_jax.data import loader
+from vit_jax.errors import UserError, unknown
+from vit_jax.evaluate import make_evaluators, scores
 from vit_jax.metrics import Writer, logging_to
 from vit_jax.settings import Settings
 from vit_jax.signals import GracefulExit
-from vit_jax.step import make_update
 
 log = logging.getLogger("vit_jax")
 
@@ -31,67 +28,75 @@ log = logging.getLogger("vit_jax")
 def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains as `config` says, or continues what `workdir` holds, and leaves `model.npz` and `model.json` there.
 
-    Returns the trained parameters. Ctrl-C and SIGTERM save a last checkpoint and raise SystemExit(130 or 143).
+    Returns the trained parameters. Ctrl-C and SIGTERM, in any of the processes, save a last checkpoint and raise
+    SystemExit(130 or 143).
     """
     s = Settings.from_config(config)
-    parallel.check_batch(s.batch, s.accum_steps)
     directory = workdirs.make(workdir)
     with logging_to(directory), GracefulExit() as stop:
         e = experiment.build(s, directory)
+        parallel.check_batch(s.batch, s.accum_steps, e.way.batch_shards)
         workdirs.claim(directory, s, e.train_source.class_names, e.origin)
         experiment.log_setup(e)
-        checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep)
+        checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep, best=s.keep_best)
         state = experiment.start(e, checkpointer)
         if state is None:
             log.info("start    from nothing, seed %d", s.seed)
             state = experiment.new_state(e)
-        done = int(state.step)
+        if fingerprint := experiment.frozen_fingerprint(e, state):
+            workdirs.check_frozen(directory, fingerprint)
+        done = int(e.way.read(state.step))
         if done >= s.total_steps:
             log.info("nothing to do: all %d steps are done, the model is in %s", s.total_steps, directory / "model.npz")
 
-        state = parallel.replicate(state)
-        update = parallel.pmap_update(make_update(e.task.loss, e.optimizer, seed=s.seed, accum_steps=s.accum_steps))
-        evaluator = make_evaluator(e)
-        batches = _train_batches(e, start_step=done)
+        update = experiment.make_update(e)
+        e.way.snapshot(state.replace(frozen={}))  # compiled now, not when the first checkpoint is due
+        evaluators = make_evaluators(e)
+        batches = _train_batches(e, start_step=done, stop=stop)
         writer = Writer(directory, start_step=done, total_steps=s.total_steps)
-        progress = Progress(s, writer, checkpointer)
+        progress = Progress(e, writer, checkpointer, stop)
         try:
-            if stop.signal:
+            if stop.signal and jax.process_count() == 1:
                 raise SystemExit(stop.exit_code)
             for step in range(done + 1, s.total_steps + 1):
                 state, step_metrics = update(state, next(batches))
                 progress.add(step, step_metrics)
                 last = step == s.total_steps
+                metrics = {}
 
-                if step % s.eval_every == 0 or last:
+                if due := [evaluator for every, evaluator in evaluators if step % every == 0 or last]:
                     progress.catch_up()
-                    metrics = evaluator(state.params) | {"lr": float(e.schedule(step))}
+                    metrics = scores(e, state, due) | {"lr": float(e.schedule(step))}
                     writer.scalars(step, metrics)
                     log.info("step %d  %s", step, "  ".join(f"{name} {x:.5g}" for name, x in metrics.items()))
                     progress.start_clock()
 
+                if improved := progress.improves(metrics, complete=len(due) == len(evaluators)):
+                    outcome.write_model(e, directory / "model_best.npz", state, step, metrics)
                 if last:
-                    _write_model(e, directory, parallel.read(state.params), step, metrics)
+                    outcome.write_model(e, directory / "model.npz", state, step, metrics)
 
-                if step % s.checkpoint_every == 0 or last or stop.signal:
-                    progress.catch_up()
-                    checkpointer.save(step, parallel.unreplicate(state))
+                if step % s.checkpoint_every == 0 or last or improved or progress.stopping:
+                    progress.save(step, state, metrics)
 
-                if stop.signal:
-                    log.info("stopped by signal %d after step %d: the same command continues", stop.signal, step)
+                if progress.stopping:
+                    log.info("stopped by signal %d after step %d: the same command continues", stop.exit_code - 128, step)
                     raise SystemExit(stop.exit_code)
-        except NotFiniteError:
+        except (NotFiniteError, WriteError):
             raise
         except UserError:  # a bad image, say: what was learnt so far stays
-            progress.catch_up()
-            if (step := int(parallel.read(state.step))) > done:
-                checkpointer.save(step, parallel.unreplicate(state))
+            if jax.process_count() == 1 and (step := int(e.way.read(state.step))) > done:
+                progress.save(step, state, {})
             raise
+        except OSError as e:
+            raise UserError(
+                f"{e.filename or directory}: {e.strerror}. What was saved in {directory} is intact; "
+                "once that is put right, the same command continues"
+            ) from e
         finally:
-            batches.close()
-            writer.close()
-            checkpointer.close()
-        return parallel.read(state.params)
+            with contextlib.closing(checkpointer), contextlib.closing(writer):  # each closed even if another fails
+                batches.close()
+        return e.way.read(experiment.model_params(e, state)[""])
 
 
 class NotFiniteError(UserError):
@@ -101,10 +106,18 @@ class NotFiniteError(UserError):
 class Progress:
     """Follows the loop without holding it up: a step's metrics are read once later steps have been dispatched."""
 
-    def __init__(self, s: Settings, writer: Writer, checkpointer: Checkpointer):
-        self.s, self.writer, self.checkpointer = s, writer, checkpointer
+    def __init__(self, e: experiment.Experiment, writer: Writer, checkpointer: Checkpointer, stop: GracefulExit):
+        self.s, self.way, self.writer, self.checkpointer, self.stop = e.settings, e.way, writer, checkpointer, stop
         self.pending: deque[tuple[int, Any]] = deque()
         self.clock: float | None = None
+        self.measured_steps, self.measured_seconds = 0, 0.0
+        self.agreed_to_stop = False
+        self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to save and leave. All processes see the same answer after the same step."""
+        return self.agreed_to_stop if jax.process_count() > 1 else self.stop.signal is not None
 
     def start_clock(self) -> None:
         """Starts timing anew, so that neither evaluation nor an earlier stretch counts."""
@@ -119,10 +132,30 @@ class Progress:
         """Waits for every step so far. Raises NotFiniteError at the first whose loss or gradient is not finite."""
         self._read(keep=0)
 
+    def improves(self, metrics: dict[str, float], *, complete: bool) -> bool:
+        """Whether `config.keep_best` is better than ever. UserError if it is not among the metrics of all evaluators."""
+        name = self.s.keep_best
+        if name and complete and name not in metrics:
+            raise unknown("metric config.keep_best", name, metrics)
+        return name in metrics and self.checkpointer.improves(metrics)
+
+    def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
+        """Has a checkpoint written in the background, and notes how long that held the loop up."""
+        started = time.perf_counter()
+        copy = self.way.snapshot(state.replace(frozen={}))  # before waiting: a CPU copies finished arrays in this thread
+        stall = time.perf_counter() - started
+        self.catch_up()
+        self.checkpointer.save(step, copy, metrics)
+        stall += self.checkpointer.stall_seconds
+        share = f", {stall * self.measured_steps / self.measured_seconds:.1%} of a step" if self.measured_steps else ""
+        log.info("saving   step %d in the background; training waited %.0f ms%s", step, 1000 * stall, share)
+        self.writer.scalars(step, {"checkpoint_stall_sec": stall})
+
     def _read(self, keep: int) -> None:
         while len(self.pending) > keep:
-            step, replicated = self.pending.popleft()
-            metrics = parallel.read(replicated)
+            step, on_devices = self.pending.popleft()
+            metrics = self.way.read(on_devices)
+            self.agreed_to_stop |= bool(metrics.get("stop", False))
             self._check_finite(step, metrics)
             if self.clock is None:  # the first step compiles, which says nothing about speed
                 self.start_clock()
@@ -132,23 +165,35 @@ class Progress:
                 self._report(step, metrics)
 
     def _report(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        scalars = {"train_loss": metrics["loss"]}
+        scalars = {"train_loss": metrics["loss"]} if math.isfinite(metrics["loss"]) else {}
         status = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}"
         if self.timed_steps:
-            rate = self.timed_steps * self.s.batch / (time.perf_counter() - self.clock)
+            seconds = time.perf_counter() - self.clock
+            self.measured_steps, self.measured_seconds = self.measured_steps + self.timed_steps, self.measured_seconds + seconds
+            rate = self.timed_steps * self.s.batch / seconds
             scalars["img_sec_core_train"] = rate / jax.device_count()
             status += f"  {rate:,.0f} images/s  {_duration((self.s.total_steps - step) * self.s.batch / rate)} left"
+        if self.skipped:
+            scalars["skipped_steps"] = self.skipped
         self.writer.scalars(step, scalars)
         self.writer.advance(step, status)
         log.info("step %d/%d  %s", step, self.s.total_steps, status, extra={"progress": True})
         self.start_clock()
 
     def _check_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite:
+            return
+        what = f"step {step}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}"
+        if self.s.nonfinite == "skip" and self.skipped_in_a_row < self.s.nonfinite_limit:
+            self.skipped += 1
+            log.warning("%s; the step is skipped, %d so far", what, self.skipped)
             return
         good = self.checkpointer.latest_step()
+        in_a_row = f" after {self.skipped_in_a_row} such steps in a row" if self.s.nonfinite == "skip" else ""
         raise NotFiniteError(
-            f"step {step}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; training stops. "
+            f"{what}; training stops{in_a_row}. "
             + (f"The checkpoint of step {good} is kept. " if good else "No checkpoint had been written yet. ")
             + "In a new --workdir, try a lower --config.base_lr, more --config.warmup_steps or --config.grad_norm_clip=1."
         )
@@ -160,12 +205,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _train_batches(e: experiment.Experiment, start_step: int) -> Iterator[dict[str, jax.Array]]:
+def _train_batches(e: experiment.Experiment, start_step: int, stop: GracefulExit) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the devices; of several processes each tells the others, by a field `stop`, whether it was asked to."""
     s = e.settings
-    transform = functools.partial(preprocess.train_image, crop=e.image_size, resize_to=s.pp.resize, area=tuple(s.pp.area))
     batches = loader.train_batches(
         e.train_source,
-        transform,
+        experiment.train_transform(e.settings),
         batch_size=s.batch,
         seed=s.seed,
         start_step=start_step,
@@ -174,11 +219,12 @@ def _train_batches(e: experiment.Experiment, start_step: int) -> Iterator[dict[s
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return parallel.prefetch(batches, s.prefetch)
+    if jax.process_count() == 1:
+        return e.way.prefetch(batches, s.prefetch)
 
+    def flagged() -> Iterator[dict[str, np.ndarray]]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield batch | {"stop": np.full(len(batch["label"]), stop.signal is not None)}
 
-def _write_model(e: experiment.Experiment, directory: Path, params: Any, step: int, metrics: dict[str, float]) -> None:
-    path = directory / "model.npz"
-    checkpoint.save(params, path)
-    describe.write(path, experiment.description(e, step, metrics))
-    log.info("wrote    %s\nuse it   python -m vit_jax.predict --model=%s IMAGE…", path, directory)
+    return e.way.prefetch(flagged(), s.prefetch)

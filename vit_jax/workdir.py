@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_jax import parallel
+from vit_jax.checkpoint import adapter
 from vit_jax.checkpoint.npz import write_atomically
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
 
+RESULTS = "model.npz", adapter.FILE
+
 # These may differ when a run is continued: they do not touch what is learnt.
 _FREE = {
     *("trainer", "evaluator", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
-    *("progress_every", "eval_every", "checkpoint_every", "keep"),
+    *("progress_every", "eval_every", "checkpoint_every", "keep", "keep_best", "evaluators"),
+    *("parallel", "mesh", "remat", "nonfinite_limit"),
 }
 
 
@@ -36,7 +41,8 @@ def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin:
     config = json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():
         try:
-            old, new = _flatten(json.loads(path.read_text())), _flatten(config)
+            defaults = _flatten(json.loads(json.dumps(dataclasses.asdict(Settings()))))
+            old, new = defaults | _flatten(json.loads(path.read_text())), _flatten(config)
         except (ValueError, AttributeError) as e:
             raise UserError(f"{path} is no config of a run ({e}): move it away to claim the folder anew") from e
         keys = [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]
@@ -48,14 +54,27 @@ def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin:
                 + "\n".join(lines)
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
             )
+    if not parallel.is_main():
+        return
     write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
-    notes = json.dumps({"class_names": list(class_names), "origin": origin}, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(workdir / "start.json", lambda f: f.write(notes.encode()))
+    _write_notes(workdir, _notes(workdir) | {"class_names": list(class_names), "origin": origin})
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:
     """What the run that `workdir` holds started from, as `claim` noted it, so that it goes on without that file."""
     return _notes(workdir).get("origin")
+
+
+def check_frozen(workdir: Path, fingerprint: str) -> None:
+    """Notes what the run does not train and no checkpoint holds; UserError if it was something else when the run began."""
+    notes = _read_notes(workdir)
+    if notes.get("frozen", fingerprint) != fingerprint:
+        raise UserError(
+            f"the run in {workdir} began with other frozen parameters than those that --config.pretrained or "
+            "--config.distill.teacher hold now: bring the old files back, or give the new run a --workdir of its own"
+        )
+    if parallel.is_main():
+        _write_notes(workdir, notes | {"frozen": fingerprint})
 
 
 def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
@@ -69,22 +88,35 @@ def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
 
 
 def _notes(workdir: Path) -> dict[str, Any]:
+    """What is known of the run that `workdir` holds; nothing of one that never came to a result."""
+    return _read_notes(workdir) if _has_results(workdir) else {}
+
+
+def _read_notes(workdir: Path) -> dict[str, Any]:
     path = workdir / "start.json"
-    return json.loads(path.read_text()) if path.is_file() and _has_results(workdir) else {}
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write_notes(workdir: Path, notes: dict[str, Any]) -> None:
+    text = json.dumps(notes, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(workdir / "start.json", lambda f: f.write(text.encode()))
 
 
 def find_npz(source: str | os.PathLike) -> str | os.PathLike:
-    """The `model.npz` of a workdir; any other source as it is. UserError for the workdir of a run that goes on."""
+    """What the run of a workdir left behind; any other source as it is. UserError for the workdir of a run that goes on."""
     folder = Path(source).expanduser()
-    if (folder / "model.npz").is_file():
-        return folder / "model.npz"
+    for name in RESULTS:
+        if (folder / name).is_file():
+            return folder / name
     if (folder / "train.log").is_file():
-        raise UserError(f"{source} holds no model.npz: the run there has not finished; continue it, or name a file")
+        raise UserError(f"{source} holds no {RESULTS[0]}: the run there has not finished; continue it, or name a file")
     return source
 
 
 def _has_results(workdir: Path) -> bool:
-    return (workdir / "model.npz").exists() or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    return any((workdir / name).exists() for name in RESULTS) or any(
+        p.name.isdigit() for p in (workdir / "checkpoints").glob("*")
+    )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,14 +23,16 @@ class Numbered:
     num_classes = 10
     exif_rotated = False
 
-    def __init__(self, size, bad=(), labels=None):
-        self.size, self.bad, self.labels = size, bad, labels or {}
+    def __init__(self, size, bad=(), labels=None, several=None):
+        self.size, self.bad, self.labels, self.several = size, bad, labels or {}, several
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, i):
         image = b"junk" if i in self.bad else np.full((2, 2, 3), i, np.uint8)
+        if self.several:
+            return {"image": image, "labels": self.several[i]}
         return {"image": image, "label": self.labels.get(i, i % 10)}
 
     def where(self, i):
@@ -139,6 +141,24 @@ def test_evaluation_counts_every_example_once_and_masks_the_padding(size, proces
     assert sorted(counted) == list(range(size))
     labels = np.concatenate([batch["label"] for batch in batches])[mask]
     np.testing.assert_array_equal(labels, counted % 10)
+
+
+def test_several_labels_an_image_become_rows():
+    source = Numbered(5, several=[(3,), (), (0, 9), (9, 9), (4,)])
+    first, second = loader.eval_batches(source, lambda image: image.astype(np.float32), batch_size=3)
+    rows = np.concatenate([first["labels"], second["labels"]])
+    assert rows.dtype == bool and rows.shape == (6, 10) and set(first) == {"image", "labels", "mask"}
+    assert [np.flatnonzero(row).tolist() for row in rows[:5]] == [[3], [], [0, 9], [9], [4]]
+    assert [*first["mask"], *second["mask"]] == [True] * 5 + [False]
+
+
+def test_several_labels_an_image_are_not_trained_on_and_stay_in_range():
+    with pytest.raises(
+        UserError, match=r"^photos/\d.jpg may have several labels: such a dataset can be evaluated, not trained"
+    ):
+        next(loader.train_batches(Numbered(2, several=[(1,), (2,)]), noisy, batch_size=1, seed=0))
+    with pytest.raises(UserError, match=r"^photos/1.jpg has label 10, allowed are 0 to 9"):
+        list(loader.eval_batches(Numbered(2, several=[(1,), (3, 10)]), lambda image: image, batch_size=2))
 
 
 def test_evaluation_keeps_the_order():

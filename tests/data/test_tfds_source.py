@@ -20,7 +20,8 @@ FORMATS = ("array_record", "tfrecord")
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> dict[str, Path]:
-    """{format: data_dir} holding `flowers` (an example has more than image and label) and, in one, `texts`."""
+    """{format: data_dir} holding `flowers` (an example has more than image and label), `real` (with several labels) and, in
+    one, `texts`."""
     import tensorflow_datasets as tfds
 
     roots = {file_format: tmp_path_factory.mktemp(file_format) for file_format in FORMATS}
@@ -36,8 +37,22 @@ def prepared(tmp_path_factory) -> dict[str, Path]:
                           "segmentation_mask": io.BytesIO(png(split, i + 99)), "file_name": f"{split}-{i}"},
     )  # fmt: skip
     to_tfrecord(folder, roots["tfrecord"] / "flowers" / "1.2.0")
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "original_label": tfds.features.ClassLabel(names=NAMES),
+        "real_label": tfds.features.Sequence(tfds.features.ClassLabel(names=NAMES)),
+    }
+    folder = build(
+        roots["array_record"], "real", features,
+        lambda split, i: {"image": io.BytesIO(png(split, i)), "original_label": i % 3, "real_label": several(i)},
+    )  # fmt: skip
+    to_tfrecord(folder, roots["tfrecord"] / "real" / "1.2.0")
     build(roots["array_record"], "texts", {"text": tfds.features.Text()}, lambda split, i: {"text": f"{split} {i}"})
     return roots
+
+
+def several(i: int) -> tuple[int, ...]:
+    return ((), (i % 2,), (2, 0))[i % 3]
 
 
 @pytest.fixture(params=FORMATS)
@@ -67,6 +82,24 @@ def test_every_example_once_and_as_written(data_dir, split):
         with pytest.raises(IndexError):
             source[index]
     assert "tensorflow" not in sys.modules
+
+
+def test_an_image_may_have_several_labels_or_none(data_dir):
+    source = TfdsSource("real", "train", data_dir=data_dir)
+    found = [(example["image"], example["labels"]) for example in (source[i] for i in range(len(source)))]
+    assert sorted(found) == sorted((png("train", i), several(i)) for i in range(37))
+    assert source.class_names == NAMES and set(source[0]) == {"image", "labels"}
+    assert all(type(label) is int for _, labels in found for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("imagenet_v2", "label"), ("imagenet2012_real", "real_label"), ("voc/2007", "labels")]
+)
+def test_the_label_of_published_datasets(name, label, tmp_path):
+    import tensorflow_datasets as tfds
+
+    features, found = tfds_source._image_and_label(tfds.builder(name, data_dir=tmp_path).info)
+    assert found == label and set(features) == {"image", label}
 
 
 def test_formats_agree(prepared):

@@ -31,7 +31,7 @@ def read(npz_path: str | os.PathLike) -> dict[str, Any] | None:
 
     Keys: model_name, model_type, model (the model's fields, num_classes included), image_size [h, w], grid [h, w],
     mean and std (of the 0..255 pixels, by channel), class_names; where known also resize (the rule for position
-    embeddings), dataset, step, metrics.
+    embeddings), preprocessing (keywords of `preprocess.eval_image`), dataset, step, metrics.
     """
     path = path_beside(npz_path)
     if not path.is_file():

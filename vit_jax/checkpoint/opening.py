@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vit_jax.checkpoint import describe, google, huggingface, readers, rules, timm
+from vit_jax.checkpoint import adapter, describe, google, huggingface, readers, rules, timm
 from vit_jax.checkpoint.family import Facts, Family
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.npz import Params
@@ -45,11 +45,31 @@ class Opened:
 
 
 def open_checkpoint(source: str | os.PathLike) -> Opened:
-    """Reads a local path, or an address that `hub.fetch` knows, of any family. Raises UserError for all others."""
+    """Reads a local path, or an address that `hub.fetch` knows, of any family; a LoRA adapter together with its base.
+
+    Raises UserError for all others.
+    """
+    path, arrays = _read(source)
+    if adapter.is_adapter(arrays):
+        return Opened(path, adapter.FAMILY, *adapter.open_adapter(path, _open_base))
+    return _open(path, arrays)
+
+
+def _open_base(source: str) -> Opened:
+    path, arrays = _read(source)
+    if adapter.is_adapter(arrays):
+        raise adapter.no_base(path)
+    return _open(path, arrays)
+
+
+def _read(source: str | os.PathLike) -> tuple[Path, Flat]:
     path = fetch(source)
-    if (path / "model.npz").is_file():
-        path = path / "model.npz"
-    theirs = {_bare(name): x for name, x in readers.read(path).items()}
+    path = next((path / name for name in ("model.npz", adapter.FILE) if (path / name).is_file()), path)
+    return path, readers.read(path)
+
+
+def _open(path: Path, arrays: Flat) -> Opened:
+    theirs = {_bare(name): x for name, x in arrays.items()}
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
     if family is GOOGLE:

@@ -64,7 +64,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every example once: {"image": float32 (b h w 3), "label": int32 (b,), "mask": bool (b,)}.
 
-    The last batch is padded to `batch_size`, with mask False; all processes get the same number of batches.
+    Where a dataset has several labels an image, `labels`, bool (b classes), stands for `label`. The last batch is padded to
+    `batch_size`, with mask False; all processes get the same number of batches.
     """
     rounded_up = -(-len(source) // batch_size) * batch_size
     examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, transform))
@@ -74,11 +75,21 @@ def eval_batches(
 def load(source: Source, index: int) -> tuple[np.ndarray, int]:
     """Example `index` as (decoded uint8 image (h w 3), label); an error names the example."""
     example = source[index]
-    label = int(example["label"])
+    if "labels" in example:
+        raise UserError(f"{source.where(index)} may have several labels: such a dataset can be evaluated, not trained on")
+    label = _checked_label(source, index, example["label"])
+    return _decode(source, index, example["image"]), label
+
+
+def _checked_label(source: Source, index: int, label: int) -> int:
     if not 0 <= label < source.num_classes:
         raise UserError(f"{source.where(index)} has label {label}, allowed are 0 to {source.num_classes - 1}")
+    return int(label)
+
+
+def _decode(source: Source, index: int, image: bytes | np.ndarray) -> np.ndarray:
     try:
-        return preprocess.decode(example["image"], exif_rotated=source.exif_rotated), label
+        return preprocess.decode(image, exif_rotated=source.exif_rotated)
     except preprocess.ImageError as e:
         raise preprocess.ImageError(f"{source.where(index)}: {e}") from e
 
@@ -112,8 +123,16 @@ class _EvalExample(grain.transforms.Map):
 
     def map(self, index: int) -> dict[str, Any]:
         padding = index >= len(self.source)
-        image, label = load(self.source, 0 if padding else index)
-        return {"image": self.transform(image), "label": np.int32(label), "mask": np.bool_(not padding)}
+        index = 0 if padding else index
+        example = self.source[index]
+        if "labels" in example:
+            labels = np.zeros(self.source.num_classes, bool)
+            labels[[_checked_label(self.source, index, label) for label in example["labels"]]] = True
+            answer = {"labels": labels}
+        else:
+            answer = {"label": np.int32(_checked_label(self.source, index, example["label"]))}
+        image = self.transform(_decode(self.source, index, example["image"]))
+        return {"image": image, "mask": np.bool_(not padding)} | answer
 
 
 def _batches(examples: grain.MapDataset, batch_size: int) -> Iterator[Batch]:

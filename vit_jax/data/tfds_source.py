@@ -28,9 +28,9 @@ class TfdsSource:
     nor its dependencies are needed; the files carry features.json since tfds 4.0.
 
     ArrayRecord goes through tfds' own data source. TFRecord, which tfds reads only through TensorFlow, goes through
-    `TfRecords`. Of an example only `image` (left encoded) and `label` are parsed, so a segmentation mask costs nothing.
-    Several threads may read at once. A dataset that is not prepared is prepared here if TensorFlow is installed
-    (`manual_dir` holds archives that must be fetched by hand). What the user can mend is a `UserError`.
+    `TfRecords`. Of an example only `image` (left encoded) and its label or labels are parsed, so a segmentation mask
+    costs nothing. Several threads may read at once. A dataset that is not prepared is prepared here if TensorFlow is
+    installed (`manual_dir` holds archives that must be fetched by hand). What the user can mend is a `UserError`.
     """
 
     exif_rotated = False  # TensorFlow's decoder ignores the EXIF orientation, and so must whoever compares with it
@@ -49,9 +49,11 @@ class TfdsSource:
             raise UserError(f"{folder} is not a readable tfds dataset: {error}. Prepare it again.") from error
 
         self._name, self._split = name, split
-        self._features = _image_and_label(builder.info)
+        self._features, self._label = _image_and_label(builder.info)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
-        self.class_names: tuple[str, ...] = tuple(self._features["label"].names)
+        feature = self._features[self._label]
+        self._multi_label = isinstance(feature, tfds.features.Sequence)
+        self.class_names: tuple[str, ...] = tuple(feature.feature.names if self._multi_label else feature.names)
         self.num_classes: int = len(self.class_names)
         file_format = _choose_format(builder)
         instructions = _file_instructions(builder.info, split)
@@ -71,13 +73,19 @@ class TfdsSource:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": the bytes as stored (PNG or JPEG), "label": int}. Negative indices are an IndexError."""
+        """{"image": the bytes as stored (PNG or JPEG), "label": int}. Negative indices are an IndexError.
+
+        Where an image may have several labels or none, as in `imagenet2012_real`, `"labels"` is a tuple of them.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.where(index)}: there are {len(self)} examples")
         try:
             record = self._records[int(index)]
             example = self._features.deserialize_example_np(record, decoders=self._decoders)
-            return {"image": bytes(example["image"]), "label": int(example["label"])}
+            image, label = bytes(example["image"]), example[self._label]
+            if self._multi_label:
+                return {"image": image, "labels": tuple(int(x) for x in label)}
+            return {"image": image, "label": int(label)}
         except UserError:
             raise
         except Exception as error:  # array_record and protobuf raise a different class for every kind of damage
@@ -225,20 +233,31 @@ def _choose_format(builder: Any) -> Any:
     )
 
 
-def _image_and_label(info: Any) -> Any:
-    """A FeaturesDict of the dataset's `image` and `label` alone, so that nothing else is ever decoded."""
+def _image_and_label(info: Any) -> tuple[Any, str]:
+    """A FeaturesDict of the dataset's image and label alone, so that nothing else is ever decoded; and the label's name.
+
+    The label is `label`, a ClassLabel; else a Sequence of ClassLabels: the supervised one, or `labels`, or the first one.
+    """
     import tensorflow_datasets as tfds
 
     features = info.features
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {"(all)": features}
-    if not all(isinstance(held.get(key), kind) for key, kind in kinds.items()) or not held["label"].num_classes:
+
+    def has_classes(feature: Any) -> bool:
+        return isinstance(feature, tfds.features.ClassLabel) and bool(feature.num_classes)
+
+    candidates = ["label"] if has_classes(held.get("label")) else []
+    if not candidates:
+        several = [name for name, f in held.items() if isinstance(f, tfds.features.Sequence) and has_classes(f.feature)]
+        supervised = info.supervised_keys[1] if info.supervised_keys else None
+        candidates = [name for name in (supervised, "labels") if name in several] or several
+    if not isinstance(held.get("image"), tfds.features.Image) or not candidates:
         listing = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in held.items())
         raise UserError(
-            f"{info.full_name} cannot be used for classification: it has the features {listing}, where "
-            "`image: Image` and `label: ClassLabel` with its classes are needed. Choose another dataset."
+            f"{info.full_name} cannot be used for classification: it has the features {listing}, where `image: Image` and "
+            "`label: ClassLabel` with its classes, or a Sequence of these, are needed. Choose another dataset."
         )
-    return tfds.features.FeaturesDict({key: held[key] for key in kinds})
+    return tfds.features.FeaturesDict({key: held[key] for key in ("image", candidates[0])}), candidates[0]
 
 
 def _file_instructions(info: Any, split: str) -> list[Any]:

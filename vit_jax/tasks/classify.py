@@ -9,48 +9,97 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.data import augment
+from vit_jax import adapters
+from vit_jax.data import augment, mix
 
 Params = Any
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+Prepare = Callable[[Batch, jax.Array], tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]]
 
 
 class Task(NamedTuple):
-    """loss(params, batch, rng) → (mean loss, metrics); evaluate(params, batch) → sums over the unmasked examples."""
+    """What training and evaluation need of a task.
 
-    loss: Callable[[Params, Batch, jax.Array], tuple[Float[Array, ""], Metrics]]
+    loss: (trained params, frozen, batch, rng) → (mean loss, metrics), where `frozen` are trees by name that are not trained,
+    `frozen["model"]` the rest of the model's parameters;
+    evaluate: (the model's params, batch) → sums over the unmasked examples.
+    """
+
+    loss: Callable[[Params, dict[str, Params], Batch, jax.Array], tuple[Float[Array, ""], Metrics]]
     evaluate: Callable[[Params, Batch], Metrics]
+
+
+def make_prepare(
+    num_classes: int,
+    *,
+    augmented: Callable | None = None,
+    erased: Callable | None = None,
+    mixed: Callable | None = None,
+    label_smoothing: float = 0.0,
+    mean: Sequence[float] = (augment.MEAN,) * 3,
+    std: Sequence[float] = (augment.STD,) * 3,
+) -> Prepare:
+    """(training batch, key) → (normalised images as the model sees them, targets that sum to one).
+
+    Args:
+      augmented: (uint8 images, seeds) → uint8 images; erased: (normalised images, seeds) → normalised images;
+      mixed: (normalised images, targets, key) → the same; None leaves each out. They act in this order.
+      mean, std: of the 0..255 pixels, by channel.
+    """
+
+    def prepare(batch: Batch, key: jax.Array) -> tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]:
+        images = augmented(batch["image"], batch["seed"]) if augmented else batch["image"]
+        images = augment.normalize(images, mean, std)
+        if erased:
+            images = erased(images, batch["seed"])
+        targets = mix.smooth(batch["label"], num_classes, label_smoothing)
+        return mixed(images, targets, key) if mixed else (images, targets)
+
+    return prepare
 
 
 def make_task(
     model: nn.Module,
+    prepare: Prepare,
     *,
-    flip: bool = True,
+    loss: str = "softmax",
     mean: Sequence[float] = (augment.MEAN,) * 3,
     std: Sequence[float] = (augment.STD,) * 3,
 ) -> Task:
-    """Softmax cross-entropy over the classes, computed in float32, and accuracy.
+    """Cross-entropy with the targets of `prepare`, in float32, and accuracy.
+
+    "softmax" is −Σ t log softmax(z); "sigmoid" the sum over the classes of the binary one (https://arxiv.org/abs/2006.07159).
 
     Args:
       model: normalised images (b h w 3) → logits (b classes).
-      flip: mirror training images at random.
-      mean, std: of the 0..255 pixels, by channel.
     """
 
-    def loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
-        images = augment.random_flip(batch["image"], batch["seed"]) if flip else batch["image"]
-        logits = model.apply({"params": params}, augment.normalize(images, mean, std), train=True, rngs={"dropout": rng})
-        losses, correct = _score(logits, batch["label"])
-        return losses.mean(), {"loss": losses.mean(), "accuracy": correct.mean(dtype=jnp.float32)}
+    def training_loss(params: Params, frozen: dict[str, Params], batch: Batch, rng: jax.Array):
+        mix_key, dropout_key = jax.random.split(rng)
+        images, targets = prepare(batch, mix_key)
+        variables = {"params": adapters.join(params, frozen.get("model"))}
+        logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
+        value = LOSSES[loss](logits.astype(jnp.float32), targets).mean()
+        correct = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
+        return value, {"loss": value, "accuracy": correct.mean(dtype=jnp.float32)}
+
+    return Task(training_loss, make_evaluate(model, loss=loss, mean=mean, std=std))
+
+
+def make_evaluate(
+    model: nn.Module, *, loss: str = "softmax", mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Params, Batch], Metrics]:
+    """(params, evaluation batch) → sums over the unmasked examples: `loss`, `correct`, `count`; for `summarize`."""
 
     def evaluate(params: Params, batch: Batch) -> Metrics:
         logits = model.apply({"params": params}, augment.normalize(batch["image"], mean, std), train=False)
-        losses, correct = _score(logits, batch["label"])
-        mask = batch["mask"]
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        losses = LOSSES[loss](logits.astype(jnp.float32), targets)
+        correct, mask = jnp.argmax(logits, axis=-1) == batch["label"], batch["mask"]
         return {"loss": jnp.sum(losses * mask), "correct": jnp.sum(correct & mask), "count": jnp.sum(mask)}
 
-    return Task(loss, evaluate)
+    return evaluate
 
 
 def summarize(sums: dict[str, float]) -> dict[str, float]:
@@ -58,7 +107,8 @@ def summarize(sums: dict[str, float]) -> dict[str, float]:
     return {"accuracy_test": sums["correct"] / sums["count"], "loss_test": sums["loss"] / sums["count"]}
 
 
-def _score(logits: Float[Array, "b classes"], labels: Array) -> tuple[Float[Array, " b"], Array]:
-    logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, jnp.argmax(logits, axis=-1) == labels
+def _sigmoid_cross_entropy(logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]) -> Float[Array, " b"]:
+    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+
+
+LOSSES = {"softmax": optax.softmax_cross_entropy, "sigmoid": _sigmoid_cross_entropy}

@@ -1,15 +1,12 @@
-"""Nearest neighbours: against loops and scikit-learn, ties, small sets, and the evaluation of a checkpoint."""
+"""Nearest neighbours: against loops and scikit-learn, ties, small sets, and digits by hand."""
 
-import jax
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from tests import tiny
-from vit_jax import checkpoint, experiment, knn, models, parallel
-from vit_jax.data import preprocess
+from tests.evaluators import small
 from vit_jax.errors import UserError
-from vit_jax.settings import Settings
+from vit_jax.evaluators import knn
 
 
 def random_set(n, m, *, d=16, classes=7, seed=0):
@@ -107,57 +104,21 @@ def test_a_perfect_set_is_classified_perfectly():
         np.testing.assert_array_equal(found, labels[:600])
 
 
-# The evaluation of a checkpoint
-
-
-def config(**overrides):
-    return tiny.config(**{"trainer": "evaluate", "pretrained_dir": None, "pp_test": "test[:37]"} | overrides)
-
-
-def write_model(path, *, num_classes):
-    """Random parameters of the tiny model, for 8-pixel digits."""
-    fields = dict(config().model.to_dict()) | {"num_classes": num_classes}
-    model = models.build("ViT", fields)
-    params = jax.device_get(model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"])
-    checkpoint.save(params, path)
-    return model, params
-
-
-def by_hand(model, params, dataset_split):
-    """Unit features and labels of digits, without the loader."""
-    source = experiment.sources.get_source("digits", dataset_split)
-    examples = [source[i] for i in range(len(source))]
-    images = np.stack([preprocess.decode(x["image"], exif_rotated=False) for x in examples]).astype(np.float32)
-    found = jax.jit(lambda p, x: model.apply({"params": p}, x, method="features")["cls"])(params, images / 127.5 - 1)
-    return np.asarray(found), np.array([x["label"] for x in examples])
-
-
-@pytest.mark.parametrize("num_classes", [None, 3, 10])
-def test_a_file_is_scored_whatever_its_head(num_classes, tmp_path):
-    model, params = write_model(tmp_path / "file.npz", num_classes=num_classes)
-    metrics = knn.evaluate_knn(config(pretrained=str(tmp_path / "file.npz")), tmp_path / "run")
-    assert list(metrics) == ["knn_10", "knn_20", "knn_100"]  # of 100 training examples
-    train, labels = by_hand(model, params, "train[:100]")
-    test, truth = by_hand(model, params, "test[:37]")
-    for k, found in knn.knn(train, labels, test, 10).items():
-        assert metrics[f"knn_{k}"] == np.mean(found == truth)
-    assert 0.1 < metrics["knn_10"] < 1
-    assert f"knn_10 {metrics['knn_10']:.5g}" in (tmp_path / "run" / "train.log").read_text()
-
-
-def test_every_example_counts_once_whatever_the_batch(tmp_path):
-    _, params = write_model(tmp_path / "file.npz", num_classes=10)
-    found = {}
-    for batch in (8, 37, 512):
-        e = experiment.build(Settings.from_config(config(batch_eval=batch)), tmp_path / "run")
-        x, labels = knn.source_features(e, parallel.replicate(params), e.test_source)
-        assert x.shape == (37, 16) and x.dtype == np.float32
-        found[batch] = sorted(zip(labels.tolist(), np.round(x[:, 0].astype(float), 4).tolist(), strict=True))
-    assert found[8] == found[37] == found[512] and len({value for _, value in found[8]}) > 30
+def test_digits_are_scored_as_by_hand(tmp_path):
+    e, params = small.experiment(tmp_path)
+    evaluator = knn.make_evaluator(e, k=(1, 10, 200), temperature=0.5)
+    (train, labels), (test, truth) = small.features(e, params, e.train_source), small.features(e, params, e.test_source)
+    predicted = knn.knn(train, labels, test, 10, (1, 10), 0.5)
+    metrics = evaluator(e.way.place(params))
+    assert metrics == {f"knn_{k}": np.mean(found == truth) for k, found in predicted.items()}  # 100 images fill no k of 200
+    assert 0.2 < metrics["knn_1"] < 1
+    swapped = knn.make_evaluator(e, train="test[:37]", test="train[:100]", k=(1,))(e.way.place(params))
+    assert swapped == {"knn_1": np.mean(knn.knn(test, truth, train, 10, (1,))[1] == labels)} != {"knn_1": metrics["knn_1"]}
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        knn.evaluate_knn(config(), tmp_path / "empty")
-    with pytest.raises(UserError, match="has 9 images: kNN needs 10 or more"):
-        knn.evaluate_knn(config(pp_train="train[:9]"), tmp_path / "few")
+    e, _ = small.experiment(tmp_path, pp_train="train[:9]")
+    with pytest.raises(UserError, match=r"^train\[:9\] of digits has 9 images: kNN needs 10 or more"):
+        knn.make_evaluator(e)
+    with pytest.raises(UserError, match="all must be positive"):
+        knn.make_evaluator(e, k=(0,))

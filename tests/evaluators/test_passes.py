@@ -1,0 +1,56 @@
+"""A pass over a split: every example once and in order, on any number of devices and processes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.evaluators import small
+from vit_jax.data import loader, preprocess
+from vit_jax.evaluators import passes
+
+
+@pytest.mark.parametrize(("batch", "way"), [(8, "pmap"), (37, "pmap"), (512, "mesh")])
+def test_features_are_those_of_all_examples_in_order(batch, way, tmp_path):
+    e, params = small.experiment(tmp_path, batch_eval=batch, parallel=way)
+    found, labels = passes.make_features(e)(e.way.place(params), e.test_source)
+    expected, truth = small.features(e, params, e.test_source)
+    assert found.shape == (37, 16) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=2e-6)  # float32; batches of another size are summed in another order
+    np.testing.assert_array_equal(labels, truth)
+
+
+@pytest.mark.parametrize("batch", [8, 37, 512])
+def test_sums_count_every_example_once(batch, tmp_path):
+    e, params = small.experiment(tmp_path, batch_eval=batch)
+
+    def sums_of(params, batch):
+        by_class = jax.nn.one_hot(batch["label"], 10) * batch["mask"][:, None]
+        return {"classes": by_class.sum(axis=0), "label": (batch["label"] * batch["mask"]).sum()}
+
+    sums, rate = passes.make_sums(e, e.test_source, sums_of)(e.way.place(params))
+    _, labels = small.images_and_labels(e.test_source)
+    assert sums["classes"].tolist() == np.bincount(labels, minlength=10).tolist()
+    assert sums["label"] == labels.sum() and sums.keys() == {"classes", "label"} and rate > 0
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_several_processes_gather_is_put_in_order(processes, tmp_path, monkeypatch):
+    e, _ = small.experiment(tmp_path)
+    _, truth = small.images_and_labels(e.test_source)
+    transform = functools.partial(preprocess.eval_image, crop=e.image_size)
+    share = functools.partial(loader.eval_batches, e.test_source, transform, batch_size=8, process_count=processes)
+    parts = zip(*(share(process_index=i) for i in range(processes)), strict=True)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    gathered = [passes._in_order({"label": np.concatenate([p["label"] for p in part])}) for part in parts]
+    np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in gathered])[:37], truth)
+
+
+def test_a_split_is_opened_by_its_name(tmp_path):
+    e, _ = small.experiment(tmp_path)
+    assert passes.open_split(e, None, None) is passes.open_split(e, "test[:37]", None) is e.test_source
+    assert passes.open_split(e, "train[:100]", None) is e.train_source
+    assert len(passes.open_split(e, "test[:5]", None)) == 5
+    assert passes.open_split(e, "train[:7]", "digits_0to4").num_classes == 5
+    assert [len(source) for source in passes.open_pair(e, None, None, None)] == [100, 37]

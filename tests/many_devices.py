@@ -1,0 +1,104 @@
+"""Ten steps in every way to use devices, for tests that start processes with devices of their own.
+
+python -m tests.many_devices FOLDER NAME… runs `WAYS[NAME]` on all devices of this process and, where the variables of
+`vit_jax.cluster` are set, of the others; every process writes what it found to FOLDER/NAME_PROCESS.npz.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from tests import tiny
+from vit_jax import cluster, experiment, train
+from vit_jax.checkpoint.state import Checkpointer
+from vit_jax.settings import Settings
+from vit_jax.signals import GracefulExit
+
+REPOSITORY = Path(__file__).parent.parent
+STEPS = 10
+WAYS = {
+    "pmap": {},
+    "data": {"parallel": "mesh"},
+    "fsdp": {"parallel": "mesh", "mesh": {"data": 1, "fsdp": -1}, "remat": "full"},
+    "zero": {"parallel": "mesh", "mesh": {"data": 2, "fsdp": -1, "rules": "zero"}, "remat": "dots"},
+    "tensor": {"parallel": "mesh", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "scan": True},
+}
+
+
+def config(way: str) -> ml_collections.ConfigDict:
+    """AdamW with micro-batches, flips and an average of the parameters; without dropout, whose keys pmap has per device."""
+    c = tiny.config(accum_steps=2, total_steps=STEPS, pp_flip=True, ema_decay=0.5, warmup_steps=2)
+    c.model.transformer.update({"dropout_rate": 0.0, "num_layers": 2})
+    for name, value in WAYS[way].items():
+        c[name].update(value) if name == "mesh" else c.update({name: value})
+    return c
+
+
+def run(
+    way: str, *, workdir: Path, steps: int = STEPS, go_on: bool = False, observe: Callable[[dict], None] = lambda batch: None
+) -> dict[str, np.ndarray]:
+    """Losses and state of the steps up to `steps`; a checkpoint of the last one is written to `workdir`.
+
+    Args:
+      go_on: from the checkpoint in `workdir`.
+      observe: is shown every batch of this process before it is sent to the devices.
+    """
+    e = experiment.build(Settings.from_config(config(way)), workdir)
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=2)
+    state = experiment.start(e, checkpointer) if go_on else experiment.new_state(e)
+    done = int(e.way.read(state.step))
+    update, losses = experiment.make_update(e), []
+    send = e.way.send
+    e.way.send = lambda batch: (observe(batch), send(batch))[1]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    for batch in itertools.islice(train._train_batches(e, done, GracefulExit()), steps - done):
+        state, metrics = update(state, batch)
+        losses.append(e.way.read(metrics)["loss"])
+        if len(losses) == 2:
+            compiled.clear()
+    assert not [name for name in compiled if "compile" in name], f"{way}: compiled again after the second step: {compiled}"
+    checkpointer.save(steps, e.way.snapshot(state))
+    checkpointer.close()
+    sizes = {f"{name}_bytes": _bytes_on_first_device(tree) for name, tree in vars(state).items()}
+    host = e.way.read({"params": state.params, "ema": state.ema})
+    arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(host)}
+    return {"losses": np.array(losses)} | sizes | arrays
+
+
+def start(arguments: list[str], *, devices: int, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """`python -m tests.many_devices` with virtual devices."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # or compiling takes minutes
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    command = [sys.executable, "-m", "tests.many_devices", *arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | flags | cache | (environment or {}))
+
+
+def _bytes_on_first_device(tree) -> int:
+    return sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(tree))
+
+
+def main() -> None:
+    cluster.join()
+    out = Path(sys.argv[1])
+    for way in sys.argv[2:]:
+        batches: list[dict] = []
+        found = run(way, workdir=out / way, observe=batches.append)
+        seeds = np.stack([batch["seed"] for batch in batches[:STEPS]])
+        np.savez(out / f"{way}_{jax.process_index()}.npz", **found, seeds=seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Calibration: whether the model is right as often as it believes to be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from vit_jax import experiment
+from vit_jax.errors import UserError
+from vit_jax.evaluators import passes
+
+
+def make_evaluator(
+    e: experiment.Experiment, *, split: str | None = None, dataset: str | None = None, bins: int = 15
+) -> Callable[[Any], dict[str, float]]:
+    """parameters → `ece`, the expected calibration error, from 0 to 1, see `expected_calibration_error`.
+
+    The confidence is the probability of the predicted class: its softmax, or its sigmoid if `config.loss` is that.
+    """
+    if bins < 1:
+        raise UserError(f"bins={bins} must be at least 1")
+    source = passes.open_split(e, split, dataset)
+    passes.check_classes(e.train_source, source)
+    passes.check_one_label(source)
+    logits = passes.make_logits(e)
+    probabilities = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[e.settings.loss]
+
+    def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:
+        p = probabilities(logits(params, batch))
+        return bin_sums(p.max(axis=-1), p.argmax(axis=-1) == batch["label"], batch["mask"], bins)
+
+    run = passes.make_sums(e, source, sums_of)
+    return lambda params: {"ece": expected_calibration_error(**run(params)[0])}
+
+
+def bin_sums(
+    confidence: Float[Array, " b"], correct: Bool[Array, " b"], mask: Bool[Array, " b"], bins: int
+) -> dict[str, Float[Array, " bins"]]:
+    """How many unmasked examples fall into each of the bins (0, 1/bins], …, (1 − 1/bins, 1], and what they sum up to."""
+    edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)  # jnp's own are not rounded as the numbers i / bins are
+    index = jnp.clip(jnp.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    summed = {"count": mask, "confidence": confidence * mask, "correct": correct & mask}
+    return {name: jax.ops.segment_sum(x.astype(jnp.float32), index, num_segments=bins) for name, x in summed.items()}
+
+
+def expected_calibration_error(
+    count: Float[np.ndarray, " bins"], confidence: Float[np.ndarray, " bins"], correct: Float[np.ndarray, " bins"]
+) -> float:
+    """Σ over bins of |correct − confidence|, divided by the number of examples (https://arxiv.org/abs/1706.04599).
+
+    That is the mean distance between accuracy and mean confidence of a bin, weighted by how many examples it has.
+    """
+    return float(np.abs(correct - confidence).sum() / count.sum())

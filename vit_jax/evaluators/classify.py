@@ -1,0 +1,62 @@
+"""Accuracy and loss of a split of any dataset that has the classes of the training set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vit_jax import experiment
+from vit_jax.data import sources
+from vit_jax.errors import UserError
+from vit_jax.evaluators import passes
+from vit_jax.tasks import classify
+
+
+def make_evaluator(
+    e: experiment.Experiment, *, split: str | None = None, dataset: str | None = None
+) -> Callable[[Any], dict[str, float]]:
+    """parameters → `accuracy` and `loss`, of `config.pp.test` of `config.dataset` if not said otherwise.
+
+    For a dataset with several labels an image see `multi_label_sums`.
+    """
+    score = make_score(e, passes.open_split(e, split, dataset))
+    return lambda params: score(params)[0]
+
+
+def make_score(e: experiment.Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
+    """parameters → (`accuracy` and `loss`, images per second and device)."""
+    passes.check_classes(e.train_source, source)
+    logits = passes.make_logits(e)
+
+    def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:
+        if "labels" in batch:
+            return multi_label_sums(logits(params, batch), batch["labels"], batch["mask"], loss=e.settings.loss)
+        return e.task.evaluate(params, batch)
+
+    run = passes.make_sums(e, source, sums_of)
+
+    def score(params: Any) -> tuple[dict[str, float], float]:
+        sums, rate = run(params)
+        if not sums["count"]:
+            raise UserError(f"none of the {len(source)} images to be scored has a label, the first being {source.where(0)}")
+        return {name: float(sums[of] / sums["count"]) for name, of in (("accuracy", "correct"), ("loss", "loss"))}, rate
+
+    return score
+
+
+def multi_label_sums(
+    logits: Float[Array, "b classes"], labels: Bool[Array, "b classes"], mask: Bool[Array, " b"], *, loss: str
+) -> dict[str, Float[Array, ""]]:
+    """Sums over the images that have a label, as ImageNet-ReaL counts (https://arxiv.org/abs/2006.07159).
+
+    `correct`: the class with the highest logit is among the labels. `loss`: "sigmoid" as in training; "softmax" is the
+    mean of −log p over the labels of an image, where big_vision takes their sum.
+    """
+    counted = mask & labels.any(axis=-1)
+    correct = jnp.take_along_axis(labels, jnp.argmax(logits, axis=-1)[:, None], axis=-1)[:, 0]
+    targets = labels.astype(jnp.float32)
+    if loss == "softmax":
+        targets /= jnp.maximum(targets.sum(axis=-1, keepdims=True), 1)
+    losses = classify.LOSSES[loss](logits, targets)
+    return {"loss": jnp.sum(losses * counted), "correct": jnp.sum(correct & counted), "count": jnp.sum(counted)}

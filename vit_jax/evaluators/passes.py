@@ -1,0 +1,157 @@
+"""A pass over a split: every example on the devices once, without augmentation."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vit_jax import experiment
+from vit_jax.data import augment, loader, sources
+from vit_jax.errors import UserError
+from vit_jax.features import image_features
+
+Params = Any
+Batch = dict[str, Array]
+
+
+def open_split(e: experiment.Experiment, split: str | None, dataset: str | None) -> sources.Source:
+    """A split of a dataset; None stands for `config.pp.test` and `config.dataset`."""
+    s = e.settings
+    if dataset is None and split in (None, s.pp.test):
+        return e.test_source
+    if dataset is None and split == s.pp.train:
+        return e.train_source
+    where = {"tfds_data_dir": s.tfds_data_dir, "tfds_manual_dir": s.tfds_manual_dir}
+    return sources.get_source(dataset or s.dataset, split or s.pp.test, **where)
+
+
+def open_pair(
+    e: experiment.Experiment, train: str | None, test: str | None, dataset: str | None
+) -> tuple[sources.Source, sources.Source]:
+    """Two splits with the same classes and one label an image: to learn from, and to be tested on."""
+    learnt, asked = open_split(e, train or e.settings.pp.train, dataset), open_split(e, test, dataset)
+    check_classes(learnt, asked)
+    check_one_label(learnt)
+    check_one_label(asked)
+    return learnt, asked
+
+
+def check_classes(known: sources.Source, source: sources.Source) -> None:
+    """Raises UserError unless the classes of `source` are the known ones, in the same order."""
+    if tuple(known.class_names) != tuple(source.class_names):
+        raise UserError(
+            f"an evaluator's images, such as {source.where(0)}, have the classes {', '.join(source.class_names[:10])}, known "
+            f"are {', '.join(known.class_names[:10])}: they must be the same, in the same order"
+        )
+
+
+def check_one_label(source: sources.Source) -> None:
+    """Raises UserError for a dataset whose images may have several labels, which only `classify` can score."""
+    if "labels" in source[0]:
+        raise UserError(f"{source.where(0)} may have several labels: only an evaluator of type classify can score it")
+
+
+def make_logits(e: experiment.Experiment) -> Callable[[Params, Batch], Float[Array, "b classes"]]:
+    """(parameters, evaluation batch) → logits in float32, to be called on the devices."""
+    mean, std = experiment.normalisation(e.origin)
+
+    def logits(params: Params, batch: Batch) -> Float[Array, "b classes"]:
+        images = augment.normalize(batch["image"], mean, std)
+        return e.model.apply({"params": params}, images, train=False).astype(jnp.float32)
+
+    return logits
+
+
+def make_sums(
+    e: experiment.Experiment, source: sources.Source, function: Callable[[Params, Batch], dict[str, Array]]
+) -> Callable[[Params], tuple[dict[str, Any], float]]:
+    """parameters on the devices → (sums of `function` over all examples, images per second and device).
+
+    `function(params, batch)` sums over the unmasked examples of a batch. Batches add up in float64, in which counts are
+    exact. The first batch may compile and is not timed, unless it is the only one.
+    """
+
+    def seen(params: Params, batch: Batch) -> dict[str, Array]:
+        return {"seen": jnp.sum(batch["mask"])} | function(params, batch)
+
+    score, size = e.way.sums(seen), batch_size(e, source)
+
+    def run(params: Params) -> tuple[dict[str, Any], float]:
+        started, untimed = time.perf_counter(), 0
+        sums: dict[str, Any] = {}
+        running = None
+        for batch in batches_of(e, source):
+            dispatched = score(params, batch)
+            _add(e, sums, running)
+            if running is None and len(source) > size:
+                jax.block_until_ready(dispatched)
+                started, untimed = time.perf_counter(), size
+            running = dispatched
+        _add(e, sums, running)
+        if (count := sums.pop("seen")) != len(source):
+            raise AssertionError(f"counted {count} of {len(source)} examples")
+        return sums, (len(source) - untimed) / (time.perf_counter() - started) / jax.device_count()
+
+    return run
+
+
+def make_features(
+    e: experiment.Experiment,
+) -> Callable[[Params, sources.Source], tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]]:
+    """(parameters on the devices, source) → `cls` of `features.image_features`, and label, in the source's order.
+
+    A head is ignored. The result is the same in all processes, and for any number of devices.
+    """
+    mean, std = experiment.normalisation(e.origin)
+
+    def run(params: Params, batch: Batch) -> Batch:
+        found = image_features(e.model, params, augment.normalize(batch["image"], mean, std))
+        return {"cls": found["cls"], "label": batch["label"]}
+
+    compute = e.way.apply(run)
+
+    def features(params: Params, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
+        parts: list[dict[str, np.ndarray]] = []
+        running = None
+        for batch in batches_of(e, source):
+            dispatched = compute(params, batch)
+            if running is not None:
+                parts.append(_in_order(e.way.gather(running)))
+            running = dispatched
+        parts.append(_in_order(e.way.gather(running)))
+        return tuple(np.concatenate([part[name] for part in parts])[: len(source)] for name in ("cls", "label"))
+
+    return features
+
+
+def batches_of(e: experiment.Experiment, source: sources.Source) -> Iterator[Batch]:
+    """The examples of a source on the devices, each once; the last batch padded and masked."""
+    batches = loader.eval_batches(
+        source,
+        experiment.eval_transform(e.settings),
+        batch_size=batch_size(e, source),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return e.way.prefetch(batches, e.settings.prefetch)
+
+
+def batch_size(e: experiment.Experiment, source: sources.Source) -> int:
+    """`config.batch_eval`, or as much of it as the source can fill, rounded up to a multiple of the devices."""
+    devices = jax.device_count()
+    return -(-min(e.settings.batch_eval, len(source)) // devices) * devices
+
+
+def _add(e: experiment.Experiment, sums: dict[str, Any], on_devices: Batch | None) -> None:
+    for name, value in e.way.read(on_devices or {}).items():
+        sums[name] = sums.get(name, 0) + value.astype(np.float64)
+
+
+def _in_order(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A gathered batch in the source's order: the processes took turns with its examples, and stand one after another."""
+    n = jax.process_count()
+    return {name: x.reshape(n, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape) for name, x in batch.items()}

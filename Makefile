@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m vit_jax.demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -67,10 +67,11 @@ def run(
     assert not [name for name in compiled if "compile" in name], f"{way}: compiled again after the second step: {compiled}"
     checkpointer.save(steps, e.way.snapshot(state))
     checkpointer.close()
+    specs = {f"spec {jax.tree_util.keystr(path)}": str(x.sharding.spec) for path, x in _leaves(state.params)}
     sizes = {f"{name}_bytes": _bytes_on_first_device(tree) for name, tree in vars(state).items()}
     host = e.way.read({"params": state.params, "ema": state.ema})
-    arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(host)}
-    return {"losses": np.array(losses)} | sizes | arrays
+    arrays = {jax.tree_util.keystr(path): x for path, x in _leaves(host)}
+    return {"losses": np.array(losses)} | specs | sizes | arrays
 
 
 def start(arguments: list[str], *, devices: int, environment: dict[str, str] | None = None) -> subprocess.Popen:
@@ -84,6 +85,10 @@ def start(arguments: list[str], *, devices: int, environment: dict[str, str] | N
     }
     command = [sys.executable, "-m", "tests.many_devices", *arguments]
     return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | flags | cache | (environment or {}))
+
+
+def _leaves(tree) -> list[tuple]:
+    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _bytes_on_first_device(tree) -> int:

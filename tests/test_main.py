@@ -23,7 +23,7 @@ SPEED = f"--config={CONFIGS / 'inference_time.py'}"
     ("args", "message"),
     [
         ([VIT, "--config.base_lrr=1"], "unknown field of config 'base_lrr': did you mean base_lr?"),
-        ([VIT, "--config.pp.cropp=1"], "unknown field of config.pp 'cropp': did you mean crop or crop_width?"),
+        ([VIT, "--config.pp.cropp=1"], "unknown field of config.pp 'cropp': did you mean crop or crop_width or crop_method?"),
         (
             [VIT, "--config.batch=8", "--config.model.transformer.dropout=0.1"],
             "unknown field of config.model.transformer 'dropout': did you mean dropout_rate",
@@ -69,7 +69,7 @@ def test_a_process_of_its_own_shows_no_traceback_either(tmp_path):
     done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: unknown field of config 'epochs': use one of accum_steps, bad_images, ")
+    assert done.stderr.startswith("error: unknown field of config 'epochs': use one of accum_steps, augment, bad_images, ")
     assert done.stderr.count("\n") == 1
 
 

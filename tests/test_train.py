@@ -147,7 +147,7 @@ def test_evaluating_nothing_or_other_classes_is_refused(undisturbed: Path, tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(tmp_path: Path):
-    c = tiny.config(base_lr=1e25, optimizer="sgd", weight_decay=0.0, warmup_steps=4, checkpoint_every=1, grad_norm_clip=0.0)
+    c = tiny.config(base_lr=1e15, optimizer="sgd", weight_decay=0.0, warmup_steps=4, checkpoint_every=1, grad_norm_clip=0.0)
     with pytest.raises(UserError, match=r"step (\d+): the loss is .*The checkpoint of step \d+ is kept") as error:
         train_and_evaluate(c, tmp_path)
     step = int(str(error.value).split(":")[0].removeprefix("step "))

@@ -83,7 +83,7 @@ def test_another_config_is_refused_and_the_fields_are_named(used):
     assert written(used) == before
 
 
-@pytest.mark.parametrize("field", ["total_steps", "dataset", "optim_dtype", "accum_steps", "batch", "bad_images"])
+@pytest.mark.parametrize("field", ["total_steps", "dataset", "optim_dtype", "accum_steps", "batch"])
 def test_whatever_changes_what_is_learnt_is_refused(used, field):
     assert f"- {field} = " in refusal(used, changed(**{field: "else"}))
 

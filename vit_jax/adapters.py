@@ -151,7 +151,7 @@ def _matching(names: Iterable[str], patterns: Names) -> set[str]:
     for pattern in patterns:
         try:
             matches = {name for name in names if re.fullmatch(pattern, name)}
-        except re.error as e:
+        except (re.error, TypeError) as e:
             raise UserError(f"{pattern!r} is no regular expression: {e}") from e
         if not matches:
             known = {re.sub(r"(encoderblock_|MixerBlock_|block|unit)\d+", r"\1.*", name) for name in names}

@@ -36,6 +36,8 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
             state = experiment.start(e, checkpointer, keep_head=keep_head)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
+        if checkpointer.latest_step() is not None:
+            workdirs.check_frozen(directory, experiment.frozen_fingerprints(e, state))
         metrics = scores(e, state, chosen)
         with contextlib.closing(Writer(directory)) as writer:
             writer.scalars(int(e.way.read(state.step)), metrics)

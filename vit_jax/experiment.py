@@ -55,8 +55,10 @@ def build(s: Settings, directory: Path) -> Experiment:
     train_source = sources.get_source(s.dataset, s.pp.train, **where)
     test_source = sources.get_source(s.dataset, s.pp.test, **where)
     origin = workdir.origin(directory)
-    if origin is None and s.pretrained:
+    if origin is None and s.pretrained and not workdir.has_results(directory):
         origin = checkpoint.open_checkpoint(workdir.find_npz(s.pretrained)).description
+    if not s.model and origin is None:
+        raise UserError(f"config.model is empty, and the run in {directory} began from nothing: repeat its --config")
     fields, model_type = (s.model, s.model_type) if s.model else (origin["model"], origin["model_type"])
     fields = {**fields, "num_classes": train_source.num_classes}
     if origin:
@@ -67,7 +69,9 @@ def build(s: Settings, directory: Path) -> Experiment:
         raise UserError(f"classifier {fields['classifier']!r} scores every token; images are classified by token or gap")
     schedule = make_schedule(s)
     way = make_way(s)
-    teacher = checkpoint.open_checkpoint(workdir.find_npz(s.distill.teacher)) if s.distill.teacher else None
+    teacher = None
+    if s.distill.teacher and s.trainer == "train":
+        teacher = checkpoint.open_checkpoint(workdir.find_npz(s.distill.teacher))
     return Experiment(
         settings=s,
         origin=origin,
@@ -300,6 +304,8 @@ def start(e: Experiment, checkpointer: Checkpointer, *, keep_head: bool = False)
 def _pretrained_params(e: Experiment, path: str | Path, keep_head: bool) -> Any:
     """The parameters in a file, made to fit."""
     opened = checkpoint.open_checkpoint(path)
+    if e.settings.lora.rank and opened.family == adapter.FAMILY:
+        raise adapter.no_base(opened.path)
     if keep_head:
         _check_classes(opened, e.test_source)
     return checkpoint.load_pretrained(
@@ -342,10 +348,10 @@ def model_params(e: Experiment, state: State) -> dict[str, Any]:
     return {suffix: e.join(params, state.frozen["model"]) for suffix, params in trained.items()}
 
 
-def frozen_fingerprint(e: Experiment, state: State) -> str | None:
-    """Tells whether what is not trained is the same as in another process; None if everything is trained."""
-    frozen = flatten_dict(e.way.read(state.frozen), sep="/")
-    return adapter.fingerprint(frozen) if frozen else None
+def frozen_fingerprints(e: Experiment, state: State) -> dict[str, str]:
+    """By name of the trees that are not trained: what tells whether they are the same as in another process."""
+    frozen = e.way.read(state.frozen)
+    return {name: adapter.fingerprint(flatten_dict(tree, sep="/")) for name, tree in frozen.items()}
 
 
 def log_setup(e: Experiment) -> None:

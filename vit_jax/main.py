@@ -6,7 +6,9 @@
 import os
 import re
 import sys
+import traceback
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -48,9 +50,21 @@ def cli() -> None:
         app.run(main, flags_parser=parse)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
     except KeyboardInterrupt:
         leave_at_once(130)
+
+
+def _leave(code: int) -> None:
+    """Of several processes one that fails must not wait at its exit for the others, which wait for it."""
+    if jax.distributed.is_initialized():
+        leave_at_once(code)
+    sys.exit(code)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ log = logging.getLogger("vit_jax")
 def logging_to(workdir: Path) -> Iterator[None]:
     """Sends the package's log to `workdir/train.log` and, in plain lines, to standard output.
 
-    Of several processes the first does so; the others print their warnings only, each with its number.
+    Of several processes the first does so; the others print their warnings only.
     """
     handlers: list[logging.Handler] = [_Console()]
     if parallel.is_main():

@@ -147,12 +147,11 @@ class Mesh:
         sizes = _mesh_shape({DATA: data, FSDP: fsdp, TENSOR: tensor})
         self.batch_shards = sizes[0] * sizes[1]
         # Not jax.make_mesh: its axes are explicit in newer JAX, which Linen modules do not know.
-        self.mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(sizes), AXES)
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))  # the axis tensor is within a process
+        self.mesh = jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES)
         self.rules = tuple(rules)
-        for pattern, axes in self.rules:
-            for axis in (axes,) if isinstance(axes, str) else axes:
-                if axis is not None and axis not in AXES:
-                    raise unknown(f"axis of the sharding rule for {pattern!r}", axis, AXES)
+        for rule in self.rules:
+            _check_rule(rule)
         self._batch = NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
 
@@ -281,11 +280,6 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    multihost_utils.sync_global_devices(name)
-
-
 def _mesh_shape(sizes: dict[str, int]) -> tuple[int, ...]:
     n, shape = jax.device_count(), dict(sizes)
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -298,6 +292,20 @@ def _mesh_shape(sizes: dict[str, int]) -> tuple[int, ...]:
     if jax.local_device_count() % shape[TENSOR]:
         raise UserError(f"config.mesh.tensor={shape[TENSOR]} must divide the {jax.local_device_count()} devices of a process")
     return tuple(shape.values())
+
+
+def _check_rule(rule: Any) -> None:
+    try:
+        pattern, axes = rule
+        re.compile(pattern)
+        named = [axes] if isinstance(axes, str) else [axis for axis in axes if axis is not None]
+    except (TypeError, ValueError, re.error) as e:
+        raise UserError(f"the sharding rule {rule!r} must be (pattern, axes), such as ('head/.*', 'fsdp')") from e
+    if len(set(named)) < len(named):
+        raise UserError(f"the sharding rule {rule!r} names an axis twice")
+    for axis in named:
+        if axis not in AXES:
+            raise unknown(f"axis of the sharding rule for {pattern!r}", axis, AXES)
 
 
 def _path(prefix: str, keys: tuple) -> str:

@@ -190,6 +190,12 @@ class Settings:
             raise UserError("config.lora freezes all but config.lora.train: leave config.freeze and config.train_only empty")
         if self.lora.rank and not (self.pretrained or self.pretrained_dir):
             raise UserError("config.lora changes a trained model: name it by --config.pretrained")
+        if self.mesh != Mesh() and self.parallel != "mesh":
+            raise UserError("config.mesh is set, but config.parallel is pmap: add --config.parallel=mesh")
+        if self.sharpness_options and not self.sharpness:
+            raise UserError("config.sharpness_options are set without --config.sharpness=sam or gsam")
+        if self.lora != Lora() and not self.lora.rank:
+            raise UserError("config.lora is set without a rank: add --config.lora.rank=8")
         if self.distill != Distillation() and not self.distill.teacher:
             raise UserError("config.distill needs a teacher: --config.distill.teacher names a trained classifier")
         if self.distill.teacher and self.loss != "softmax":
@@ -203,7 +209,7 @@ class Settings:
         at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
         at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix"), 0)
         for name, least in at_least.items():
-            if (value := operator.attrgetter(name)(self)) < least:
+            if not (value := operator.attrgetter(name)(self)) >= least:  # NaN is not
                 raise UserError(f"config.{name}={value} must be at least {least}")
         for name in ("label_smoothing", "augment.erasing", "augment.mix_prob", "augment.switch_prob"):
             if not 0 <= (value := operator.attrgetter(name)(self)) <= 1:

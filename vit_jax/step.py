@@ -47,13 +47,13 @@ def make_update(
     """(state, batch) → (state, metrics), to be run by `way.update`.
 
     Gradients are averaged over `accum_steps` micro-batches and over the devices. Every step, micro-batch and, with pmap,
-    device has a key of its own. Metrics are the means of the loss's own, `grad_norm` before clipping, and `stop` if the
-    batch has a field of that name: whether any process asks to stop.
+    device has a key of its own. Metrics are the means of the loss's own, `grad_norm` before clipping, `update_norm`, and
+    `stop` if the batch has a field of that name: whether any process asks to stop.
 
     Args:
       loss: (params, frozen, batch, key) → (mean loss, metrics).
       ema_decay: ema ← decay · ema + (1 − decay) · params after every step.
-      skip_nonfinite: a step whose loss or gradient is not finite changes nothing but the counter; `skipped` tells.
+      skip_nonfinite: a step whose loss, gradient or update is not finite changes nothing but the counter.
       sharpness: (mean_grad, params, step) → (gradient, metrics), see `vit_jax.sharpness`.
     """
     grad = jax.grad(loss, has_aux=True)
@@ -74,17 +74,16 @@ def make_update(
             return way.mean(_mean_over(micro_step, way.micro_batches(batch, accum_steps), accum_steps))
 
         grads, metrics = sharpness(mean_grad, state.params, state.step) if sharpness else mean_grad(state.params)
-        metrics |= {"grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda average, x: ema_decay * average + (1 - ema_decay) * x, ema, params)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         if skip_nonfinite:
-            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            good = jnp.isfinite(jnp.stack([metrics[name] for name in ("loss", "grad_norm", "update_norm")])).all()
             new = _choose(good, new, state.replace(step=state.step + 1))
-            metrics |= {"skipped": ~good}
         if asks_to_stop is not None:
             metrics |= {"stop": way.mean(jnp.mean(asks_to_stop, dtype=jnp.float32)) > 0}
         return new, metrics

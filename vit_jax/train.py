@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -43,12 +44,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         if state is None:
             log.info("start    from nothing, seed %d", s.seed)
             state = experiment.new_state(e)
-        if fingerprint := experiment.frozen_fingerprint(e, state):
-            workdirs.check_frozen(directory, fingerprint)
+        workdirs.check_frozen(directory, experiment.frozen_fingerprints(e, state))
         done = int(e.way.read(state.step))
-        if done >= s.total_steps:
-            log.info("nothing to do: all %d steps are done, the model is in %s", s.total_steps, directory / "model.npz")
-
         update = experiment.make_update(e)
         e.way.snapshot(state.replace(frozen={}))  # compiled now, not when the first checkpoint is due
         evaluators = make_evaluators(e)
@@ -58,6 +55,12 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         try:
             if stop.signal and jax.process_count() == 1:
                 raise SystemExit(stop.exit_code)
+            if done >= s.total_steps:
+                if not workdirs.has_model(directory):  # what stopped the last step came after it
+                    metrics = scores(e, state, [evaluator for _, evaluator in evaluators])
+                    writer.scalars(done, metrics)
+                    outcome.write_model(e, directory / "model.npz", state, done, metrics)
+                log.info("nothing to do: all %d steps are done, the model is in %s", s.total_steps, directory)
             for step in range(done + 1, s.total_steps + 1):
                 state, step_metrics = update(state, next(batches))
                 progress.add(step, step_metrics)
@@ -66,6 +69,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
 
                 if due := [evaluator for every, evaluator in evaluators if step % every == 0 or last]:
                     progress.catch_up()
+                    checkpointer.check()
                     metrics = scores(e, state, due) | {"lr": float(e.schedule(step))}
                     writer.scalars(step, metrics)
                     log.info("step %d  %s", step, "  ".join(f"{name} {x:.5g}" for name, x in metrics.items()))
@@ -76,10 +80,11 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                 if last:
                     outcome.write_model(e, directory / "model.npz", state, step, metrics)
 
-                if step % s.checkpoint_every == 0 or last or improved or progress.stopping:
+                stopping = progress.stopping
+                if step % s.checkpoint_every == 0 or last or improved or stopping:
                     progress.save(step, state, metrics)
 
-                if progress.stopping:
+                if stopping:
                     log.info("stopped by signal %d after step %d: the same command continues", stop.exit_code - 128, step)
                     raise SystemExit(stop.exit_code)
         except (NotFiniteError, WriteError):
@@ -100,7 +105,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
 
 
 class NotFiniteError(UserError):
-    """The loss or the gradient is not finite: there is nothing left to save."""
+    """The loss, the gradient or the update is not finite: there is nothing left to save."""
 
 
 class Progress:
@@ -129,13 +134,14 @@ class Progress:
         self._read(keep=self.s.prefetch if self.clock else 0)
 
     def catch_up(self) -> None:
-        """Waits for every step so far. Raises NotFiniteError at the first whose loss or gradient is not finite."""
+        """Waits for every step so far. Raises NotFiniteError at the first that is not finite."""
         self._read(keep=0)
 
     def improves(self, metrics: dict[str, float], *, complete: bool) -> bool:
         """Whether `config.keep_best` is better than ever. UserError if it is not among the metrics of all evaluators."""
         name = self.s.keep_best
-        if name and complete and name not in metrics:
+        plain = name and re.fullmatch(r".*_test(_ema)?", name) and "accuracy_test" in metrics
+        if name and (complete or plain) and name not in metrics:
             raise unknown("metric config.keep_best", name, metrics)
         return name in metrics and self.checkpointer.improves(metrics)
 
@@ -181,11 +187,12 @@ class Progress:
         self.start_clock()
 
     def _check_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        finite = all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "update_norm"))
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite:
             return
-        what = f"step {step}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}"
+        what = f"step {step}: the loss is {metrics['loss']}, the gradient's norm {metrics['grad_norm']}"
+        what += f" and the update's {metrics['update_norm']}"
         if self.s.nonfinite == "skip" and self.skipped_in_a_row < self.s.nonfinite_limit:
             self.skipped += 1
             log.warning("%s; the step is skipped, %d so far", what, self.skipped)

@@ -19,7 +19,7 @@ RESULTS = "model.npz", adapter.FILE
 _FREE = {
     *("trainer", "evaluator", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
     *("progress_every", "eval_every", "checkpoint_every", "keep", "keep_best", "evaluators"),
-    *("parallel", "mesh", "remat", "nonfinite_limit"),
+    *("parallel", "mesh", "remat", "nonfinite", "nonfinite_limit", "bad_images"),
 }
 
 
@@ -46,7 +46,7 @@ def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin:
         except (ValueError, AttributeError) as e:
             raise UserError(f"{path} is no config of a run ({e}): move it away to claim the folder anew") from e
         keys = [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]
-        if keys and _has_results(workdir):
+        if keys and has_results(workdir):
             sides = ("-", old), ("+", new)
             lines = [f"  {sign} {k} = {side[k]!r}" for k in keys for sign, side in sides if k in side]
             raise UserError(
@@ -65,16 +65,19 @@ def origin(workdir: Path) -> dict[str, Any] | None:
     return _notes(workdir).get("origin")
 
 
-def check_frozen(workdir: Path, fingerprint: str) -> None:
+def check_frozen(workdir: Path, fingerprints: dict[str, str]) -> None:
     """Notes what the run does not train and no checkpoint holds; UserError if it was something else when the run began."""
+    if not fingerprints:
+        return
     notes = _read_notes(workdir)
-    if notes.get("frozen", fingerprint) != fingerprint:
+    known = notes.get("frozen", {})
+    if any(known.get(name, fingerprint) != fingerprint for name, fingerprint in fingerprints.items()):
         raise UserError(
             f"the run in {workdir} began with other frozen parameters than those that --config.pretrained or "
             "--config.distill.teacher hold now: bring the old files back, or give the new run a --workdir of its own"
         )
     if parallel.is_main():
-        _write_notes(workdir, notes | {"frozen": fingerprint})
+        _write_notes(workdir, notes | {"frozen": known | fingerprints})
 
 
 def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
@@ -89,7 +92,7 @@ def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
 
 def _notes(workdir: Path) -> dict[str, Any]:
     """What is known of the run that `workdir` holds; nothing of one that never came to a result."""
-    return _read_notes(workdir) if _has_results(workdir) else {}
+    return _read_notes(workdir) if has_results(workdir) else {}
 
 
 def _read_notes(workdir: Path) -> dict[str, Any]:
@@ -113,10 +116,14 @@ def find_npz(source: str | os.PathLike) -> str | os.PathLike:
     return source
 
 
-def _has_results(workdir: Path) -> bool:
-    return any((workdir / name).exists() for name in RESULTS) or any(
-        p.name.isdigit() for p in (workdir / "checkpoints").glob("*")
-    )
+def has_model(workdir: Path) -> bool:
+    """Whether a run has come to its end there."""
+    return any((workdir / name).exists() for name in RESULTS)
+
+
+def has_results(workdir: Path) -> bool:
+    """Whether a run has left anything there that can be gone on from or used."""
+    return has_model(workdir) or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Checkpointer:
         except OSError as e:
             raise UserError(f"{self._directory}, for checkpoints, cannot be made a folder: {e.strerror}") from e
         self._keep, self._best = keep, best
-        self._sign = -1 if best and any(word in best.lower() for word in ("loss", "ece")) else 1
+        self._sign = -1 if best and {"loss", "ece"} & set(re.split("[/_]", best.lower())) else 1
         self._main = jax.process_index() == 0
         self._wait_for_all = ocp.multihost.get_barrier_sync_fn()  # needs no device, so that it can be used in a thread
         # Compressed parameters are 8 % smaller, and take three times as long to write and five times to read.

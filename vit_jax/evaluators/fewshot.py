@@ -64,9 +64,11 @@ def fewshot(
     """{shots: {l2: accuracy on the test rows, the mean over `seeds` drawings}}.
 
     A drawing shuffles the rows of each class by its number; the first `shots` are learnt from, fewer where a class has
-    not as many. More shots than any class has are left out.
+    not as many. More shots than any class has are left out, and a UserError if none are left.
     """
     most = np.bincount(train_labels).max()
+    if min(shots) > most:
+        raise UserError(f"few-shot regression on shots={tuple(shots)}: no class has more than {most} images to learn from")
     test, test_labels = jnp.asarray(test, jnp.float32), jnp.asarray(test_labels)
     accuracies = {n: dict.fromkeys(l2, 0.0) for n in shots if n <= most}
     for seed in range(seeds):

@@ -90,7 +90,7 @@ def make_task(
 def make_evaluate(
     model: nn.Module, *, loss: str = "softmax", mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Params, Batch], Metrics]:
-    """(params, evaluation batch) → sums over the unmasked examples: `loss`, `correct`, `count`; for `summarize`."""
+    """(params, evaluation batch) → sums over the unmasked examples: `loss`, `correct`, `count`."""
 
     def evaluate(params: Params, batch: Batch) -> Metrics:
         logits = model.apply({"params": params}, augment.normalize(batch["image"], mean, std), train=False)
@@ -100,11 +100,6 @@ def make_evaluate(
         return {"loss": jnp.sum(losses * mask), "correct": jnp.sum(correct & mask), "count": jnp.sum(mask)}
 
     return evaluate
-
-
-def summarize(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over all examples → the metrics' published names."""
-    return {"accuracy_test": sums["correct"] / sums["count"], "loss_test": sums["loss"] / sums["count"]}
 
 
 def _sigmoid_cross_entropy(logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]) -> Float[Array, " b"]:

@@ -51,6 +51,8 @@ SHORT_NAMES = {
     "b16": "ViT-B_16",
     "l16": "ViT-L_16",
     "h14": "ViT-H_14",
+    "g14": "ViT-g_14",
+    "e14": "ViT-e_14",
     "b8": "ViT-B_8",
     "s32": "ViT-S_32",
     "b32": "ViT-B_32",

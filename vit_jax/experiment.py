@@ -49,11 +49,11 @@ class Experiment:
     sharpness: sharpness.Sharpness | None
 
 
-def build(s: Settings, directory: Path) -> Experiment:
+def build(s: Settings, directory: Path, get_source: Callable[..., sources.Source] = sources.get_source) -> Experiment:
     """The experiment of a recipe in a workdir. Raises UserError for whatever does not fit together."""
     where = {"tfds_data_dir": s.tfds_data_dir, "tfds_manual_dir": s.tfds_manual_dir}
-    train_source = sources.get_source(s.dataset, s.pp.train, **where)
-    test_source = sources.get_source(s.dataset, s.pp.test, **where)
+    train_source = get_source(s.dataset, s.pp.train, **where)
+    test_source = get_source(s.dataset, s.pp.test, **where)
     origin = workdir.origin(directory)
     if origin is None and s.pretrained and not workdir.has_results(directory):
         origin = checkpoint.open_checkpoint(workdir.find_npz(s.pretrained)).description
@@ -64,11 +64,11 @@ def build(s: Settings, directory: Path) -> Experiment:
     if origin:
         fields = _with_numerics_of(origin, fields)
     workdir.check_classes(directory, train_source.class_names)
-    model = models.build(model_type, _with_memory_options(fields, s))
+    way = make_way(s)
+    model = models.build(model_type, _with_memory_options(fields, s, way))
     if "unpooled" in fields.get("classifier", ""):
         raise UserError(f"classifier {fields['classifier']!r} scores every token; images are classified by token or gap")
     schedule = make_schedule(s)
-    way = make_way(s)
     teacher = None
     if s.distill.teacher and s.trainer == "train":
         teacher = checkpoint.open_checkpoint(workdir.find_npz(s.distill.teacher))
@@ -161,11 +161,12 @@ def _with_numerics_of(origin: dict[str, Any], fields: dict[str, Any]) -> dict[st
     return fields | {"model_name": fields.get("model_name") or origin["model_name"]}
 
 
-def _with_memory_options(fields: dict[str, Any], s: Settings) -> dict[str, Any]:
+def _with_memory_options(fields: dict[str, Any], s: Settings, way: parallel.Way) -> dict[str, Any]:
     """Fields with what does not belong to the architecture: dtype, remat, scan."""
     fields = fields | {"dtype": s.dtype}
     if "transformer" in fields:
-        return fields | {"transformer": {**fields["transformer"], "remat": s.remat, "scan": s.scan}}
+        more = {"remat": s.remat, "scan": s.scan, "constrain": way.by_example}
+        return fields | {"transformer": {**fields["transformer"], **more}}
     if s.scan:
         raise UserError("config.scan=True is for ViTs: a Mixer's blocks are compiled one by one")
     return fields | {"remat": s.remat}
@@ -256,6 +257,11 @@ def new_state(e: Experiment, params: Any = None) -> State:
     return _with_teacher(e, e.way.create(lambda params: _state_of(e, params), params))
 
 
+def abstract_state(e: Experiment) -> State:
+    """Shapes and dtypes of step 0's state, without a teacher. Nothing is computed."""
+    return jax.eval_shape(lambda: _state_of(e, init_params(e)))
+
+
 def _state_of(e: Experiment, params: Any) -> State:
     trained, frozen = divide(e, params)
     ema = None if e.settings.ema_decay is None else jax.tree.map(jnp.copy, trained)
@@ -285,7 +291,7 @@ def start(e: Experiment, checkpointer: Checkpointer, *, keep_head: bool = False)
     `config.pretrained` names; 3. a published file in `config.pretrained_dir`. Only a file's head may be replaced, unless
     `keep_head`.
     """
-    shapes = jax.eval_shape(lambda: _state_of(e, init_params(e)))
+    shapes = abstract_state(e)
     if checkpointer.latest_step() is None:
         path = pretrained_path(e.settings)
         if path is None:

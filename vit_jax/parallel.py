@@ -69,6 +69,10 @@ class Pmap:
         """Nothing is sharded: the tree as it is."""
         return tree
 
+    def by_example(self, x: Array) -> Array:
+        """Nothing is sharded: the array as it is."""
+        return x
+
     def update(self, update: Callable[[Tree, dict], tuple[Tree, dict]]) -> Callable[[Tree, dict], tuple[Tree, dict]]:
         """(state, batch) on the devices → (state, metrics). The given state's buffers are used up."""
         return jax.pmap(update, axis_name=_DEVICES, donate_argnums=0)
@@ -171,6 +175,10 @@ class Mesh:
     def constrain(self, tree: Tree, path: str) -> Tree:
         """The tree, sharded as the rules say for `path`, within `update`."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree, path))
+
+    def by_example(self, x: Array) -> Array:
+        """Activations (b, …), shared out by example. A loop over blocks would else take on the sharding of their parameters."""
+        return x if x.shape[0] % self.batch_shards else jax.lax.with_sharding_constraint(x, self._batch)
 
     def shardings(self, tree: Tree, path: str = "") -> Tree:
         """The sharding of every leaf; `path` stands before the leaves' own."""

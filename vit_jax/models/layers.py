@@ -5,7 +5,7 @@ Submodules carry the names of the published checkpoints, which number a block's 
 (`LayerNorm_0`, `MultiHeadDotProductAttention_1`, `LayerNorm_2`, `MlpBlock_3`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -178,6 +178,7 @@ class Encoder(nn.Module):
         dropout draws other masks than without, stochastic depth the same. It wants remat: alone it takes more memory.
       add_position_embedding: whether every token gets a learned embedding for its place.
       final_norm: False leaves the last LayerNorm to whoever pools the tokens.
+      constrain: says how the tokens before a block lie on the devices, see `parallel.Mesh.by_example`.
       the others: see `EncoderBlock`.
     """
 
@@ -198,6 +199,7 @@ class Encoder(nn.Module):
     scan: bool = False
     add_position_embedding: bool = True
     final_norm: bool = True
+    constrain: Callable[[Array], Array] = lambda x: x
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -222,7 +224,7 @@ class Encoder(nn.Module):
         else:
             layers = []
             for i in range(self.num_layers):
-                x = self._block(name=f"encoderblock_{i}")(x, kept[i], train)
+                x = self._block(name=f"encoderblock_{i}")(self.constrain(x), kept[i], train)
                 layers.append(x)
         if self.final_norm:
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")(x)
@@ -261,7 +263,7 @@ class Encoder(nn.Module):
 
         def body(x, layer):
             params, kept, key = layer
-            x = block.apply({"params": params}, x, kept, train, rngs={"dropout": key} if drops else None)
+            x = block.apply({"params": params}, self.constrain(x), kept, train, rngs={"dropout": key} if drops else None)
             return x, x if with_layers else None
 
         kept = kept if isinstance(kept, jax.Array) else (None, None)

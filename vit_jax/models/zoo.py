@@ -13,6 +13,8 @@ _SIZES = {
     "B": {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "num_layers": 12},
     "L": {"hidden_size": 1024, "mlp_dim": 4096, "num_heads": 16, "num_layers": 24, "dropout_rate": 0.1},
     "H": {"hidden_size": 1280, "mlp_dim": 5120, "num_heads": 16, "num_layers": 32, "dropout_rate": 0.1},
+    "g": {"hidden_size": 1408, "mlp_dim": 6144, "num_heads": 16, "num_layers": 40},  # https://arxiv.org/abs/2106.04560
+    "e": {"hidden_size": 1792, "mlp_dim": 15360, "num_heads": 16, "num_layers": 56},  # https://arxiv.org/abs/2209.06794
     "Micro": {"hidden_size": 64, "mlp_dim": 256, "num_heads": 4, "num_layers": 4},
     "testing": {"hidden_size": 10, "mlp_dim": 10, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.1},
 }
@@ -46,6 +48,8 @@ VIT = dict(
         _vit("ViT-B_16", "B", 16),
         _vit("ViT-L_16", "L", 16),
         _vit("ViT-H_14", "H", 14),
+        _vit("ViT-g_14", "g", 14),
+        _vit("ViT-e_14", "e", 14),
         _vit("ViT-B_8", "B", 8),
         _vit("ViT-S_32", "S", 32),
         _vit("ViT-B_32", "B", 32),

@@ -32,5 +32,5 @@ def get_config(arg: str = "micro4,digits") -> ml_collections.ConfigDict:
     if dataset == "imagenet2012":
         config.batch = 1024
         config.warmup_steps = 10_000
-        config.total_steps = 113_000  # 90 epochs
+        config.total_steps = common.steps(config, epochs=90)
     return config

@@ -7,7 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from configs import augreg, common, inference_time, mixer_base16_cifar10, models, pretrain, vit
+from configs import (
+    augreg,
+    augreg_pretrain,
+    common,
+    deit3,
+    distill,
+    gsam,
+    inference_time,
+    lora_finetune,
+    mixer_base16_cifar10,
+    mixer_i1k,
+    models,
+    pretrain,
+    sam,
+    small_data,
+    transfer,
+    vit,
+    vit_i1k,
+    vit_i21k,
+    vit_s16_i1k,
+)
 from tests import command_line
 from vit_jax import models as architectures
 from vit_jax.errors import UserError
@@ -181,6 +201,138 @@ def test_pretraining_starts_from_nothing_with_adamw(model, dataset):
     assert settings.weight_decay > 0
     assert 0 < settings.warmup_steps < settings.total_steps
     assert settings.model_type == ("Mixer" if "Mixer" in model else "ViT")
+
+
+# From nothing on ImageNet
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arg", "steps", "decay"),  # decay: what a step at the full rate takes off a kernel, as published
+    [
+        (vit_s16_i1k, "90", 111_476, 1e-4),
+        (vit_s16_i1k, "300", 371_588, 1e-4),
+        (vit_i1k, "b16", 92_897, 1e-4),
+        (vit_i21k, "b16", 1_036_078, 1e-4),
+        (mixer_i1k, "300", 92_897, 1e-4),
+        (mixer_i1k, "60", 18_579, 1e-4),
+        (augreg_pretrain, "B_16-i1k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0", 92_897, 1e-4),
+        (augreg_pretrain, "R26_S_32-i21k-30ep-lr_0.001-aug_light1-wd_0.03-do_0.1-sd_0.1", 103_607, 3e-5),
+        (sam, "b16", 92_897, 9e-4),
+        (gsam, "b32", 92_897, 9e-4),
+        (deit3, "s,400", 250_227, 8e-5),
+        (deit3, "b,800", 500_455, 1.5e-4),
+        (deit3, "h,ft224", 50_045, 1e-6),
+        (distill, "function_matching,s16,oxford_iiit_pet", 19_406, 3e-4),
+        (distill, "deit,s16", 375_341, 5e-5),
+    ],
+)
+def test_epochs_and_weight_decay_are_the_published_ones(recipe, arg, steps, decay):
+    config = recipe.get_config(arg)
+    config.distill.teacher = "teacher.npz" if recipe is distill else None
+    settings = check(config)
+    assert settings.total_steps == steps
+    assert settings.base_lr * settings.weight_decay == pytest.approx(decay)
+    assert settings.warmup_steps < settings.total_steps
+    assert settings.pp.eval_resize and not settings.pretrained_dir and not settings.pretrained
+
+
+@pytest.mark.parametrize("model", ["Ti_16", "S_32", "S_16", "B_32", "B_16", "L_16", "R_Ti_16", "R26_S_32", "R50_L_32"])
+@pytest.mark.parametrize("regularisation", ["0.0", "0.1"])
+def test_augreg_pretrain_reads_the_names_of_its_checkpoints(model, regularisation):
+    settings = check(
+        augreg_pretrain.get_config(f"{model}-i21k-300ep-lr_0.001-aug_strong2-wd_0.03-do_{regularisation}-sd_{regularisation}")
+    )
+    transformer = settings.model["transformer"]
+    assert transformer["dropout_rate"] == transformer["stochastic_depth"] == float(regularisation)
+    assert (settings.augment.mixup, settings.augment.randaug) == (0.8, (2, 20))
+    assert (settings.loss, settings.model["head_bias_init"], settings.batch) == ("sigmoid", -10, 4096)
+
+
+@pytest.mark.parametrize("name", ["B_16", "B_16-i1k-300ep", "B_16-jft-7ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0"])
+def test_augreg_pretrain_refuses_other_names(name):
+    with pytest.raises(UserError, match="no name of an AugReg model, such as B_16"):
+        augreg_pretrain.get_config(name)
+
+
+@pytest.mark.parametrize("recipe", [vit_i1k, vit_i21k], ids=["i1k", "i21k"])
+def test_every_size_has_its_augmentation(recipe):
+    for model, name in recipe.AUGMENTATION.items():
+        settings = check(recipe.get_config(model))
+        assert (settings.augment.mixup, settings.augment.randaug) == augreg_pretrain.AUGMENTATIONS[name]
+        assert settings.model["transformer"]["dropout_rate"] == 0
+
+
+@pytest.mark.parametrize("phase", deit3.DEPTH)
+def test_deit3_has_every_size(phase):
+    for size, rate in deit3.DEPTH[phase].items():
+        settings = check(deit3.get_config(f"{size},{phase}"))
+        transformer = settings.model["transformer"]
+        assert (transformer["stochastic_depth"], transformer["stochastic_depth_uniform"]) == (rate, True)
+        assert (transformer["activation"], transformer["layer_scale_init"], transformer["layer_scale"]) == ("gelu", 1e-4, True)
+        assert settings.pp.crop % settings.model["patches"]["size"][0] == 0
+        assert settings.optimizer == ("adamw" if phase.startswith("ft") else "lamb")
+
+
+@pytest.mark.parametrize("arg", ["b", "b,300", "x,800", "s,ft224", "h,ft384"])
+def test_deit3_refuses_what_was_not_published(arg):
+    with pytest.raises(UserError, match="DeiT III"):
+        deit3.get_config(arg)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arg", "what"),
+    [
+        (vit_s16_i1k, "ninety", "a number, not 'ninety'"),
+        (vit_i1k, "b17", "did you mean b16"),
+        (vit_i1k, "b16,medium3", "did you mean medium"),
+        (gsam, "l16", "unknown model 'l16'"),
+        (distill, "hard,b16", "unknown kind of distillation 'hard'"),
+        (distill, "deit,b16,cifar10", "unknown dataset for DeiT"),
+        (distill, "function_matching,b16,cifar10", "unknown dataset for function matching"),
+        (transfer, "cifar11", "did you mean cifar10"),
+        (transfer, "cifar10,B_61", "unknown AugReg model 'B_61'"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_refused(recipe, arg, what):
+    with pytest.raises(UserError, match=what):
+        recipe.get_config(arg)
+
+
+# Fine-tuning and small data
+
+
+@pytest.mark.parametrize(
+    ("dataset", "lr", "steps", "resize"),
+    [
+        ("cifar10", 0.003, 10_000, 448),
+        ("cifar100", 0.01, 10_000, 448),
+        ("imagenet2012", 0.03, 20_000, None),
+        ("oxford_iiit_pet", 0.003, 500, None),
+        ("oxford_flowers102", 0.003, 500, None),
+    ],
+)
+def test_transfer_has_what_big_vision_found_best(dataset, lr, steps, resize):
+    settings = check(transfer.get_config(dataset))
+    assert (settings.base_lr, settings.total_steps, settings.pp.resize) == (lr, steps, resize)
+    assert (settings.pp.crop, settings.pp.eval_resize, settings.batch) == (384, 448, 512)
+    assert (settings.model_or_filename, settings.optimizer, settings.weight_decay) == ("B_32", "sgd", 0)
+
+
+@pytest.mark.parametrize(
+    ("arg", "size", "flip"), [("micro4,digits", 16, False), ("ti16,cifar10", 32, True), ("s16,my/icons", 32, True)]
+)
+def test_small_data_has_small_patches_and_never_enlarges(arg, size, flip):
+    settings = check(small_data.get_config(arg))
+    assert (settings.pp.crop, settings.pp.flip, settings.model["patches"]["size"]) == (size, flip, (4, 4))
+    assert settings.pp.crop_method == ("simple" if flip else "random_resized")
+    assert not settings.pretrained_dir and settings.accum_steps == 1
+
+
+def test_lora_finetune_leaves_everything_else_to_the_recipe_for_fine_tuning():
+    ours, usual = lora_finetune.get_config("b16,cifar10").to_dict(), vit.get_config("b16,cifar10").to_dict()
+    assert ours["lora"]["rank"] == 8
+    changed = {name for name in ours if ours[name] != usual[name]}
+    assert changed == {"lora", "optimizer", "optim_dtype", "base_lr"}
 
 
 def test_inference_time_recipe_has_every_field_of_its_trainer():

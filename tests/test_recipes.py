@@ -1,7 +1,8 @@
 """Every recipe takes one step of its own, shrunk to a model of 1 block of width 16 and to small images.
 
-A model that is fine-tuned starts with a head of zeros, through which no gradient passes: the first step must change the
-head and no other bit of what the checkpoint file held, whose grid of positions is another one.
+Every model starts with a head of zeros: its first loss is known, and so is how far a first step of Adam moves the head.
+Through zeros no gradient passes, so that in fine-tuning the first step must change the head and no other bit of what the
+checkpoint file held, whose grid of positions is another one.
 """
 
 from pathlib import Path
@@ -12,7 +13,27 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import augreg, common, inference_time, mixer_base16_cifar10, photos, pretrain, vit
+from configs import (
+    augreg,
+    augreg_pretrain,
+    common,
+    deit3,
+    distill,
+    gsam,
+    inference_time,
+    lora_finetune,
+    mixer_base16_cifar10,
+    mixer_i1k,
+    photos,
+    pretrain,
+    sam,
+    small_data,
+    transfer,
+    vit,
+    vit_i1k,
+    vit_i21k,
+    vit_s16_i1k,
+)
 from tests import command_line, tiny
 from tests.data import toy_tfds
 from vit_jax import checkpoint, models
@@ -53,13 +74,29 @@ def small(config: ConfigDict, *, dataset: str = "digits", **model) -> ConfigDict
     return config
 
 
-def published(config: ConfigDict, path: Path, *, side: int) -> dict[str, np.ndarray]:
-    """Writes random parameters of the recipe's model at `side` px with 7 classes; returns them by name."""
-    model = models.build(config.model_type, {**config.model.to_dict(), "num_classes": 7})
+def published(config: ConfigDict, path: Path, *, side: int, classes: int = 7) -> dict[str, np.ndarray]:
+    """Writes random parameters of the recipe's model at `side` px; returns them by name."""
+    model = models.build(config.model_type, {**config.model.to_dict(), "num_classes": classes})
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, side, side, 3), np.float32))["params"]
     rng = np.random.default_rng(0)
     checkpoint.save(jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes), path)
     return dict(np.load(path))
+
+
+def without_randaug(config: ConfigDict) -> ConfigDict:
+    """It takes seconds to compile: `vit_s16_i1k` and `augreg_pretrain` have it here, which is enough."""
+    config.augment.randaug = ()
+    return config
+
+
+def first_step_from_nothing(config: ConfigDict, workdir: Path, *, loss: float):
+    """Takes the step and checks the loss of a head of zeros, and a rate of the head that Adam's first step makes visible."""
+    train_and_evaluate(config, workdir)
+    assert tiny.metrics(workdir, "train_loss")[1] == pytest.approx(loss, abs=1e-4)
+    arrays = tiny.arrays(workdir)
+    assert np.abs(arrays["head/kernel"]).max() == pytest.approx(config.base_lr, rel=1e-2)
+    assert all(np.isfinite(x).all() for x in arrays.values())
+    assert 0 <= tiny.metrics(workdir, "accuracy_test")[1] <= 1
 
 
 def assert_only_the_head_changed(workdir: Path, before: dict[str, np.ndarray], classes: int):
@@ -71,6 +108,83 @@ def assert_only_the_head_changed(workdir: Path, before: dict[str, np.ndarray], c
     assert all(np.isfinite(x).all() for x in after.values())
     assert tiny.metrics(workdir, "train_loss")[1] == pytest.approx(np.log(classes), abs=1e-5)
     assert 0 <= tiny.metrics(workdir, "accuracy_test")[1] <= 1
+
+
+# From nothing, on the ten digits
+
+
+SOFTMAX = np.log(10)  # every class is as likely, whatever the targets
+SIGMOID = 10 * np.log(2)
+DENYING = 10 + 10 * np.log1p(np.exp(-10))  # a bias of -10: 9 classes cost log(1 + e^-10) each, the true one 10 more
+
+
+def test_vit_s16_i1k(tmp_path: Path):
+    config = small(vit_s16_i1k.get_config(), representation_size=16)
+    first_step_from_nothing(config, tmp_path, loss=SOFTMAX)
+    assert tiny.metrics(tmp_path, "minival/accuracy")[1] >= 0
+    assert not any("pos_embedding" in name for name in tiny.arrays(tmp_path))
+
+
+def test_augreg_pretrain(tmp_path: Path):
+    config = small(augreg_pretrain.get_config("Ti_16-i21k-30ep-lr_0.001-aug_strong2-wd_0.03-do_0.1-sd_0.1"))
+    config.evaluators.minival.split = "test[:3]"
+    first_step_from_nothing(config, tmp_path, loss=DENYING)
+
+
+def test_vit_i1k(tmp_path: Path):
+    first_step_from_nothing(small(vit_i1k.get_config("s32,none"), representation_size=16), tmp_path, loss=SOFTMAX)
+
+
+def test_vit_i21k(tmp_path: Path):
+    config = small(vit_i21k.get_config("ti16"))
+    config.evaluators = {}
+    first_step_from_nothing(config, tmp_path, loss=DENYING)
+
+
+def test_mixer_i1k(tmp_path: Path):
+    config = without_randaug(small(mixer_i1k.get_config(), **MIXER))
+    config.evaluators = {}
+    first_step_from_nothing(config, tmp_path, loss=SIGMOID)
+
+
+@pytest.mark.parametrize("recipe", [sam, gsam], ids=["sam", "gsam"])
+def test_sam_and_gsam(recipe, tmp_path: Path):
+    config = small(recipe.get_config("b32"))
+    config.evaluators = {}
+    first_step_from_nothing(config, tmp_path, loss=DENYING)
+
+
+def test_small_data(tmp_path: Path):
+    first_step_from_nothing(small(small_data.get_config("ti16,cifar10")), tmp_path, loss=SOFTMAX)
+
+
+def test_deit3(tmp_path: Path):
+    config = small(deit3.get_config("b,400"))
+    train_and_evaluate(config, tmp_path)
+    assert tiny.metrics(tmp_path, "train_loss")[1] == pytest.approx(SIGMOID, abs=1e-4)
+    arrays = tiny.arrays(tmp_path)
+    # LAMB's step for a matrix of zeros has the length of the rate
+    assert np.linalg.norm(arrays["head/kernel"]) == pytest.approx(config.base_lr, rel=1e-3)
+    gamma = arrays["Transformer/encoderblock_0/ls1/gamma"]
+    np.testing.assert_allclose(gamma, 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arg", ["function_matching,s16,oxford_flowers102", "deit,ti16"])
+def test_distill(arg: str, tmp_path: Path):
+    config = without_randaug(small(distill.get_config(arg)))
+    config.evaluators = {}
+    published(small(vit.get_config("ti16")), tmp_path / "teacher.npz", side=32, classes=10)
+    config.distill.teacher = str(tmp_path / "teacher.npz")
+    train_and_evaluate(config, tmp_path / "run")
+    arrays = tiny.arrays(tmp_path / "run")
+    heads = ["head/kernel", "head_dist/kernel"] if arg.startswith("deit") else ["head/kernel"]
+    for head in heads:
+        assert np.abs(arrays[head]).max() == pytest.approx(config.base_lr, rel=1e-2)
+    if arg.startswith("deit"):  # the labels and the teacher's answers cost as much, and weigh the same
+        assert tiny.metrics(tmp_path / "run", "train_loss")[1] == pytest.approx(SOFTMAX, abs=1e-4)
+
+
+# From a published file
 
 
 @pytest.mark.parametrize(
@@ -94,6 +208,38 @@ def test_augreg(tmp_path: Path):
     before = published(config, tmp_path / f"{STEM.format('light1')}.npz", side=64)
     train_and_evaluate(config, tmp_path / "run")
     assert_only_the_head_changed(tmp_path / "run", before, classes=10)
+
+
+def test_transfer(tmp_path: Path):
+    config = small(transfer.get_config(f"cifar100,{STEM.format('light1')}"))
+    config.pretrained_dir, config.evaluators = str(tmp_path), {}
+    before = published(config, tmp_path / f"{STEM.format('light1')}.npz", side=64)
+    train_and_evaluate(config, tmp_path / "run")
+    assert_only_the_head_changed(tmp_path / "run", before, classes=10)
+
+
+def test_deit3_at_a_higher_resolution(tmp_path: Path):
+    config = without_randaug(small(deit3.get_config("s,ft384")))
+    config.pretrained = str(tmp_path / "weights.npz")
+    before = published(config, tmp_path / "weights.npz", side=48)
+    train_and_evaluate(config, tmp_path / "run")
+    after = tiny.arrays(tmp_path / "run")
+    assert np.abs(after["head/kernel"]).max() == pytest.approx(1e-5, rel=1e-2)
+    gamma = "Transformer/encoderblock_0/ls1/gamma"
+    np.testing.assert_array_equal(after[gamma], before[gamma])
+
+
+def test_lora_finetune(tmp_path: Path):
+    config = small(lora_finetune.get_config("ti16,cifar10"))
+    config.pretrained = str(tmp_path / "weights.npz")
+    before = published(config, tmp_path / "weights.npz", side=48)
+    train_and_evaluate(config, tmp_path / "run")
+    with np.load(tmp_path / "run" / "adapter.npz") as adapter:
+        assert sum(x.size for x in adapter.values()) < sum(x.size for x in before.values()) / 2
+    after = checkpoint.open_checkpoint(tmp_path / "run").flat
+    assert np.abs(after["head/kernel"]).max() == pytest.approx(config.base_lr, rel=1e-2)
+    for name in before.keys() - {"head/kernel", "head/bias", "Transformer/posembed_input/pos_embedding"}:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
 
 def test_mixer_base16_cifar10(tmp_path: Path):

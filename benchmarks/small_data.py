@@ -10,8 +10,8 @@ on 2 CPU cores that are busy otherwise, 40 runs.
 """
 
 import argparse
+import contextlib
 import json
-import logging
 import statistics
 import sys
 from collections.abc import Callable
@@ -41,7 +41,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1_000, help="of training from nothing, for all recipes alike")
     parser.add_argument("--out", type=Path, default=Path("runs/small_data"))
     args = parser.parse_args()
-    logging.getLogger("vit_jax").setLevel(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))
     print(from_nothing(args.out, args.seeds, args.steps))
     print(lora(args.out, args.seeds))
@@ -116,7 +115,8 @@ def run_seeds(config: Config, folder: Path, seeds: int) -> list[float]:
         workdir = folder / str(seed)
         log = workdir / "metrics.jsonl"
         if not log.exists() or "accuracy_test" not in log.read_text():
-            train_and_evaluate(config, workdir)
+            with contextlib.redirect_stdout(sys.stderr):  # what a run says of itself; the tables alone go to stdout
+                train_and_evaluate(config, workdir)
         metrics: dict[str, float] = {}
         for line in log.read_text().splitlines():
             metrics |= json.loads(line)

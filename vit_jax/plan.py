@@ -203,7 +203,8 @@ def _advice(p: Plan, memory: float) -> list[str]:
         of_temporaries += ["a micro-batch is one example already: a tensor axis shares out the work on it"]
     if s.dtype == "float32":
         of_temporaries += ["--config.dtype=bfloat16 halves the activations"]
-    return of_state + of_temporaries if state > p.temporaries else of_temporaries + of_state
+    mostly_state = state + p.gradients > p.temporaries - p.gradients  # what shares the state out does so with gradients
+    return of_state + of_temporaries if mostly_state else of_temporaries + of_state
 
 
 def _layout(e: Experiment) -> str:

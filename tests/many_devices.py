@@ -1,14 +1,17 @@
 """Ten steps in every way to use devices, for tests that start processes with devices of their own.
 
 python -m tests.many_devices FOLDER NAME… runs `WAYS[NAME]` on all devices of this process and, where the variables of
-`vit_jax.cluster` are set, of the others; every process writes what it found to FOLDER/NAME_PROCESS.npz.
+`vit_jax.cluster` are set, of the others; every process writes what it found to FOLDER/NAME_PROCESS.npz. Where FOLDER/NAME
+holds a checkpoint, the run goes on from it to `MORE` steps.
 """
 
+import contextlib
 import itertools
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,7 +25,7 @@ from vit_jax.settings import Settings
 from vit_jax.signals import GracefulExit
 
 REPOSITORY = Path(__file__).parent.parent
-STEPS = 10
+STEPS, MORE = 10, 15
 WAYS = {
     "pmap": {},
     "data": {"parallel": "mesh"},
@@ -74,8 +77,8 @@ def run(
     return {"losses": np.array(losses)} | specs | sizes | arrays
 
 
-def start(arguments: list[str], *, devices: int, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """`python -m tests.many_devices` with virtual devices."""
+def start(module: str, *arguments: str, devices: int, environment: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    """`python -m MODULE` with virtual devices."""
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # or compiling takes minutes
     cache = {
@@ -83,8 +86,25 @@ def start(arguments: list[str], *, devices: int, environment: dict[str, str] | N
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, "-m", "tests.many_devices", *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | flags | cache | (environment or {}))
+    env = os.environ | flags | cache | (environment or {})
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, env=env, **options)
+
+
+@contextlib.contextmanager
+def two(module: str, *arguments: str, devices: int, **options) -> Iterator[list[subprocess.Popen]]:
+    """Two processes with so many devices each that train one model; they are killed at the end of the block."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        values = {"coordinator": f"localhost:{s.getsockname()[1]}", "num_processes": "2"}
+    children = []
+    for i in range(2):
+        variables = {cluster.VARIABLES[name]: value for name, value in (values | {"process_id": str(i)}).items()}
+        children.append(start(module, *arguments, devices=devices, environment=variables, **options))
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.kill()
 
 
 def _leaves(tree) -> list[tuple]:
@@ -100,7 +120,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     for way in sys.argv[2:]:
         batches: list[dict] = []
-        found = run(way, workdir=out / way, observe=batches.append)
+        go_on = (out / way).exists()
+        found = run(way, workdir=out / way, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)
         seeds = np.stack([batch["seed"] for batch in batches[:STEPS]])
         np.savez(out / f"{way}_{jax.process_index()}.npz", **found, seeds=seeds)
 

@@ -1,12 +1,15 @@
 """Every way to share out the work gives the losses of one device: on 8 virtual devices, and in 2 processes of 4."""
 
 import shutil
-import socket
+import subprocess
+import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import kill
 from tests import many_devices
 from vit_jax import cluster, parallel
 from vit_jax.errors import UserError
@@ -26,31 +29,24 @@ def one_device(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def eight_devices(folder: Path, one_device) -> Path:
-    """Runs every way on 8 devices; then, in one process of 8 and one of 1, goes on from one another's checkpoints."""
-    (folder / "eight").mkdir()
-    child = many_devices.start([str(folder / "eight"), *many_devices.WAYS], devices=8)
+    """Every way on 8 devices from nothing."""
+    child = many_devices.start("tests.many_devices", str(folder / "eight"), *many_devices.WAYS, devices=8)
     assert child.wait(timeout=400) == 0
     return folder / "eight"
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path, one_device) -> Path:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    out = folder / "two"
-    out.mkdir()
-    where = {cluster.VARIABLES["coordinator"]: f"localhost:{port}", cluster.VARIABLES["num_processes"]: "2"}
-    children = [
-        many_devices.start([str(out), *TWO_PROCESSES], devices=4, environment=where | {cluster.VARIABLES["process_id"]: str(i)})
-        for i in range(2)
-    ]
-    try:
+    with many_devices.two("tests.many_devices", str(folder / "two"), *TWO_PROCESSES, devices=4) as children:
         assert [child.wait(timeout=400) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
-    return out
+    return folder / "two"
+
+
+@pytest.fixture(scope="module")
+def one_more(folder: Path, one_device) -> dict[str, np.ndarray]:
+    """One device goes on."""
+    shutil.copytree(folder / "one", folder / "one_more")
+    return many_devices.run("pmap", workdir=folder / "one_more", steps=many_devices.MORE, go_on=True)
 
 
 @pytest.mark.parametrize("way", many_devices.WAYS)
@@ -84,17 +80,49 @@ def test_sharded_state_takes_its_share_of_a_devices_memory(eight_devices: Path):
 
 
 @pytest.mark.parametrize(("written", "read"), [("pmap", "fsdp"), ("fsdp", "pmap")])
-def test_a_checkpoint_goes_on_in_another_way_and_on_another_number_of_devices(
-    written: str, read: str, one_device, eight_devices: Path, folder: Path
+def test_a_checkpoint_of_eight_devices_goes_on_in_another_way_on_one(
+    written: str, read: str, one_more, eight_devices: Path, folder: Path
 ):
-    """8 → 1: the last five of fifteen steps equal those of one device that was never interrupted."""
     workdir = folder / f"{written}_{read}"
     shutil.copytree(eight_devices / written, workdir)
-    shutil.copytree(folder / "one", folder / "one_more" / written)
-    onwards = many_devices.run(read, workdir=workdir, steps=15, go_on=True)
-    undisturbed = many_devices.run("pmap", workdir=folder / "one_more" / written, steps=15, go_on=True)
-    assert len(onwards["losses"]) == 5
-    np.testing.assert_allclose(onwards["losses"], undisturbed["losses"], atol=1e-5)
+    onwards = many_devices.run(read, workdir=workdir, steps=many_devices.MORE, go_on=True)
+    assert len(onwards["losses"]) == many_devices.MORE - many_devices.STEPS
+    _assert_same(onwards, one_more)
+
+
+def test_a_checkpoint_of_one_device_goes_on_on_eight(one_more, folder: Path):
+    shutil.copytree(folder / "one", folder / "grown" / "tensor")
+    child = many_devices.start("tests.many_devices", str(folder / "grown"), "tensor", devices=8)
+    assert child.wait(timeout=400) == 0
+    _assert_same(np.load(folder / "grown" / "tensor_0.npz"), one_more)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_the_same_command_goes_on_to_the_same_bits(tmp_path: Path):
+    def train(name: str) -> AbstractContextManager[list[subprocess.Popen]]:
+        fields = ("--config.accum_steps=2", "--config.parallel=mesh", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+        recipe = (
+            f"--workdir={tmp_path / name}",
+            *kill.RECIPE,
+            *fields,
+            "--config.total_steps=12",
+            "--config.pp.test=test[:37]",
+            "--config.pp.train=train[:320]",
+            "--config.eval_every=6",
+        )
+        return many_devices.two("vit_jax.main", *recipe, devices=1, stdout=subprocess.DEVNULL)
+
+    with train("undisturbed") as children:
+        assert [child.wait(timeout=200) for child in children] == [0, 0]
+    log = tmp_path / "stopped" / "train.log"
+    with train("stopped") as children:
+        while children[1].poll() is None and not (log.exists() and "step 3/" in log.read_text()):
+            time.sleep(0.01)
+        children[1].terminate()
+        assert [child.wait(timeout=200) for child in children] == [143, 143]
+    assert not (tmp_path / "stopped" / "model.npz").exists()
+    with train("stopped") as children:
+        assert [child.wait(timeout=200) for child in children] == [0, 0]
+    assert kill.differences(tmp_path / "stopped", tmp_path / "undisturbed") == []
 
 
 @pytest.mark.parametrize(

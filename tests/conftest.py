@@ -1,4 +1,7 @@
-"""One compilation cache for the whole session: tests that train the same tiny model compile it once."""
+"""Compilation is most of what these tests take: it is done once for the whole session, and with few optimisations.
+
+tests/models has them all, so that the numbers of the programs that users run are those that are compared.
+"""
 
 import os
 
@@ -13,3 +16,4 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_disable_most_optimizations", True)

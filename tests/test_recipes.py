@@ -50,14 +50,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quickly():
-    """One step each: optimising the compiled functions would take longer than it saves."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_every_recipe_is_here():
     recipes = {path.stem for path in CONFIGS.glob("*.py")} - {"common", "models"}
     assert all(any(name in test for test in globals() if test.startswith("test_")) for name in recipes), recipes

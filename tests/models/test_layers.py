@@ -10,6 +10,7 @@ import pytest
 
 from tests.models import small
 from vit_jax.errors import UserError
+from vit_jax.models import attention
 from vit_jax.models.layers import Encoder
 
 HEIGHT, WIDTH = 40, 24
@@ -288,3 +289,15 @@ def test_an_image_is_blind_to_the_rest_of_its_batch(kind):
     spoilt = np.stack([images[0], np.full_like(images[1], np.nan)])
     chex.assert_trees_all_close(small.apply(model, params, spoilt)[0], logits[0], atol=1e-6)
     chex.assert_trees_all_close(small.apply(model, params, images[1:]), logits[1:], atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_attention_on_a_cpu_is_that_on_other_devices(size: int):
+    """Values and gradients, with unequal numbers of queries and keys; logits are exact, some overflow without care."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.integers(-3, 4, (2, n, 3, 4)), jnp.float32) for n in (7, 11))
+    v, g = (jnp.asarray(rng.standard_normal((2, n, 3, 4)), jnp.float32) for n in (11, 7))
+    here, there = (jax.vjp(f, size * q, k, v) for f in (attention.attend, jax.nn.dot_product_attention))
+    np.testing.assert_allclose(here[0], there[0], atol=1e-6)
+    for found, expected in zip(here[1](g), there[1](g), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-6 * size)

@@ -33,8 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     how = {"rounds": args.rounds, "seconds": args.seconds}
     work = {"batch": args.batch, "size": args.size, "dtype": args.dtype}
-    rates, _ = side_by_side.alternate("benchmarks.peers", {"peak": _peak(args.dtype)}, **how)
-    peak = rates["peak"].facts["flops"] / min(rates["peak"].seconds)
+    products = side_by_side.alternate("benchmarks.peers", {"peak": _peak(args.dtype)}, **how)[0]["peak"]
+    peak = max(products.facts["flops"] / min(products.seconds), *products.facts["rates"].values())
     rows, data = [], []
     for model in args.models.split(","):
         for mode in args.modes.split(","):

@@ -42,8 +42,7 @@ WARM_UP = 3
 def measure(layout: str, steps: int) -> dict:
     """One row of the table, on the devices of this process."""
     config = copy.deepcopy(flags.FLAGS.config)
-    for name, value in LAYOUTS[layout].items():
-        config[name].update(value) if name == "mesh" else config.update({name: value})
+    config.update(LAYOUTS[layout])
     e = plan.build(Settings.from_config(config), num_classes=1000)
     state, batch = plan.abstract_arguments(e)
     update = experiment.make_update(e).lower(state, batch).compile()
@@ -90,8 +89,7 @@ def table(rows: dict[int, list[dict]]) -> str:
 
 
 def _rows_of(devices: int) -> list[dict]:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    plan.use_devices(devices)
     layouts = [name for name in LAYOUTS if devices > 1 or name == "pmap"]
     layouts = [name for name in layouts if devices > 2 or "tensor" not in name]
     return [measure(layout, _STEPS.value) for layout in layouts]

@@ -39,8 +39,7 @@ def config(way: str) -> ml_collections.ConfigDict:
     """AdamW with micro-batches, flips and an average of the parameters; without dropout, whose keys pmap has per device."""
     c = tiny.config(accum_steps=2, total_steps=STEPS, pp_flip=True, ema_decay=0.5, warmup_steps=2)
     c.model.transformer.update({"dropout_rate": 0.0, "num_layers": 2})
-    for name, value in WAYS[way].items():
-        c[name].update(value) if name == "mesh" else c.update({name: value})
+    c.update(WAYS[way])
     return c
 
 

@@ -19,8 +19,7 @@ def config(layout: str = "pmap"):
     """AdamW, an average of the parameters, two blocks; float32, so that bytes can be counted by hand."""
     c = tiny.config(ema_decay=0.5)
     c.model.transformer.update({"num_layers": 2, "dropout_rate": 0.0})
-    for name, value in LAYOUTS[layout].items():
-        c[name].update(value) if name == "mesh" else c.update({name: value})
+    c.update(LAYOUTS[layout])
     return c
 
 
@@ -63,8 +62,7 @@ def exchanges() -> list[hlo.Collective]:
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+    plan.use_devices(8)
     plans = {layout: plan.make_plan(config(layout)) for layout in LAYOUTS}
     found = {
         "plans": {name: dataclasses.asdict(dataclasses.replace(p, settings=None)) for name, p in plans.items()},

@@ -139,7 +139,7 @@ def test_advice_is_for_what_takes_most(planned):
     ],
 )
 def test_what_training_refuses_is_refused(argument, message, monkeypatch):
-    monkeypatch.setattr(plan, "_use_devices", lambda n: None)  # this process has its devices already
+    monkeypatch.setattr(plan, "use_devices", lambda n: None)  # this process has its devices already
     with command_line.arguments("--config=configs/pretrain.py:micro4,digits", "--config.accum_steps=2", argument):
         with pytest.raises(UserError, match=message):
             plan.main(plan.parse(sys.argv))

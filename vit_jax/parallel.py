@@ -106,6 +106,17 @@ class Pmap:
         """What a checkpoint is restored into: shapes with shardings, to be given to `place`."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._stored()), shapes)
 
+    def placed(self, shapes: Tree, path: str = "") -> Tree:
+        """What `place` makes of arrays of these shapes: shapes with shardings."""
+        n = jax.local_device_count()
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype, sharding=self._local), shapes)
+
+    def sent(self, shapes: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `send` makes of a batch of these shapes."""
+        n = jax.local_device_count()
+        split = {name: jax.ShapeDtypeStruct((x.shape[0] // n, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
+        return self.placed(split)
+
     def snapshot(self, tree: Tree) -> Tree:
         """A fresh copy of a tree on the devices, that stays as it is while training goes on and can be saved."""
         copies = _first(jax.tree.map(lambda x: x.addressable_data(0), tree))
@@ -224,9 +235,15 @@ class Mesh:
 
     def abstract(self, shapes: Tree) -> Tree:
         """What a checkpoint is restored into: shapes with shardings."""
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.shardings(shapes)
-        )
+        return self.placed(shapes)
+
+    def placed(self, shapes: Tree, path: str = "") -> Tree:
+        """What `place` makes of arrays of these shapes: shapes with shardings."""
+        return jax.tree.map(_sharded, shapes, self.shardings(shapes, path))
+
+    def sent(self, shapes: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `send` makes of a batch of these shapes, all of it."""
+        return {name: _sharded(x, self._batch) for name, x in shapes.items()}
 
     def snapshot(self, tree: Tree) -> Tree:
         """A fresh copy of a tree on the devices, that stays as it is while training goes on and can be saved."""
@@ -319,6 +336,10 @@ def _check_rule(rule: Any) -> None:
 def _path(prefix: str, keys: tuple) -> str:
     names = (getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in keys)
     return "/".join([*([prefix] if prefix else []), *map(str, names)])
+
+
+def _sharded(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def _strided(batch: dict[str, Array], n: int) -> dict[str, Array]:

@@ -17,16 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import experiment, hlo, parallel, settings
 from vit_jax.data import sources
 from vit_jax.errors import UserError, command
 from vit_jax.experiment import Experiment
 from vit_jax.main import parse
-from vit_jax.parallel import DATA, FSDP
 from vit_jax.settings import Settings
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "How many devices share the work.", lower_bound=1)
@@ -115,11 +112,11 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
         parameters=_count(jax.eval_shape(lambda: experiment.init_params(e))),
         trained=_count(host.params),
         state={name: bytes_a_device(tree) for name, tree in parts.items()},
-        shared_state=bytes_a_device(everything.abstract(host)),
+        shared_state=bytes_a_device(everything.placed(host)),
         batch=bytes_a_device(batch),
         prefetched=s.prefetch * bytes_a_device(batch),
         temporaries=memory.temp_size_in_bytes,
-        gradients=bytes_a_device(_on_devices(e, host.params, "grads")),
+        gradients=bytes_a_device(e.way.placed(host.params, "grads")),
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         model_flops=model_flops,
         flops=model_flops if s.remat == "none" else step_flops(s, num_classes, remat=s.remat),
@@ -130,7 +127,7 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
 
 def abstract_arguments(e: Experiment) -> tuple[Tree, dict[str, jax.ShapeDtypeStruct]]:
     """(state, batch) as they lie on the devices: shapes, dtypes and shardings of what `experiment.make_update(e)` takes."""
-    return _on_devices(e, _abstract_state(e)), _batch_on_devices(e)
+    return e.way.placed(_abstract_state(e)), e.way.sent(abstract_batch(e))
 
 
 def bytes_a_device(tree: Tree) -> int:
@@ -259,36 +256,12 @@ def abstract_batch(e: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     return {"image": image, "label": jax.ShapeDtypeStruct((b,), jnp.int32), "seed": jax.ShapeDtypeStruct((b,), jnp.uint32)}
 
 
-def _on_devices(e: Experiment, tree: Tree, path: str = "") -> Tree:
-    if isinstance(e.way, parallel.Mesh):
-        return jax.tree.map(_sharded, tree, e.way.shardings(tree, path))
-    return jax.tree.map(lambda x: _copies((jax.device_count(), *x.shape), x.dtype), tree)
-
-
-def _batch_on_devices(e: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    batch, n = abstract_batch(e), jax.device_count()
-    if isinstance(e.way, parallel.Mesh):
-        where = NamedSharding(e.way.mesh, PartitionSpec((DATA, FSDP)))
-        return {name: _sharded(x, where) for name, x in batch.items()}
-    return {name: _copies((n, x.shape[0] // n, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-
-
-def _sharded(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def _copies(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Along a leading axis of devices, as pmap has it."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("devices")))
-
-
 def _count(tree: Tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def _use_devices(n: int) -> None:
-    """Has this process work with so many virtual ones, if it has not asked for any yet."""
+def use_devices(n: int) -> None:
+    """Has this process work with so many virtual devices; to be called before anything asks for them."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n)
 
@@ -298,7 +271,7 @@ def main(argv: list[str]) -> int:
     config = flags.FLAGS.config
     if len(argv) > 1 or config is None:
         raise UserError(f"unexpected arguments {' '.join(argv[1:])}" if config else "--config is missing")
-    _use_devices(_DEVICES.value)
+    use_devices(_DEVICES.value)
     plan = make_plan(config, num_classes=_NUM_CLASSES.value)
     print(report(plan, _MEMORY.value))
     return 0 if plan.needed <= _MEMORY.value * GB else 1

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import side_by_side
 
 Job = dict[str, Any]
-Repeat = Callable[[int], list[float]]
+Repeat = Callable[[int], float]
 NUM_CLASSES = 1000
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 PEERS = ("ours", "reference", "timm", "transformers")
@@ -42,19 +42,15 @@ def _normalised(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float32) - 127.5) / 127.5
 
 
-def _timed(step: Callable[[], Any], wait: Callable[[Any], Any], *, each: bool) -> Repeat:
-    """n → the seconds of every step if `each` is waited for, else of all together by step."""
+def _timed(step: Callable[[], Any], wait: Callable[[Any], Any]) -> Repeat:
+    """n → the seconds of one of n steps, of which only the last is waited for."""
 
-    def repeat(n: int) -> list[float]:
-        seconds, started = [], time.perf_counter()
+    def repeat(n: int) -> float:
+        started = time.perf_counter()
         for _ in range(n):
             result = step()
-            if each:
-                wait(result)
-                seconds.append(time.perf_counter() - started)
-                started = time.perf_counter()
         wait(result)
-        return seconds or [(time.perf_counter() - started) / n] * n
+        return (time.perf_counter() - started) / n
 
     return repeat
 
@@ -74,13 +70,13 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
         params = way.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
         classify = way.apply(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
         batch = way.send({"image": images})
-        repeat = _timed(lambda: classify(params, batch), jax.block_until_ready, each=job.get("each", False))
+        repeat = _timed(lambda: classify(params, batch), jax.block_until_ready)
         return repeat, _facts_of_jax(params)
 
     config = pretrain.get_config("b16,imagenet2012")
     config.model = models_config(job["model"])
     config.pp.crop, config.pp.flip = job["size"], False
-    config.update({"batch": job["batch"], "accum_steps": 1, "dtype": job["dtype"], "parallel": job.get("parallel", "pmap")})
+    config.update({"batch": job["batch"], "accum_steps": 1, "dtype": job["dtype"]})
     config.update({"optimizer": "sgd", "optim_dtype": "float32", "weight_decay": 0.0, "base_lr": LEARNING_RATE})
     e = plan.build(Settings.from_config(config), num_classes=NUM_CLASSES)
     update = experiment.make_update(e)
@@ -94,7 +90,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
         holder[0], metrics = update(holder[0], batch)
         return metrics
 
-    return _timed(step, jax.block_until_ready, each=False), facts
+    return _timed(step, jax.block_until_ready), facts
 
 
 def models_config(name: str):
@@ -124,7 +120,7 @@ def _reference(job: Job) -> tuple[Repeat, dict[str, Any]]:
     if job["mode"] == "infer":
         params = jax_utils.replicate(params)
         classify = jax.pmap(lambda p, x: vit.apply({"params": p}, x))
-        return _timed(lambda: classify(params, images), jax.block_until_ready, each=job.get("each", False)), facts
+        return _timed(lambda: classify(params, images), jax.block_until_ready), facts
     optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
     update = reference_way.make_update(vit, optimizer)
     onehot = jax.pmap(lambda x: x)(onehot)
@@ -134,7 +130,7 @@ def _reference(job: Job) -> tuple[Repeat, dict[str, Any]]:
         *holder[:], loss = update(*holder, images, onehot)
         return loss
 
-    return _timed(step, jax.block_until_ready, each=False), facts
+    return _timed(step, jax.block_until_ready), facts
 
 
 def _facts_of_jax(params: Any, replicas: int | None = None) -> dict[str, Any]:
@@ -199,7 +195,7 @@ def _torch(job: Job) -> tuple[Repeat, dict[str, Any]]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     facts = {"parameters": parameters, "gelu": gelu, "device": name, "threads": torch.get_num_threads()}
-    return _timed(with_backend, wait, each=job.get("each", False)), facts
+    return _timed(with_backend, wait), facts
 
 
 def _timm(job: Job) -> tuple[Any, str, Callable]:
@@ -240,7 +236,7 @@ def _peak(job: Job) -> tuple[Repeat, dict[str, Any]]:
         import torch
 
         x = torch.randn(n, n, dtype=getattr(torch, job["dtype"]))
-        found["torch"] = _timed(lambda: x @ x, lambda _: None, each=True)
+        found["torch"] = _timed(lambda: x @ x, lambda _: None)
     except ImportError:
         pass
     import jax
@@ -248,8 +244,8 @@ def _peak(job: Job) -> tuple[Repeat, dict[str, Any]]:
 
     y = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(job["dtype"]))
     product = jax.jit(jnp.matmul)
-    found["xla"] = _timed(lambda: product(y, y), jax.block_until_ready, each=True)
-    rates = {name: flops / min(repeat(5)[1:]) for name, repeat in found.items()}
+    found["xla"] = _timed(lambda: product(y, y), jax.block_until_ready)
+    rates = {name: flops / min(repeat(1) for _ in range(5)) for name, repeat in found.items()}
     return found[max(rates, key=rates.get)], {"rates": rates, "flops": flops}
 
 

@@ -7,7 +7,6 @@ place. Once for the program as it runs on this CPU, once for the one that a plan
 
 import ctypes
 import gc
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import side_by_side
 from vit_jax import experiment, plan
 from vit_jax.main import parse
 from vit_jax.settings import Settings
@@ -50,7 +50,7 @@ def _growth(e: experiment.Experiment, update: Callable) -> int:
     for _ in range(STEPS):
         state, metrics = update(state, batch)
         jax.block_until_ready(metrics)
-    return _status("VmHWM") - before
+    return side_by_side.memory("VmHWM") - before
 
 
 def _reset_peak() -> int:
@@ -58,11 +58,7 @@ def _reset_peak() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind would hide what a step needs
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return side_by_side.memory("VmRSS")
 
 
 if __name__ == "__main__":

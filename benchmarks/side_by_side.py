@@ -35,7 +35,6 @@ class Worker:
         self._process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env=os.environ | job.get("environment", {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -43,8 +42,8 @@ class Worker:
         )
         self.facts = self._answer()
 
-    def seconds(self, n: int) -> list[float]:
-        """How long each of n repetitions took, or all of them, if the work is not waited for in between."""
+    def seconds(self, n: int) -> float:
+        """How long one of n repetitions took."""
         print(n, file=self._process.stdin, flush=True)
         return self._answer()["seconds"]
 
@@ -62,8 +61,8 @@ class Worker:
         raise Failed(self._process.stderr.read().strip().rpartition("\n")[2] or f"exit code {self._process.wait()}")
 
 
-def serve(build: Callable[[dict[str, Any]], tuple[Callable[[int], list[float]], dict[str, Any]]]) -> None:
-    """The other end of `Worker`: `build` takes the job and returns (n → seconds, facts about it)."""
+def serve(build: Callable[[dict[str, Any]], tuple[Callable[[int], float], dict[str, Any]]]) -> None:
+    """The other end of `Worker`: `build` takes the job and returns (n → seconds of one repetition, facts about it)."""
     started = time.perf_counter()
     repeat, facts = build(json.loads(sys.argv[1]))
     _say(facts | {"build_seconds": time.perf_counter() - started})
@@ -71,10 +70,14 @@ def serve(build: Callable[[dict[str, Any]], tuple[Callable[[int], list[float]], 
         if int(line) == 0:
             break
         _say({"seconds": repeat(int(line))})
-    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
-    _say({"peak_rss": 1024 * int(peak[1]) if peak else None})
+    _say({"peak_rss": memory("VmHWM")})
     os._exit(0)  # thread pools of several libraries may wait for each other
+
+
+def memory(field: str) -> int | None:
+    """Bytes of this process: "VmRSS", what it takes, or "VmHWM", the most that it took; None where there is no /proc."""
+    path = Path("/proc/self/status")
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", path.read_text())[1]) if path.exists() else None
 
 
 def _say(answer: Mapping[str, Any]) -> None:
@@ -108,13 +111,13 @@ def alternate(
         try:
             worker = Worker(module, job)
             worker.seconds(2)
-            once = statistics.mean(worker.seconds(2))
+            once = worker.seconds(2)
             workers[name], repetitions[name], times[name] = worker, max(1, round(seconds / once)), []
         except Failed as e:
             failed[name] = str(e)
     for i in range(rounds):
         for name in list(workers)[:: 1 if i % 2 else -1]:
-            times[name] += [statistics.mean(workers[name].seconds(repetitions[name]))]
+            times[name].append(workers[name].seconds(repetitions[name]))
     found = {name: Measured(times[name], worker.facts | worker.close()) for name, worker in workers.items()}
     return found, failed
 

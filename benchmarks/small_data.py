@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # configs/ is not part of the installed package
 
+from benchmarks.side_by_side import table
 from configs import lora_finetune, pretrain, small_data, vit
 from vit_jax import checkpoint
 from vit_jax.train import train_and_evaluate
@@ -129,12 +130,6 @@ def spread(scores: list[float]) -> tuple[str, str]:
     """("98.4 ± 0.2", "98.3, 98.5"): the mean with the sample's standard deviation, and every score."""
     deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.2f}{deviation}", ", ".join(f"{score:.1f}" for score in scores)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def write_textures(folder: Path) -> None:

@@ -40,6 +40,11 @@ def use_imagenet(config: ml_collections.ConfigDict, *, train: str = "train[:99%]
     config.eval_every = 2_500
 
 
+def use_torchvision_crops(config: ml_collections.ConfigDict) -> None:
+    """Random windows as torchvision and timm cut and resize them, for what was trained with them."""
+    config.pp.update({"crop_method": "random_resized", "area": (0.08, 1.0), "interpolation": "bicubic", "antialias": True})
+
+
 def steps(config: ml_collections.ConfigDict, epochs: float) -> int:
     """How many steps of `config.batch` make up so many epochs of `config.pp.train` of a dataset in `SIZES`."""
     _, part = split_range(config.pp.train, SIZES[config.dataset])

@@ -45,7 +45,7 @@ def get_config(arg: str = "b,800") -> ml_collections.ConfigDict:
         | {"stochastic_depth": DEPTH[phase][size], "stochastic_depth_uniform": True}
     )
     common.use_imagenet(config, train="train")
-    config.pp.update({"crop_method": "random_resized", "area": (0.08, 1.0), "interpolation": "bicubic", "antialias": True})
+    common.use_torchvision_crops(config)
     config.augment.update({"mixup": 0.8, "cutmix": 1.0})
     config.optim_dtype = "float32"
     if phase.startswith("ft"):

@@ -72,7 +72,7 @@ def _deit(config: ml_collections.ConfigDict, dataset: str) -> None:
     common.use_imagenet(config, train="train")
     config.model.classifier = "distilled"
     config.model.transformer.update({"activation": "gelu", "stochastic_depth": 0.1})
-    config.pp.update({"crop_method": "random_resized", "area": (0.08, 1.0), "interpolation": "bicubic", "antialias": True})
+    common.use_torchvision_crops(config)
     config.augment.update({"randaug": (2, 9), "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0})
     config.label_smoothing = 0.1
     config.distill.update({"kind": "hard", "alpha": 0.5})

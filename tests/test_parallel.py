@@ -99,7 +99,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(one_more, folder: Path):
 
 def test_a_signal_to_one_of_two_processes_stops_both_and_the_same_command_goes_on_to_the_same_bits(tmp_path: Path):
     def train(name: str) -> AbstractContextManager[list[subprocess.Popen]]:
-        fields = ("--config.accum_steps=2", "--config.parallel=mesh", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+        fields = ("--config.parallel=mesh", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
         recipe = (
             f"--workdir={tmp_path / name}",
             *kill.RECIPE,

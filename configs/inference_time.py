@@ -6,6 +6,8 @@
 
 import ml_collections
 
+from vit_jax import runtime
+
 
 def get_config() -> ml_collections.ConfigDict:
     """`initial_steps` warm-up steps are not counted, `steps` are."""
@@ -18,4 +20,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch = 8
     config.num_classes = 1000
     config.image_size = 224
+    config.compilation_cache = runtime.CACHE
     return config

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save as to_safetensors
 from tqdm import tqdm
 
-from vit_jax import checkpoint, experiment, models, workdir
+from vit_jax import checkpoint, experiment, models, runtime, workdir
 from vit_jax.checkpoint.npz import write_atomically
 from vit_jax.data import augment, preprocess
 from vit_jax.errors import UserError, command
@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, size = _writable(args.out), args.size and _size(args.size)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
+    runtime.set_up()
     paths = list(find_images(args.images))
     extractor = load_extractor(args.model, size=size)
     read, found = _extract(extractor, paths, args.kind, min(args.batch, len(paths)))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import models, parallel
+from vit_jax import models, parallel, runtime
 from vit_jax import workdir as workdirs
 from vit_jax.data import augment
 from vit_jax.errors import UserError
@@ -32,6 +32,7 @@ class InferenceSettings:
     batch: int = 8
     num_classes: int = 1000
     image_size: int = 224
+    compilation_cache: str | None = runtime.CACHE
 
 
 def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, float]:

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vit_jax import cluster
+from vit_jax import cluster, runtime
 from vit_jax.errors import UserError, leave_at_once, unknown
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
@@ -29,8 +29,9 @@ def main(argv: list[str]) -> None:
     for flag, value in (("workdir", _WORKDIR.value), ("config", _CONFIG.value)):
         if value is None:
             raise UserError(f"--{flag} is missing. {__doc__.splitlines()[0]}")
-    cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
+    runtime.set_up(config.get("compilation_cache", runtime.CACHE))
+    cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     trainer = config.get("trainer", "train")
     if trainer == "train":
         from vit_jax.train import train_and_evaluate as run

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
 
-from vit_jax import checkpoint, models, workdir
+from vit_jax import checkpoint, models, runtime, workdir
 from vit_jax.checkpoint import describe
 from vit_jax.data import augment, preprocess, sources
 from vit_jax.errors import UserError, command
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.top < 1 or args.batch < 1:
         raise UserError(f"--top={args.top} and --batch={args.batch} must be at least 1")
+    runtime.set_up()
     paths = list(find_images(args.images))
     classifier = load_classifier(args.model, model_name=args.model_name)
     width = max(len(str(path)) for path in paths)

@@ -17,7 +17,7 @@ from absl import app, flags
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from vit_jax import experiment
+from vit_jax import experiment, runtime
 from vit_jax.data import loader, sources
 from vit_jax.errors import UserError, command
 from vit_jax.main import parse
@@ -98,6 +98,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--{'config' if config is None else 'out'} is missing: --config=FILE[:ARG] --out=grid.png")
     if os.path.splitext(out)[1].lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out={out}: name a picture that ends in .png, .jpg or .webp")
+    runtime.set_up(config.get("compilation_cache", runtime.CACHE))
     picture = preview(Settings.from_config(config), rows=_ROWS.value, columns=_COLUMNS.value)
     try:
         picture.save(out)

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax import parallel
+from vit_jax import parallel, runtime
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, unknown
 
@@ -96,6 +96,7 @@ class Settings:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     remat: str = "none"  # or dots, full: what of a block is computed again rather than kept
     scan: bool = False  # compile one block and loop over it
+    compilation_cache: str | None = runtime.CACHE  # folder of compiled programs, which later runs take from there; "": none
     # data
     dataset: str | None = None  # digits, a folder of images, or a name that tensorflow-datasets knows
     tfds_data_dir: str | None = None

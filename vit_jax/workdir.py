@@ -19,7 +19,7 @@ RESULTS = "model.npz", adapter.FILE
 _FREE = {
     *("trainer", "evaluator", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
     *("progress_every", "eval_every", "checkpoint_every", "keep", "keep_best", "evaluators"),
-    *("parallel", "mesh", "remat", "nonfinite", "nonfinite_limit", "bad_images"),
+    *("parallel", "mesh", "remat", "compilation_cache", "nonfinite", "nonfinite_limit", "bad_images"),
 }
 
 

@@ -20,7 +20,7 @@ from vit_jax.train import train_and_evaluate
 
 def recipe(photos: Path) -> ml_collections.ConfigDict:
     c = tiny.config(dataset=str(photos), pp_train="train", pp_test="test", batch=4, total_steps=25, checkpoint_every=5, keep=2)
-    c.update({"accum_steps": 2, "eval_every": 10})
+    c.update({"accum_steps": 2, "eval_every": 10, "cache_gb": 0.0})  # read at every step
     return c
 
 

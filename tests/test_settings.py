@@ -100,6 +100,7 @@ def test_two_configs_share_nothing():
         (complete(base_lrr=1), "unknown field of config 'base_lrr': did you mean base_lr"),
         (with_pp(cropp=1), "unknown field of config.pp 'cropp': did you mean crop"),
         (complete(trainer="trian"), "unknown config.trainer 'trian': did you mean train"),
+        (complete(cache_gb=-1), "config.cache_gb=-1 must be at least 0"),
         (complete(bad_images="ignore"), "unknown config.bad_images 'ignore': use one of error, skip"),
         (complete(dtype="float8"), "unknown config.dtype 'float8': did you mean float"),
         (complete(optim_dtype="int32"), "unknown config.optim_dtype 'int32'"),

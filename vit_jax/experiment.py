@@ -190,7 +190,7 @@ def make_prepare(s: Settings, num_classes: int, mean: list[float], std: list[flo
 
 
 def train_transform(s: Settings) -> Callable:
-    """(decoded image, generator) → uint8 image of the model's size: what the host does in training."""
+    """(encoded image or array, generator, exif_rotated=) → uint8 image of the model's size: what the host does in training."""
     pp = s.pp
     return functools.partial(
         preprocess.train_image,
@@ -200,6 +200,7 @@ def train_transform(s: Settings) -> Callable:
         area=tuple(pp.area),
         interpolation=pp.interpolation,
         antialias=pp.antialias,
+        scaled_decoding=pp.scaled_decoding,
     )
 
 

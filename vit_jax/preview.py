@@ -7,6 +7,7 @@ cropped on the host, changed on the device, and mixed with another image of its 
 stand the classes with the two largest targets, and those targets. `--config.seed` takes other images and draws.
 """
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -45,8 +46,9 @@ def preview(s: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
     prepare = jax.jit(experiment.make_prepare(s, source.num_classes, mean, std))
     for column in range(1, columns):
         rngs = [np.random.default_rng((s.seed, column, row)) for row in range(len(images))]
+        decode = [functools.partial(trained, rng=rng) for rng in rngs]
         batch = {
-            "image": np.stack([trained(image, rng) for image, rng in zip(images, rngs, strict=True)]),
+            "image": np.stack([loader.load(source, int(i), d)[0] for i, d in zip(chosen, decode, strict=True)]),
             "label": np.array(labels, np.int32),
             "seed": np.array([rng.integers(2**32, dtype=np.uint32) for rng in rngs]),
         }

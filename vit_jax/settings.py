@@ -28,6 +28,7 @@ class Preprocessing:
     eval_resize: int | None = None  # shorter side before a centre crop; None: the whole image is resized to crop
     interpolation: str = "bilinear"  # or bicubic, which needs antialias
     antialias: bool = False  # as Pillow, torchvision and timm do; False: as TensorFlow does
+    scaled_decoding: bool = True  # in training, a JPEG at 1/2, 1/4 or 1/8 if a crop needs no more; False: as TensorFlow does
     flip: bool = True  # mirror at random: off where left and right differ, as in digits
 
 
@@ -103,6 +104,7 @@ class Settings:
     tfds_manual_dir: str | None = None
     pp: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     augment: Augmentation = dataclasses.field(default_factory=Augmentation)
+    cache_gb: float = 1.0  # training images are decoded once and kept in memory if all of them take no more; 0: never
     bad_images: str = "error"  # or "skip": training goes on with another image, and says so
     shuffle_buffer: int = 50_000  # every epoch is a full permutation, which needs no buffer; 0 keeps the files' order
     prefetch: int = 2  # batches sent to the devices ahead of time
@@ -208,7 +210,7 @@ class Settings:
         at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0, "cooldown_steps": 0}
         at_least["nonfinite_limit"] = 1
         at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
-        at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix"), 0)
+        at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix", "cache_gb"), 0)
         for name, least in at_least.items():
             if not (value := operator.attrgetter(name)(self)) >= least:  # NaN is not
                 raise UserError(f"config.{name}={value} must be at least {least}")

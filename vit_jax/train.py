@@ -16,7 +16,7 @@ import numpy as np
 from vit_jax import experiment, outcome, parallel
 from vit_jax import workdir as workdirs
 from vit_jax.checkpoint.state import Checkpointer, WriteError
-from vit_jax.data import loader
+from vit_jax.data import loader, memory
 from vit_jax.errors import UserError, unknown
 from vit_jax.evaluate import make_evaluators, scores
 from vit_jax.metrics import Writer, logging_to
@@ -216,7 +216,7 @@ def _train_batches(e: experiment.Experiment, start_step: int, stop: GracefulExit
     """Batches on the devices; of several processes each tells the others, by a field `stop`, whether it was asked to."""
     s = e.settings
     batches = loader.train_batches(
-        e.train_source,
+        memory.kept_in_memory(e.train_source, s.cache_gb),
         experiment.train_transform(e.settings),
         batch_size=s.batch,
         seed=s.seed,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import loader
-from vit_jax.data.preprocess import ImageError
+from vit_jax.data.preprocess import ImageError, decode
 from vit_jax.errors import UserError
 
 
@@ -39,9 +39,10 @@ class Numbered:
         return f"photos/{i}.jpg"
 
 
-def noisy(image, rng):
+def noisy(image, rng, exif_rotated):
     """A random transform: the first row keeps the image's number, the second is noise."""
-    return np.stack([image[0], rng.integers(256, size=image[1].shape, dtype=np.uint8)])
+    noise = rng.integers(256, size=(2, 3), dtype=np.uint8)  # before it is known whether the image is sound
+    return np.stack([decode(image, exif_rotated=exif_rotated)[0], noise])
 
 
 def train(size, steps, *, seed=3, batch_size=8, bad=(), labels=None, **kwargs):

@@ -1,7 +1,9 @@
 """Resizing that matches plain arithmetic, TensorFlow, Pillow and timm, and crops that keep their bounds."""
 
+import functools
 import importlib
 import importlib.util
+import io
 from types import SimpleNamespace
 
 import jax
@@ -10,19 +12,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vit_jax.data.preprocess import (
-    eval_image,
-    inception_crop,
-    random_crop,
-    random_resized_crop,
-    resize,
-    simple_crop,
-    train_image,
-)
+from vit_jax.data import preprocess
+from vit_jax.data.preprocess import Box, Jpeg, cut, eval_image, inception_box, random_box, resize
 from vit_jax.errors import UserError
 
 PHOTO = Image.fromarray(load_sample_images().images[1]).resize((61, 43))
 PIXELS = np.asarray(PHOTO)
+train_image = functools.partial(preprocess.train_image, exif_rotated=True)
 
 
 # Resizing
@@ -81,11 +77,11 @@ def test_what_resize_cannot_do_is_refused(options, message):
 # Crops
 
 
-def test_inception_crop_keeps_area_aspect_and_image():
+def test_inception_box_keeps_area_aspect_and_image():
     rng = np.random.default_rng(0)
     for h, w in ((400, 500), (300, 900), (500, 200), (33, 47)):
         image = np.arange(h * w, dtype=np.int64).reshape(h, w, 1)
-        crops = [inception_crop(image, rng, area=(0.2, 0.8)) for _ in range(1000)]
+        crops = [cut(image, inception_box((h, w), rng, area=(0.2, 0.8))) for _ in range(1000)]
         shapes = np.array([crop.shape[:2] for crop in crops])
         share, aspect = shapes.prod(1) / (h * w), shapes[:, 1] / shapes[:, 0]
         assert share.min() >= 0.2 and share.max() <= 0.8
@@ -98,11 +94,10 @@ def test_inception_crop_keeps_area_aspect_and_image():
         assert (tops + shapes[:, 0]).max() == h and (lefts + shapes[:, 1]).max() == w
 
 
-def test_inception_crop_is_distributed_as_tensorflow_draws():
+def test_inception_box_is_distributed_as_tensorflow_draws():
     """Mean and quartiles of 20,000 windows of tf.image.sample_distorted_bounding_box on 400 x 500, seen once."""
     rng = np.random.default_rng(0)
-    image = np.zeros((400, 500, 3), np.uint8)
-    shapes = np.array([inception_crop(image, rng).shape[:2] for _ in range(8000)])
+    shapes = np.array([inception_box((400, 500), rng)[2:] for _ in range(8000)])
     share, aspect = shapes.prod(1) / 200_000, shapes[:, 1] / shapes[:, 0]
     np.testing.assert_allclose(share.mean(), 0.357, atol=0.012)
     np.testing.assert_allclose(np.percentile(share, [25, 50, 75]), [0.151, 0.310, 0.530], atol=0.02)
@@ -110,11 +105,9 @@ def test_inception_crop_is_distributed_as_tensorflow_draws():
     assert np.abs(shapes.mean(0)[0] - 247.6) < 4
 
 
-def test_inception_crop_gives_the_whole_image_when_nothing_fits():
-    image = np.zeros((10, 100, 3), np.uint8)
-    assert inception_crop(image, np.random.default_rng(0), area=(0.9, 1.0)) is image
-    tiny = np.zeros((1, 1, 3), np.uint8)
-    assert inception_crop(tiny, np.random.default_rng(0)).shape == (1, 1, 3)
+def test_inception_box_is_the_whole_image_when_nothing_fits():
+    assert inception_box((10, 100), np.random.default_rng(0), area=(0.9, 1.0)) == Box(0, 0, 10, 100)
+    assert inception_box((1, 1), np.random.default_rng(0)) == Box(0, 0, 1, 1)
 
 
 def test_random_resized_crop_is_the_one_of_timm(monkeypatch):
@@ -138,10 +131,6 @@ def test_random_resized_crop_is_the_one_of_timm(monkeypatch):
             np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
-def test_random_resized_crop_is_a_view():
-    assert np.shares_memory(random_resized_crop(PIXELS, np.random.default_rng(0)), PIXELS)
-
-
 @pytest.mark.parametrize(
     ("turned", "size", "whole"), [(False, (24, 24), (34, 24)), (True, (24, 24), (24, 34)), (False, (20, 40), (40, 28))]
 )
@@ -153,22 +142,22 @@ def test_simple_crop_is_a_window_of_the_resized_and_reflected_image(turned, size
     windows = np.lib.stride_tricks.sliding_window_view(padded, (*size, 3))[:, :, 0]
     places = set()
     for seed in range(200):
-        pixels = simple_crop(np.asarray(photo), np.random.default_rng(seed), size, interpolation="bicubic", antialias=True)
+        how = {"crop_method": "simple", "interpolation": "bicubic", "antialias": True}
+        pixels = train_image(np.asarray(photo), np.random.default_rng(seed), crop=size, **how)
         (place,) = np.argwhere((windows == pixels).all((2, 3, 4)))
         places.add(tuple(place))
     tops, lefts = (set(axis) for axis in zip(*places, strict=True))
     assert tops == {*range(windows.shape[0])} and lefts == {*range(windows.shape[1])}
 
 
-def test_random_crop_reaches_every_place_equally():
-    image = np.arange(5 * 4).reshape(5, 4, 1)
+def test_random_box_reaches_every_place_equally():
     rng = np.random.default_rng(0)
-    corners = [random_crop(image, (3, 2), rng)[0, 0, 0] for _ in range(9000)]
-    places, counts = np.unique(corners, return_counts=True)
-    assert places.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10] and counts.min() > 850 and counts.max() < 1150
-    assert random_crop(image, (5, 4), rng).shape == (5, 4, 1)
+    boxes, counts = np.unique([random_box((5, 4), (3, 2), rng) for _ in range(9000)], axis=0, return_counts=True)
+    assert boxes.tolist() == [[top, left, 3, 2] for top in range(3) for left in range(3)]
+    assert counts.min() > 850 and counts.max() < 1150
+    assert random_box((5, 4), (5, 4), rng) == Box(0, 0, 5, 4)
     with pytest.raises(UserError, match="6 x 2 does not fit into 5 x 4"):
-        random_crop(image, (6, 2), rng)
+        random_box((5, 4), (6, 2), rng)
 
 
 # Whole images
@@ -195,7 +184,7 @@ def test_train_image_depends_on_nothing_but_the_generator(options):
 
 def test_train_image_is_the_resized_inception_crop():
     pixels = train_image(PIXELS, np.random.default_rng(3), crop=(20, 30), area=(0.3, 0.9))
-    crop = inception_crop(PIXELS, np.random.default_rng(3), area=(0.3, 0.9))
+    crop = cut(PIXELS, inception_box(PIXELS.shape[:2], np.random.default_rng(3), area=(0.3, 0.9)))
     assert pixels.shape == (20, 30, 3)
     exact = bilinear(crop, (20, 30))
     assert np.abs(pixels - exact).max() <= 0.5 + 1e-4  # rounded, not cut off
@@ -214,6 +203,85 @@ def test_train_image_with_resize_to_crops_a_window_of_the_whole():
     assert train_image(PIXELS, rng, crop=(24, 32), resize_to=32).shape == (24, 32, 3)
     with pytest.raises(UserError, match="crop of 64 x 64 does not fit into 48 x 48"):
         train_image(PIXELS, rng, crop=64, resize_to=48)
+
+
+# Scaled decoding
+
+
+def encode(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 95, **options})
+    return file.getvalue()
+
+
+@pytest.fixture
+def factors(monkeypatch):
+    """By how much JPEGs were scaled down, in order."""
+    seen, decode = [], Jpeg.decode
+    monkeypatch.setattr(Jpeg, "decode", lambda jpeg, factor=1: (seen.append(factor), decode(jpeg, factor))[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ({}, {1, 2, 4}),
+        ({"crop_method": "random_resized", "interpolation": "bicubic", "antialias": True}, {1, 2, 4}),
+        ({"crop_method": "simple"}, {4}),
+        ({"resize_to": 150}, {4}),
+    ],
+)
+def test_scaled_decoding_draws_the_same_and_comes_close_to_antialiasing(factors, options, used):
+    data = encode(Image.fromarray(load_sample_images().images[0]).resize((1203, 801), Image.Resampling.BICUBIC))
+    scaled, full, ideal = [], [], []
+    for seed in range(20):
+        rngs = [np.random.default_rng(seed) for _ in range(3)]
+        scaled.append(train_image(data, rngs[0], crop=128, **options).astype(float))
+        full.append(train_image(data, rngs[1], crop=128, scaled_decoding=False, **options))
+        ideal.append(train_image(data, rngs[2], crop=128, scaled_decoding=False, **(options | {"antialias": True})))
+        assert rngs[0].random() == rngs[1].random()
+    assert set(factors[::3]) == used and set(factors[1::3]) == {1}
+    error = np.abs(np.array(scaled) - ideal).mean()
+    assert error < 4
+    if "antialias" not in options:
+        assert error < 0.5 * np.abs(np.array(full, float) - ideal).mean()
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_crop_is_where_the_full_one_is_however_the_jpeg_is_turned(factors, orientation, antialias):
+    """Grey that grows along one side: 513 x 401 leaves seven eighths of a pixel of 1/8 beyond both edges."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for ramp in np.mgrid[:401, :513] * 250 / [[[401]], [[513]]]:
+        data = encode(Image.fromarray(ramp.astype(np.uint8)), exif=exif)
+        for seed in range(8):
+            how = {"crop": 32, "area": (0.3, 1.0), "antialias": antialias}
+            scaled, full = (train_image(data, np.random.default_rng(seed), scaled_decoding=x, **how) for x in (True, False))
+            error = scaled.astype(float) - full
+            assert abs(error.mean()) < 1 and np.abs(error).max() < 6
+    assert {4, 8} <= set(factors)
+
+
+def test_scaled_decoding_notices_what_is_missing(factors):
+    data = encode(PHOTO.resize((600, 400)))
+    with pytest.raises(preprocess.ImageError, match="the JPEG is cut off"):
+        train_image(data[: len(data) // 2], np.random.default_rng(0), crop=32, area=(0.9, 1.0))
+    assert factors == [8]
+
+
+def test_small_crops_and_other_formats_are_decoded_in_full(factors):
+    data = encode(PHOTO.resize((600, 400)))
+    pixels = train_image(data, np.random.default_rng(0), crop=224)
+    whole = preprocess.decode(data, exif_rotated=False)
+    np.testing.assert_array_equal(pixels, train_image(whole, np.random.default_rng(0), crop=224))
+    png = io.BytesIO()
+    PHOTO.resize((600, 400)).save(png, "PNG")
+    assert train_image(png.getvalue(), np.random.default_rng(0), crop=32).shape == (32, 32, 3)
+    assert factors == [1, 1]
+
+
+# Evaluation
 
 
 def test_eval_image_is_the_whole_image_unrounded():

@@ -5,10 +5,14 @@ a permutation of its own, and an example's randomness depends on its position al
 an undisturbed run would have seen, on any number of threads, devices and processes.
 """
 
+import functools
 import logging
+import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -21,12 +25,17 @@ from vit_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 Transform = Callable[..., np.ndarray]
 
+RUN = 8
+"""Examples that a thread loads in a row: handing each over by itself costs a tenth of the time."""
+AHEAD = 64
+"""At least so many examples, and at least one batch, are loaded ahead."""
+
 log = logging.getLogger("vit_jax")
 
 
 def train_batches(
     source: Source,
-    transform: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    transform: Transform,
     *,
     batch_size: int,
     seed: int,
@@ -39,7 +48,7 @@ def train_batches(
     """Endless batches {"image": uint8 (b h w 3), "label": int32 (b,), "seed": uint32 (b,)} from `start_step` on.
 
     Args:
-      transform: (decoded image, generator) → uint8 image of the one size.
+      transform: (encoded image or array, rng=generator, exif_rotated=) → uint8 image of the one size.
       batch_size: over all processes, which share a batch's examples out among themselves; this one gets its part.
       shuffle: False keeps the source's order.
       skip_bad_images: replaces an image that cannot be decoded by the next one of the source, and logs it;
@@ -72,13 +81,16 @@ def eval_batches(
     return _batches(examples[process_index::process_count], batch_size // process_count)
 
 
-def load(source: Source, index: int) -> tuple[np.ndarray, int]:
-    """Example `index` as (decoded uint8 image (h w 3), label); an error names the example."""
+def load(source: Source, index: int, decode: Transform = preprocess.decode) -> tuple[np.ndarray, int]:
+    """Example `index` as (uint8 image (h w 3), label); an error names the example.
+
+    `decode`: (encoded image or array, exif_rotated=) → image.
+    """
     example = source[index]
     if "labels" in example:
         raise UserError(f"{source.where(index)} may have several labels: such a dataset can be evaluated, not trained on")
     label = _checked_label(source, index, example["label"])
-    return _decode(source, index, example["image"]), label
+    return _decode(source, index, example["image"], decode), label
 
 
 def _checked_label(source: Source, index: int, label: int) -> int:
@@ -87,9 +99,9 @@ def _checked_label(source: Source, index: int, label: int) -> int:
     return int(label)
 
 
-def _decode(source: Source, index: int, image: bytes | np.ndarray) -> np.ndarray:
+def _decode(source: Source, index: int, image: bytes | np.ndarray, decode: Transform = preprocess.decode) -> np.ndarray:
     try:
-        return preprocess.decode(image, exif_rotated=source.exif_rotated)
+        return decode(image, exif_rotated=source.exif_rotated)
     except preprocess.ImageError as e:
         raise preprocess.ImageError(f"{source.where(index)}: {e}") from e
 
@@ -101,15 +113,19 @@ class _TrainExample(grain.transforms.RandomMap):
         self.lock = threading.Lock()  # examples are loaded on several threads
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, label = self._load(index) if self.skip_bad_images else load(self.source, index)
-        image = self.transform(image, rng)
+        image, label = self._load(index, rng)
         return {"image": image, "label": np.int32(label), "seed": rng.integers(2**32, dtype=np.uint32)}
 
-    def _load(self, index: int) -> tuple[np.ndarray, int]:
+    def _load(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        decode = functools.partial(self.transform, rng=rng)
+        if not self.skip_bad_images:
+            return load(self.source, index, decode)
+        start = rng.bit_generator.state
         for candidate in ((index + i) % len(self.source) for i in range(len(self.source))):
             try:
-                return load(self.source, candidate)
+                return load(self.source, candidate, decode)
             except preprocess.ImageError as e:
+                rng.bit_generator.state = start  # whatever was drawn for a bad image
                 with self.lock:
                     if candidate not in self.bad:
                         self.bad.add(candidate)
@@ -135,12 +151,50 @@ class _EvalExample(grain.transforms.Map):
         return {"image": image, "mask": np.bool_(not padding)} | answer
 
 
+class _Loading:
+    """A batch that several threads are filling, each its own rows, a run of `RUN` after the other."""
+
+    def __init__(self, executor: ThreadPoolExecutor, examples: grain.MapDataset, rows: range, run: int):
+        self.examples, self.rows, self.batch = examples, rows, Batch()
+        self.lock = threading.Lock()
+        self.runs = [executor.submit(self._load, range(i, min(i + run, len(rows)))) for i in range(0, len(rows), run)]
+
+    def result(self) -> Batch:
+        """The batch, once it is full."""
+        for run in self.runs:
+            run.result()
+        return self.batch
+
+    def _load(self, run: range) -> None:
+        for i in run:
+            example = self.examples[self.rows[i]]
+            with self.lock:
+                if not self.batch:
+                    self.batch.update({name: _aligned((len(self.rows), *x.shape), x.dtype) for name, x in example.items()})
+            for name, x in example.items():
+                self.batch[name][i] = x
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory starts where JAX wants it, so that the CPU as a device takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _batches(examples: grain.MapDataset, batch_size: int) -> Iterator[Batch]:
-    """Loads examples on as many threads as there are cores and stacks them, one batch ahead of the one asked for."""
-    threads = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=max(batch_size, 64))
-    batched = examples.to_iter_dataset(threads).batch(batch_size)
-    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batched, prefetch_buffer_size=1))
+    """Loads batches on as many threads as there are cores, ahead of the one asked for."""
+    threads = os.cpu_count() or 1
+    run = max(1, min(RUN, batch_size // threads))
+    count, ahead = len(examples) // batch_size, -(-AHEAD // batch_size)
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    loading: deque[_Loading] = deque()
     try:
-        yield from iterator
+        for i in range(count + ahead):
+            if i < count:
+                loading.append(_Loading(executor, examples, range(i * batch_size, (i + 1) * batch_size), run))
+            if i >= ahead:
+                yield loading.popleft().result()
     finally:
-        iterator.close()
+        executor.shutdown(wait=False, cancel_futures=True)

@@ -6,9 +6,10 @@ positions to float32, OpenCV does not. What was trained with torch (DeiT, timm) 
 torchvision's crops: `antialias`, "random_resized", "simple". Flipping and normalising happen later, on the device.
 """
 
+import dataclasses
 import io
 import math
-from typing import Any
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -26,20 +27,30 @@ MAX_PIXELS = 178_956_970
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CROP_METHODS = ("inception", "random_resized", "simple")
 
-# EXIF orientation → how to turn the stored pixels so that they stand upright. 1 is upright already.
+# EXIF orientation → what makes the stored pixels stand upright: (transpose, then mirror rows, then mirror columns).
 TURNS = {
-    2: lambda image: cv2.flip(image, 1),
-    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
-    4: lambda image: cv2.flip(image, 0),
-    5: cv2.transpose,
-    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda image: cv2.flip(cv2.transpose(image), -1),
-    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
 }
 
 
 class ImageError(UserError):
     """An image that cannot be decoded. The message does not name the file: whoever knows it puts it in front."""
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels of which the first covers 0 to 1."""
+
+    top: float
+    left: float
+    height: float
+    width: float
 
 
 def decode(image: bytes | np.ndarray, *, exif_rotated: bool) -> UInt8[np.ndarray, "h w 3"]:
@@ -53,17 +64,74 @@ def decode(image: bytes | np.ndarray, *, exif_rotated: bool) -> UInt8[np.ndarray
         return _from_array(image)
     if not isinstance(image, bytes):
         raise ImageError(f"an image must be bytes or a uint8 array, not {type(image).__name__}")
-    pixels = _decode_jpeg(image) if image.startswith(b"\xff\xd8") else None
-    orientation = 1
-    if pixels is None:
-        with _open(image) as opened:
-            pixels = _decode_pillow(opened, image)
-            if exif_rotated:
-                orientation = _orientation(image, opened)
-    # Most JPEGs carry no orientation: a search of the bytes spares them the parser.
-    elif exif_rotated and (b"Exif\0\0" in image or b"tiff:Orientation" in image):
-        orientation = _orientation(image)
-    return TURNS[orientation](pixels) if orientation in TURNS else pixels
+    if jpeg := Jpeg.read(image, exif_rotated=exif_rotated):
+        return jpeg.decode()
+    with _open(image) as opened:
+        pixels = _decode_pillow(opened, image)
+        return _turn(pixels, _orientation(image, opened)) if exif_rotated else pixels
+
+
+def header_size(image: bytes) -> tuple[int, int]:
+    """(h, w) of an encoded image as its header has it. Raises ImageError where there is none."""
+    if jpeg := Jpeg.read(image, exif_rotated=False):
+        return jpeg.size
+    with _open(image) as opened:
+        return opened.height, opened.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Jpeg:
+    """A JPEG of which only the header has been read."""
+
+    data: bytes
+    size: tuple[int, int]  # (h, w) of the upright image
+    orientation: int  # a key of TURNS
+
+    @classmethod
+    def read(cls, image: bytes | np.ndarray, *, exif_rotated: bool) -> "Jpeg | None":
+        """None for other images, and for what simplejpeg leaves to Pillow."""
+        if not isinstance(image, bytes) or not image.startswith(b"\xff\xd8"):
+            return None
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        except ValueError:
+            return None
+        _check_size(width, height)
+        orientation = _orientation(image) if exif_rotated and _may_be_turned(image) else 1
+        return cls(image, (width, height) if TURNS[orientation][0] else (height, width), orientation)
+
+    def decode(self, factor: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+        """The upright pixels as TensorFlow decodes them (CMYK to 2 of 255), at 1 / `factor` of the size: 1, 2, 4 or 8.
+
+        A side that `factor` does not divide is rounded up: the last pixel reaches beyond the image.
+        """
+        h, w = self.size[::-1] if TURNS[self.orientation][0] else self.size
+        scale = {"min_factor": factor, "min_height": -(-h // factor), "min_width": -(-w // factor)} if factor > 1 else {}
+        # The fast DCT and the slow ("fancy") upsampling of colour are TensorFlow's defaults.
+        how = {"colorspace": "RGB", "fastdct": True, **scale}
+        try:
+            pixels = simplejpeg.decode_jpeg(self.data, **how)
+        except ValueError as error:
+            if "premature end" in str(error).lower():
+                raise _undecodable(self.data, "the JPEG is cut off") from error
+            # A warning of libjpeg, such as stray bytes, which TensorFlow and every viewer tolerate. It stopped the
+            # decoder, so that a missing end may have gone unseen: Pillow would tell.
+            with _open(self.data) as opened:
+                _load(opened, self.data)
+            pixels = simplejpeg.decode_jpeg(self.data, **how, strict=False)
+        return _turn(pixels, self.orientation)
+
+    def scaled(self, box: Box, factor: int) -> Box:
+        """Where a box of the upright image lies in `decode(factor)`: behind the pixel that reaches beyond, if mirrored."""
+        _, *mirrored = TURNS[self.orientation]
+        beyond = [(-n % factor) / factor if mirror else 0 for n, mirror in zip(self.size, mirrored, strict=True)]
+        return Box(*(x / factor + more for x, more in zip(box, (*beyond, 0, 0), strict=True)))
+
+
+def _turn(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    transpose, rows, columns = TURNS[orientation]
+    image = cv2.transpose(image) if transpose else image
+    return cv2.flip(image, -1 if rows and columns else int(columns)) if rows or columns else image
 
 
 def _from_array(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
@@ -73,26 +141,6 @@ def _from_array(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     if shape[2:] == (3,):
         return image
     return np.repeat(image.reshape(*shape[:2], 1), 3, axis=2)
-
-
-def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
-    """Returns a JPEG as TensorFlow decodes it (CMYK to 2 of 255), or None for what simplejpeg leaves to Pillow."""
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    _check_size(width, height)
-    try:
-        # The fast DCT and the slow ("fancy") upsampling of colour are TensorFlow's defaults.
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
-    except ValueError as error:
-        if "premature end" in str(error).lower():
-            raise _undecodable(data, "the JPEG is cut off") from error
-    # A warning of libjpeg, such as stray bytes, which TensorFlow and every viewer tolerate. It stopped the decoder, so
-    # that a missing end may have gone unseen: Pillow would tell.
-    with _open(data) as opened:
-        _load(opened, data)
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=False)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -131,9 +179,21 @@ def _decode_pillow(opened: Image.Image, data: bytes) -> UInt8[np.ndarray, "h w 3
 def _orientation(data: bytes, opened: Image.Image | None = None) -> int:
     """Returns the EXIF (or XMP) orientation, 1 to 8, and 1 where there is none or it is damaged, as viewers do."""
     try:
-        return (opened or _open(data)).getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = (opened or _open(data)).getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged tag is no reason to lose a sound picture
         return 1
+    return orientation if orientation in TURNS else 1
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a segment before a JPEG's pixels may tell its orientation: most have none, and are spared Pillow's parser."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":  # where the pixels start
+        segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+        if marker == b"\xe1" and (b"Exif\0\0" in segment or b"tiff:Orientation" in segment):
+            return True
+        at += len(segment)
+    return data[at : at + 1] != b"\xff"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -151,48 +211,61 @@ def _undecodable(data: bytes, why: str) -> ImageError:
 
 
 def resize(
-    image: Shaped[np.ndarray, "h w 3"], size: tuple[int, int], *, interpolation: str = "bilinear", antialias: bool = False
+    image: Shaped[np.ndarray, "h w 3"],
+    size: tuple[int, int],
+    *,
+    box: Box | None = None,
+    interpolation: str = "bilinear",
+    antialias: bool = False,
 ) -> Shaped[np.ndarray, "h2 w2 3"]:
-    """Resizes to (h2, w2) with half-pixel centres; the range stays.
+    """Resizes the image, or the part of it in `box`, to (h2, w2) with half-pixel centres; the range stays.
 
     As it stands, like `tf.image.resize`: bilinear, float32. With `antialias`, which takes and returns uint8, like Pillow,
-    and so torchvision and timm: bit for bit the same, and `interpolation` may be "bicubic", too.
+    and so torchvision and timm: bit for bit the same, and `interpolation` may be "bicubic", too. The edges of `box` may
+    lie within pixels; none that it does not touch counts.
     """
     if interpolation not in INTERPOLATIONS:
         raise unknown("interpolation", interpolation, INTERPOLATIONS)
-    height, width = size
-    if antialias:
-        return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation]))
-    if interpolation != "bilinear":
+    if interpolation != "bilinear" and not antialias:
         raise UserError(f"interpolation={interpolation!r} needs antialias=True")
-    # float32 matters: on uint8 OpenCV interpolates with 11 bits.
-    return cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    height, width = size
+    top, left, h, w = box or Box(0, 0, *image.shape[:2])
+    image = image[math.floor(top) : math.ceil(top + h), math.floor(left) : math.ceil(left + w)]
+    y, x = top % 1, left % 1
+    if antialias:
+        how = {"resample": INTERPOLATIONS[interpolation], "box": (x, y, x + w, y + h)}
+        return np.asarray(Image.fromarray(image).resize((width, height), **how))
+    image = image.astype(np.float32)  # on uint8 OpenCV interpolates with 11 bits
+    if image.shape[:2] == (h, w):
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    step_y, step_x = h / height, w / width
+    positions = np.array([[step_x, 0, x + (step_x - 1) / 2], [0, step_y, y + (step_y - 1) / 2]])
+    how = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REPLICATE}
+    return cv2.warpAffine(image, positions, (width, height), **how)
 
 
-def resize_to_cover(image: Shaped[np.ndarray, "h w 3"], box: tuple[int, int], **how: Any) -> Shaped[np.ndarray, "h2 w2 3"]:
-    """Resizes to the smallest size of the same aspect that covers (h, w) of `box`: of a square, the shorter side is its own.
+def cover(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (h, w) of the aspect of `size` that covers (h, w) of `box`: of a square, the shorter side is its own.
 
-    The other side is rounded down, as torchvision does. `how` is for `resize`.
+    The other side is rounded down, as torchvision does.
     """
-    h, w, _ = image.shape
-    height, width = box
-    size = (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
-    return resize(image, size, **how)
+    (h, w), (height, width) = size, box
+    return (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
 
 
-def inception_crop(
-    image: UInt8[np.ndarray, "h w 3"],
+def inception_box(
+    size: tuple[int, int],
     rng: np.random.Generator,
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Returns a random window as a view: `area` is its share of the image, `aspect` its width / height.
+) -> Box:
+    """Returns a random window of an image of (h, w): `area` is its share of the image, `aspect` its width / height.
 
     This draws as `tf.image.sample_distorted_bounding_box` does with the whole image as box: the aspect uniformly, then
     the height uniformly among those that keep area and image, so that small windows are likelier than in torchvision.
     After 100 vain attempts the whole image is returned. Unlike TensorFlow, a window may include the last row or column.
     """
-    h, w, _ = image.shape
+    h, w = size
     smallest, largest = area[0] * h * w, area[1] * h * w
     for _ in range(100):
         ratio = rng.uniform(*aspect)
@@ -206,88 +279,95 @@ def inception_crop(
             height -= 1
         width = round(height * ratio)
         if 0 < height <= h and 0 < width <= w and smallest <= height * width <= largest:
-            return random_crop(image, (height, width), rng)
-    return image
+            return random_box(size, (height, width), rng)
+    return Box(0, 0, h, w)
 
 
-def random_resized_crop(
-    image: UInt8[np.ndarray, "h w 3"],
+def random_resized_box(
+    size: tuple[int, int],
     rng: np.random.Generator,
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Returns a random window as a view, drawn as torchvision's and timm's RandomResizedCrop do.
+) -> Box:
+    """Returns a random window of an image of (h, w), drawn as torchvision's and timm's RandomResizedCrop do.
 
     Its share of the image is uniform in `area`, its width / height log-uniform in `aspect`. After 10 vain attempts it is
     the largest window in the middle whose aspect is allowed.
     """
-    h, w, _ = image.shape
+    h, w = size
     for _ in range(10):
         pixels, ratio = h * w * rng.uniform(*area), math.exp(rng.uniform(*map(math.log, aspect)))
         height, width = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
         if 0 < height <= h and 0 < width <= w:
-            return random_crop(image, (height, width), rng)
+            return random_box(size, (height, width), rng)
     ratio = min(max(w / h, aspect[0]), aspect[1])
     height, width = min(h, round(w / ratio)), min(w, round(h * ratio))
-    top, left = (h - height) // 2, (w - width) // 2
-    return image[top : top + height, left : left + width]
+    return Box((h - height) // 2, (w - width) // 2, height, width)
 
 
-def simple_crop(
-    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: tuple[int, int], *, padding: int = 4, **how: Any
-) -> Shaped[np.ndarray, "h2 w2 3"]:
-    """Returns DeiT III's simple random crop (https://arxiv.org/abs/2204.07118), a window of (h2, w2) pixels.
-
-    The image is resized to cover `size`, reflected around its edges by `padding` pixels, and cropped at random. `how` is
-    for `resize`.
-    """
-    pixels = resize_to_cover(image, size, **how)
-    return random_crop(cv2.copyMakeBorder(pixels, *[padding] * 4, cv2.BORDER_REFLECT_101), size, rng)
-
-
-def random_crop(
-    image: Shaped[np.ndarray, "h w 3"], size: tuple[int, int], rng: np.random.Generator
-) -> Shaped[np.ndarray, "h2 w2 3"]:
-    """Returns a window of (h2, w2) at a uniformly random place, as a view."""
-    h, w, _ = image.shape
-    height, width = size
+def random_box(size: tuple[int, int], window: tuple[int, int], rng: np.random.Generator) -> Box:
+    """Returns a window of (h2, w2) at a uniformly random place of an image of (h, w)."""
+    (h, w), (height, width) = size, window
     if height > h or width > w:
         raise UserError(f"a crop of {height} x {width} does not fit into {h} x {w} (h x w): make the crop smaller")
-    top = rng.integers(h - height, endpoint=True)
-    left = rng.integers(w - width, endpoint=True)
-    return image[top : top + height, left : left + width]
+    return Box(int(rng.integers(h - height, endpoint=True)), int(rng.integers(w - width, endpoint=True)), height, width)
+
+
+def cut(image: Shaped[np.ndarray, "h w 3"], box: Box) -> Shaped[np.ndarray, "h2 w2 3"]:
+    """Returns a box of whole pixels as a view."""
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def train_image(
-    image: UInt8[np.ndarray, "h w 3"],
+    image: bytes | np.ndarray,
     rng: np.random.Generator,
     *,
+    exif_rotated: bool,
     crop: int | tuple[int, int],
     resize_to: int | None = None,
     crop_method: str = "inception",
     area: tuple[float, float] = (0.05, 1.0),
     interpolation: str = "bilinear",
     antialias: bool = False,
+    scaled_decoding: bool = True,
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Returns a random view of the image for training, of `crop` pixels (a side, or (h2, w2)), rounded to uint8.
+    """Returns a random view of an image, as `decode` takes it, for training: `crop` pixels (a side, or (h2, w2)), rounded.
 
     `crop_method`: "inception" and "random_resized" resize a random window, which covers a share of the image within
-    `area`, see `inception_crop` and `random_resized_crop`; "simple" is `simple_crop`. With `resize_to`, whatever the
-    method, the transfer recipe of AugReg ("How to train your ViT?", arXiv 2106.10270): the whole image resized to a
-    square of `resize_to`, and a random window of it. `interpolation` and `antialias` are those of `resize`.
+    `area`, see `inception_box` and `random_resized_box`; "simple" is DeiT III's (https://arxiv.org/abs/2204.07118): the
+    image resized to cover `crop`, reflected around its edges by 4 pixels, and a random window of it. With `resize_to`,
+    whatever the method, the transfer recipe of AugReg ("How to train your ViT?", arXiv 2106.10270): the whole image
+    resized to a square of `resize_to`, and a random window of it. `interpolation` and `antialias` are those of `resize`.
+
+    With `scaled_decoding` a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size at which what is resized
+    has no fewer pixels than it gets. The draws are the same, the windows too, to a fraction of a pixel.
     """
     if crop_method not in CROP_METHODS:
         raise unknown("crop_method", crop_method, CROP_METHODS)
-    size, how = _pair(crop), {"interpolation": interpolation, "antialias": antialias}
-    if resize_to is not None:
-        pixels = random_crop(resize(image, _pair(resize_to), **how), size, rng)
-    elif crop_method == "simple":
-        pixels = simple_crop(image, rng, size, **how)
+    jpeg = Jpeg.read(image, exif_rotated=exif_rotated)
+    pixels = None if jpeg else decode(image, exif_rotated=exif_rotated)
+    size = jpeg.size if jpeg else pixels.shape[:2]
+    whole = resize_to is not None or crop_method == "simple"
+    if whole:
+        box, target = Box(0, 0, *size), cover(size, _pair(crop)) if resize_to is None else _pair(resize_to)
     else:
-        window = inception_crop if crop_method == "inception" else random_resized_crop
-        pixels = resize(window(image, rng, area), size, **how)
-    # No clipping: bilinear interpolation leaves 0..255 by less than rint takes back.
-    return np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else np.rint(pixels).astype(np.uint8))
+        draw = inception_box if crop_method == "inception" else random_resized_box
+        box, target = draw(size, rng, area), _pair(crop)
+    if jpeg:
+        factor = _factor(box, target) if scaled_decoding else 1
+        pixels, box = jpeg.decode(factor), jpeg.scaled(box, factor) if factor > 1 else box
+    pixels = resize(pixels, target, box=box, interpolation=interpolation, antialias=antialias)
+    if whole and resize_to is None:
+        pixels = cv2.copyMakeBorder(pixels, *[4] * 4, cv2.BORDER_REFLECT_101)
+    if whole:
+        pixels = cut(pixels, random_box(pixels.shape[:2], _pair(crop), rng))
+    # This rounds half to even. The absolute value changes nothing: bilinear interpolation stays within 0..255.
+    return np.ascontiguousarray(pixels) if pixels.dtype == np.uint8 else cv2.convertScaleAbs(pixels)
+
+
+def _factor(box: Box, target: tuple[int, int]) -> int:
+    """The largest by which a JPEG can be scaled down and leave `box` at least (h, w) of `target`."""
+    return next(n for n in (8, 4, 2, 1) if n == 1 or (box.height >= n * target[0] and box.width >= n * target[1]))
 
 
 def eval_image(
@@ -309,7 +389,7 @@ def eval_image(
         return resize(image, size, **how).astype(np.float32, copy=False)
     if resize_to < min(size):
         raise UserError(f"a crop of {size[0]} x {size[1]} does not fit into a shorter side of {resize_to}: resize to more")
-    pixels = resize_to_cover(image, tuple(round(resize_to * side / min(size)) for side in size), **how)
+    pixels = resize(image, cover(image.shape[:2], tuple(round(resize_to * side / min(size)) for side in size)), **how)
     top, left = (round((have - want) / 2) for have, want in zip(pixels.shape[:2], size, strict=True))
     return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]], np.float32)
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from tests.models import small
 from vit_jax import adapters, models
 from vit_jax.errors import UserError
+from vit_jax.models import linear
 
 IMAGES = small.random_images(16, 16)
 ATTENTION = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1"
@@ -120,6 +121,8 @@ def unmerged(model, params, lora, factor, images):
         if context.method_name != "__call__" or f"{path}/a" not in lora:
             return y
         x, a, b = args[0], lora[f"{path}/a"], lora[f"{path}/b"]
+        if getattr(context.module, "activation", None):
+            x = linear.activate(x, context.module.activation)
         if path == "embedding":
             x = x.reshape(len(x), x.shape[1] // 8, 8, x.shape[2] // 8, 8, 3).swapaxes(2, 3)
         return y + factor * jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)

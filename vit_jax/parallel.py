@@ -95,8 +95,13 @@ class Pmap:
         return jax.device_put(copies, self._local)
 
     def create(self, function: Callable[..., Tree], *host: Tree) -> Tree:
-        """`place(function(*host))`."""
-        return self.place(jax.jit(function)(*host))
+        """`place(function(*host))`, computed where it stays."""
+        n = jax.local_device_count()
+
+        def copies(*trees: Tree) -> Tree:
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), function(*trees))
+
+        return jax.jit(copies, out_shardings=self._local)(*host)
 
     def transform(self, function: Callable[..., Tree], path: str) -> Callable[..., Tree]:
         """(trees on the devices) → a tree on the devices."""

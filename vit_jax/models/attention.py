@@ -1,8 +1,8 @@
 """Multi-head attention with the parameter names and shapes of the published checkpoints."""
 
+import functools
+import logging
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError
+from vit_jax.models.linear import Linear, linear
+
+log = logging.getLogger("vit_jax")
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -31,39 +34,99 @@ class MultiHeadDotProductAttention(nn.Module):
         self, x: Float[Array, "b n d"], inputs: Float[Array, "b m d"] | None = None, *, train: bool = False
     ) -> Float[Array, "b n d"]:
         """Attends from `x` to `inputs`, or to `x` itself."""
-        inputs = x if inputs is None else inputs
         d = x.shape[-1]
         if d % self.num_heads:
             raise UserError(f"a width of {d} cannot be shared out to {self.num_heads} heads: choose a multiple")
-        dense = partial(nn.DenseGeneral, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
-        q, k, v = (
-            dense((self.num_heads, d // self.num_heads), name=name)(y)
-            for name, y in (("query", x), ("key", inputs), ("value", inputs))
-        )
+        maps = [Linear((self.num_heads, d // self.num_heads), dtype=self.dtype, name=n) for n in ("query", "key", "value")]
+        how = implementation(jnp.dtype(self.dtype).name, d // self.num_heads)
+        if inputs is None and how != "cpu":
+            q, k, v = _project(x, maps)
+        else:
+            q, k, v = (f(y) for f, y in zip(maps, (x, *[x if inputs is None else inputs] * 2), strict=True))
         if self.qk_norm_eps is not None:
             q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
         if train and self.dropout_rate > 0:
-            y = attend(q, k, v, nn.Dropout(self.dropout_rate, deterministic=False))
-        elif jax.default_backend() == "cpu":
+            weights = nn.softmax(_logits(_by_head(q), _by_head(k)))
+            weights = nn.Dropout(self.dropout_rate, deterministic=False)(weights).astype(v.dtype)
+            y = _by_head(jnp.matmul(weights, _by_head(v)))
+        elif how == "cpu":
             y = attend(q, k, v)
         else:
-            y = jax.nn.dot_product_attention(q, k, v)
-        return dense(d, axis=(-2, -1), name="out")(y)
+            y = jax.nn.dot_product_attention(q, k, v, implementation=how)
+        return Linear((d,), 2, dtype=self.dtype, name="out")(y)
 
 
-def attend(
-    q: Float[Array, "b n k d"],
-    k: Float[Array, "b m k d"],
-    v: Float[Array, "b m k d"],
-    dropout: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "b n k d"]:
-    """softmax(q·kᵀ / √d)·v as a CPU does it fastest: with the heads in front, and divided by the softmax's sums at the end.
+def _project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
+    """Queries, keys and values by one product, of stacked kernels: a GPU or TPU is better used by a large product.
 
-    `dropout` is applied to the weights (b k n m).
+    On a CPU that is no faster, and the stacks take memory.
     """
-    q, k, v = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(q.shape[-1])), k, v))
-    logits = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    # The largest cancels out: it has no gradient.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    y = jnp.matmul(dropout(weights).astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (y / weights.sum(axis=-1, keepdims=True)).astype(v.dtype).swapaxes(1, 2)
+    kernels, biases = zip(*(f.parameters(x.shape[-1:]) for f in maps), strict=True)
+    kernel, bias = jnp.stack(kernels, axis=1), jnp.stack(biases)
+    return tuple(jnp.moveaxis(linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=maps[0].dtype)), 2, 0))
+
+
+@functools.cache
+def implementation(dtype: str, head_dim: int) -> str:
+    """What computes attention here: "cpu" `attend`, "cudnn" or "xla" `jax.nn.dot_product_attention`. Logs its choice, once.
+
+    cuDNN's kernel keeps no n x n weights in memory. It takes bfloat16 and float16 and heads whose size is a multiple of 8,
+    on GPUs since Ampere (https://docs.nvidia.com/deeplearning/cudnn): whether it takes these is tried.
+    """
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if jax.default_backend() != "gpu" or dtype == "float32":
+        return "xla"
+    shape = jax.ShapeDtypeStruct((1, 16, 1, head_dim), dtype)
+    try:
+        attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        jax.jit(jax.grad(lambda *qkv: attention(*qkv).sum(dtype=jnp.float32), (0, 1, 2))).lower(*[shape] * 3).compile()
+    except Exception as e:
+        log.info("model    attention by XLA: cuDNN refused heads of %d in %s (%s)", head_dim, dtype, str(e).partition("\n")[0])
+        return "xla"
+    log.info("model    attention by cuDNN, heads of %d in %s", head_dim, dtype)
+    return "cudnn"
+
+
+@jax.custom_vjp
+def attend(q: Float[Array, "b n k h"], k: Float[Array, "b m k h"], v: Float[Array, "b m k h"]) -> Float[Array, "b n k h"]:
+    """softmax(q·kᵀ / √h)·v as XLA's CPU compiler does it fastest: with the heads in front, and divided by the sums at the end.
+
+    The n x m weights are not kept for the backward pass, but computed again, as in https://arxiv.org/abs/2205.14135.
+    """
+    return _attend(q, k, v)[0]
+
+
+def _attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    q, k, v = _by_head(q), _by_head(k), _by_head(v)
+    logits = _logits(q, k)
+    largest = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    sums = weights.sum(axis=-1, keepdims=True)
+    y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = _by_head((y / sums).astype(v.dtype))
+    return y, (q, k, v, y, largest, sums)
+
+
+def _attend_backward(saved: tuple[Array, ...], dy: Float[Array, "b n k h"]) -> tuple[Array, Array, Array]:
+    q, k, v, y, largest, sums = saved
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    weights = jnp.exp(_logits(k, q) - largest.swapaxes(-1, -2)) / sums.swapaxes(-1, -2)
+    mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
+    dy = _by_head(dy)
+    dlogits = weights * (matmul(v, dy.swapaxes(-1, -2)) - mean) / math.sqrt(q.shape[-1])
+    dlogits, weights = dlogits.astype(q.dtype), weights.astype(q.dtype)  # (b k m n): the forward pass has no such product
+    gradients = matmul(dlogits.swapaxes(-1, -2), k), matmul(dlogits, q), matmul(weights, dy)
+    return tuple(_by_head(x.astype(q.dtype)) for x in gradients)
+
+
+attend.defvjp(_attend, _attend_backward)
+
+
+def _logits(q: Float[Array, "b k n h"], k: Float[Array, "b k m h"]) -> Float[Array, "b k n m"]:
+    return jnp.matmul(q * (1 / math.sqrt(q.shape[-1])), k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+
+
+def _by_head(x: Float[Array, "b n k h"]) -> Float[Array, "b k n h"]:
+    """Swaps tokens and heads; its own inverse."""
+    return x.swapaxes(1, 2)

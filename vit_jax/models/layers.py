@@ -6,6 +6,7 @@ Submodules carry the names of the published checkpoints, which number a block's 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,14 +15,15 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError, unknown
-from vit_jax.models import residual
+from vit_jax.models import linear, residual
 from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.linear import Linear, activate
 
 Dtype = Any
-ACTIVATIONS = ("gelu_tanh", "gelu", "swiglu")
+ACTIVATIONS = (*linear.ACTIVATIONS, "swiglu")
 REMAT = {  # what of a block's forward pass is kept for the backward pass, beside its input
     "none": None,  # everything
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the dense layers; not attention's n x n weights
+    "dots": jax.checkpoint_policies.save_only_these_names(linear.LINEAR),  # the dense layers; not attention's n x n weights
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -79,18 +81,19 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
         init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
+        dense = partial(Linear, dtype=self.dtype, **init)
         d = x.shape[-1]
-        hidden = 2 * self.mlp_dim if self.activation == "swiglu" else self.mlp_dim
-        x = nn.Dense(hidden, dtype=self.dtype, name="Dense_0", **init)(x)
-        if self.activation == "swiglu":
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        gated, drops = self.activation == "swiglu", train and self.dropout_rate > 0
+        x = dense((2 * self.mlp_dim if gated else self.mlp_dim,), name="Dense_0")(x)
+        if gated:
             gate, value = jnp.split(x, 2, axis=-1)
             x = nn.silu(gate) * value
-        elif self.activation in ACTIVATIONS:
-            x = nn.gelu(x, approximate=self.activation == "gelu_tanh")
-        else:
-            raise unknown("activation", self.activation, ACTIVATIONS)
+        elif drops:
+            x = activate(x, self.activation)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = nn.Dense(d, dtype=self.dtype, name="Dense_1", **init)(x)
+        x = dense((d,), activation=None if gated or drops else self.activation, name="Dense_1")(x)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
@@ -155,7 +158,7 @@ class EncoderBlock(nn.Module):
 def rematerialised(block: type[nn.Module], remat: str, *, in_scan: bool = False) -> type[nn.Module]:
     """The block, called as block(x, kept, train), whose backward pass computes again what `REMAT[remat]` does not save.
 
-    On CPUs that has no effect outside a scan: there XLA finds what is computed twice and computes it once.
+    Outside a scan it takes `runtime.CPU_FLAGS` on CPUs: there XLA would find what is computed twice, and compute it once.
     """
     if remat not in REMAT:
         raise unknown("remat", remat, REMAT)

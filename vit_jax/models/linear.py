@@ -1,0 +1,133 @@
+"""Linear maps and the GELUs before them, with backward passes that keep and move less than what autodiff makes of flax's.
+
+Derivatives are of first order and in reverse mode, which is what training needs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+LINEAR = "linear"
+"""What `jax.checkpoint` knows the results of `linear` by."""
+_SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+class Linear(nn.Module):
+    """f(x)·kernel + bias over the last `axes` dimensions of x, which become `features`: flax's `DenseGeneral` after f.
+
+    `activation`, f: None, or one of `ACTIVATIONS`, whose result is not kept for the backward pass but computed again.
+    """
+
+    features: tuple[int, ...]
+    axes: int = 1
+    activation: str | None = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: Any = jnp.float32
+
+    def __call__(self, x: Float[Array, "*batch_and_in"]) -> Float[Array, "*batch_and_out"]:
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *self.parameters(x.shape[x.ndim - self.axes :]), dtype=self.dtype)
+        return linear(x, kernel, bias, self.axes, self.activation)
+
+    @nn.compact
+    def parameters(self, inputs: Sequence[int]) -> tuple[Float[Array, "*in_and_out"], Float[Array, "*out"]]:
+        """(kernel, bias), which are drawn as for a matrix."""
+
+        def kernel_init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+            return self.kernel_init(key, (math.prod(inputs), math.prod(self.features)), dtype).reshape(shape)
+
+        return self.param("kernel", kernel_init, (*inputs, *self.features)), self.param("bias", self.bias_init, self.features)
+
+
+def linear(
+    x: Float[Array, "*batch_and_in"],
+    kernel: Float[Array, "*in_and_out"],
+    bias: Float[Array, "*out"],
+    axes: int = 1,
+    activation: str | None = None,
+) -> Float[Array, "*batch_and_out"]:
+    """activation(x)·kernel + bias over the last `axes` dimensions of x.
+
+    All batch dimensions are flattened to one: a product that sums over two, as for the gradient of the kernel, is
+    preceded by a transposition.
+    """
+    batch, inputs = x.shape[: x.ndim - axes], x.shape[x.ndim - axes :]
+    y = _linear(x.reshape(-1, *inputs), kernel, bias, activation)
+    return checkpoint_name(y, LINEAR).reshape(*batch, *kernel.shape[axes:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(
+    x: Float[Array, "b *in"], kernel: Float[Array, "*in_and_out"], bias: Float[Array, "*out"], activation: str | None
+) -> Float[Array, "b *out"]:
+    axes = x.ndim - 1
+    x = x if activation is None else activate(x, activation)
+    return jax.lax.dot_general(x, kernel, ((tuple(range(1, axes + 1)), tuple(range(axes))), ((), ()))) + bias
+
+
+def _linear_forward(x, kernel, bias, activation):
+    return _linear(x, kernel, bias, activation), (x, kernel)
+
+
+def _linear_backward(activation, saved, dy):
+    x, kernel = saved
+    x, slope = (x, None) if activation is None else ACTIVATIONS[activation][1](x)
+    dkernel, dbias = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ()))), dy.sum(0)
+    if jax.default_backend() == "cpu":  # whose scheduler would put them off to the end, and keep x and dy until then
+        dkernel, dbias, dy = jax.lax.optimization_barrier((dkernel, dbias, dy))
+    outputs = tuple(range(1, dy.ndim)), tuple(range(kernel.ndim - dy.ndim + 1, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())))
+    return dx if slope is None else dx * slope, dkernel, dbias
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """GELU as `ACTIVATIONS` names it; nothing but x is kept for the backward pass."""
+    return ACTIVATIONS[name][0](x)
+
+
+activate.defvjp(lambda x, name: (activate(x, name), x), lambda name, x, dy: (dy * ACTIVATIONS[name][1](x)[1],))
+
+
+def _in_float32(function):
+    """The function of x, computed in float32 whatever the dtype of x, which the results have."""
+
+    @functools.wraps(function)
+    def wrapped(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+        return tuple(y.astype(x.dtype) for y in function(x.astype(jnp.float32)))
+
+    return wrapped
+
+
+# The two below use other functions than the forward passes do: XLA would else find that it has computed the tanh, or the
+# erfc, before, and keep that for all layers.
+
+
+@_in_float32
+def _gelu_tanh_and_slope(x):
+    square = x * x
+    share = jax.nn.sigmoid(2 * _SLOPE * x * (1 + _CUBIC * square))  # (1 + tanh(u)) / 2 = sigmoid(2u)
+    return x * share, share * (1 + (1 - share) * (2 * _SLOPE) * x * (1 + 3 * _CUBIC * square))
+
+
+@_in_float32
+def _gelu_and_slope(x):
+    share = (1 + jax.lax.erf(x * math.sqrt(0.5))) / 2
+    return x * share, share + x * jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+# By name: the function, and x → (the function, its derivative). "gelu_tanh" as in all Google ViTs, "gelu" as in torch's.
+ACTIVATIONS = {
+    "gelu_tanh": (nn.gelu, _gelu_tanh_and_slope),
+    "gelu": (functools.partial(nn.gelu, approximate=False), _gelu_and_slope),
+}

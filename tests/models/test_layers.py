@@ -105,11 +105,15 @@ def test_bfloat16_reaches_every_product_and_every_layer(kind, train):
         kwargs = {"train": train, "rngs": {"dropout": key}, "capture_intermediates": True, "mutable": ["intermediates"]}
         return model.apply({"params": params}, images, **kwargs)
 
-    lowered = jax.jit(forward).lower(params, images, jax.random.key(0)).as_text()
-    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*)\) ->", lowered)
-    assert len(products) > 8 and len(products) == len(re.findall(r"= stablehlo\.(?:dot_general|convolution)", lowered))
-    for operands in products:
-        assert all(operand.endswith("xbf16>") for operand in operands.split(", ")), operands
+    def gradients(params, images, key):
+        return jax.grad(lambda params: forward(params, images, key)[0].astype(jnp.float32).sum())(params)
+
+    for function in (forward, gradients):
+        lowered = jax.jit(function).lower(params, images, jax.random.key(0)).as_text()
+        products = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*)\) ->", lowered)
+        assert len(products) > 8 and len(products) == len(re.findall(r"= stablehlo\.(?:dot_general|convolution)", lowered))
+        for operands in products:
+            assert all(operand.endswith("xbf16>") for operand in operands.split(", ")), operands
 
     logits, state = jax.eval_shape(forward, params, images, jax.random.key(0))
     assert logits.dtype == jnp.bfloat16
@@ -294,7 +298,7 @@ def test_an_image_is_blind_to_the_rest_of_its_batch(kind):
 
 
 @pytest.mark.parametrize("size", [1, 100])
-def test_attention_on_a_cpu_is_that_on_other_devices(size: int):
+def test_attention_is_that_of_jax(size: int):
     """Values and gradients, with unequal numbers of queries and keys; logits are exact, some overflow without care."""
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.integers(-3, 4, (2, n, 3, 4)), jnp.float32) for n in (7, 11))
@@ -305,30 +309,48 @@ def test_attention_on_a_cpu_is_that_on_other_devices(size: int):
         np.testing.assert_allclose(found, expected, atol=2e-6 * size)
 
 
-def test_attention_by_one_product_and_jax_is_that_on_a_cpu(monkeypatch):
-    """What other devices do, with gradients."""
-    x, g = jax.random.normal(jax.random.key(0), (2, 2, 7, 12))
-    model = attention.MultiHeadDotProductAttention(3, qk_norm_eps=1e-6)
-    shapes = small.shapes(model, x)
-    params = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes)
+def test_gradients_of_attention_under_dropout():
+    """Against autodiff of the formula."""
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 7, 3, 4))
+    mask = jax.random.bernoulli(jax.random.key(1), 0.8, (2, 3, 7, 7)) / 0.8
 
-    def run(params, x, g):
-        y, vjp = jax.vjp(lambda params, x: model.apply({"params": params}, x), params, x)
-        return y, vjp(g)
+    def formula(q, k, v, mask):
+        weights = nn.softmax(jnp.einsum("bnkh,bmkh->bknm", q, k) / 2)
+        return jnp.einsum("bknm,bmkh->bnkh", weights * mask, v)
 
-    results = []
-    for how in ("cpu", "xla"):
-        monkeypatch.setattr(attention, "implementation", lambda *_, how=how: how)
-        results.append(jax.jit(lambda *args: run(*args))(params, x, g))
-    chex.assert_trees_all_close(*results, rtol=1e-6, atol=3e-6)
+    def with_gradients(function, *args):
+        y, vjp = jax.vjp(function, *args)
+        return y, vjp(g)[:3]
+
+    run = jax.jit(with_gradients, static_argnums=0)
+    chex.assert_trees_all_close(run(attention.attend, q, k, v, mask), run(formula, q, k, v, mask), atol=2e-6)
+
+
+def test_one_product_gives_the_queries_keys_and_values_of_three():
+    """Other devices than CPUs compute them so."""
+    x = jax.random.normal(jax.random.key(0), (2, 7, 12))
+
+    class Maps(nn.Module):
+        stacked: bool
+
+        @nn.compact
+        def __call__(self, x):
+            maps = [linear.Linear((3, 4), bias_init=nn.initializers.normal(), name=n) for n in ("query", "key", "value")]
+            return attention.project(x, maps) if self.stacked else tuple(f(x) for f in maps)
+
+    params = Maps(False).init(jax.random.key(1), x)
+    chex.assert_trees_all_equal(Maps(True).init(jax.random.key(1), x), params)
+    results = [jax.vjp(Maps(stacked).apply, params, x) for stacked in (False, True)]
+    (three, three_vjp), (one, one_vjp) = results
+    chex.assert_trees_all_close((one, one_vjp(three)), (three, three_vjp(three)), atol=5e-6)
 
 
 def test_attention_is_left_to_xla_where_cudnn_refuses_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with caplog.at_level("INFO", "vit_jax"):
-        assert attention.implementation.__wrapped__("bfloat16", 64) == "xla"
+        assert not attention.cudnn_takes.__wrapped__("bfloat16", 64)
     assert "attention by XLA: cuDNN refused heads of 64 in bfloat16" in caplog.text
-    assert attention.implementation.__wrapped__("float32", 64) == "xla"
+    assert not attention.cudnn_takes.__wrapped__("float32", 64)
 
 
 @pytest.mark.parametrize("name, exact", [("gelu_tanh", nn.gelu), ("gelu", partial(nn.gelu, approximate=False))])

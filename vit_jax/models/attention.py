@@ -38,25 +38,23 @@ class MultiHeadDotProductAttention(nn.Module):
         if d % self.num_heads:
             raise UserError(f"a width of {d} cannot be shared out to {self.num_heads} heads: choose a multiple")
         maps = [Linear((self.num_heads, d // self.num_heads), dtype=self.dtype, name=n) for n in ("query", "key", "value")]
-        how = implementation(jnp.dtype(self.dtype).name, d // self.num_heads)
-        if inputs is None and how != "cpu":
-            q, k, v = _project(x, maps)
+        if inputs is None and jax.default_backend() != "cpu":
+            q, k, v = project(x, maps)
         else:
             q, k, v = (f(y) for f, y in zip(maps, (x, *[x if inputs is None else inputs] * 2), strict=True))
         if self.qk_norm_eps is not None:
             q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
         if train and self.dropout_rate > 0:
-            weights = nn.softmax(_logits(_by_head(q), _by_head(k)))
-            weights = nn.Dropout(self.dropout_rate, deterministic=False)(weights).astype(v.dtype)
-            y = _by_head(jnp.matmul(weights, _by_head(v)))
-        elif how == "cpu":
-            y = attend(q, k, v)
+            ones = jnp.ones((len(q), self.num_heads, q.shape[1], k.shape[1]))
+            y = attend(q, k, v, nn.Dropout(self.dropout_rate, deterministic=False)(ones))
+        elif cudnn_takes(q.dtype.name, q.shape[-1]):
+            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         else:
-            y = jax.nn.dot_product_attention(q, k, v, implementation=how)
+            y = attend(q, k, v)
         return Linear((d,), 2, dtype=self.dtype, name="out")(y)
 
 
-def _project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
+def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
     """Queries, keys and values by one product, of stacked kernels: a GPU or TPU is better used by a large product.
 
     On a CPU that is no faster, and the stacks take memory.
@@ -67,64 +65,75 @@ def _project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array,
 
 
 @functools.cache
-def implementation(dtype: str, head_dim: int) -> str:
-    """What computes attention here: "cpu" `attend`, "cudnn" or "xla" `jax.nn.dot_product_attention`. Logs its choice, once.
+def cudnn_takes(dtype: str, head_dim: int) -> bool:
+    """Whether this device has cuDNN's attention for such heads, which keeps no n x n weights in memory; on GPUs this is logged.
 
-    cuDNN's kernel keeps no n x n weights in memory. It takes bfloat16 and float16 and heads whose size is a multiple of 8,
-    on GPUs since Ampere (https://docs.nvidia.com/deeplearning/cudnn): whether it takes these is tried.
+    It wants bfloat16 or float16, heads whose size is a multiple of 8, and Ampere or later: whether it works is tried.
     """
-    if jax.default_backend() == "cpu":
-        return "cpu"
     if jax.default_backend() != "gpu" or dtype == "float32":
-        return "xla"
+        return False
     shape = jax.ShapeDtypeStruct((1, 16, 1, head_dim), dtype)
     try:
         attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
         jax.jit(jax.grad(lambda *qkv: attention(*qkv).sum(dtype=jnp.float32), (0, 1, 2))).lower(*[shape] * 3).compile()
-    except Exception as e:
+    except Exception as e:  # of many kinds: the version, the GPU, the shape
         log.info("model    attention by XLA: cuDNN refused heads of %d in %s (%s)", head_dim, dtype, str(e).partition("\n")[0])
-        return "xla"
+        return False
     log.info("model    attention by cuDNN, heads of %d in %s", head_dim, dtype)
-    return "cudnn"
+    return True
 
 
 @jax.custom_vjp
-def attend(q: Float[Array, "b n k h"], k: Float[Array, "b m k h"], v: Float[Array, "b m k h"]) -> Float[Array, "b n k h"]:
-    """softmax(q·kᵀ / √h)·v as XLA's CPU compiler does it fastest: with the heads in front, and divided by the sums at the end.
+def attend(
+    q: Float[Array, "b n k h"],
+    k: Float[Array, "b m k h"],
+    v: Float[Array, "b m k h"],
+    mask: Float[Array, "b k n m"] | None = None,
+) -> Float[Array, "b n k h"]:
+    """(softmax(q·kᵀ / √h) ∘ mask)·v, of which XLA makes more than of `jax.nn.dot_product_attention`.
 
-    The n x m weights are not kept for the backward pass, but computed again, as in https://arxiv.org/abs/2205.14135.
+    Heads are in front, and the sums divide at the end. The n x m weights are not kept for the backward pass, but computed
+    again, as in https://arxiv.org/abs/2205.14135; its products take the dtype of q, where autodiff's would be float32.
     """
-    return _attend(q, k, v)[0]
+    return _attend(q, k, v, mask)[0]
 
 
-def _attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     logits = _logits(q, k)
     largest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest)
     sums = weights.sum(axis=-1, keepdims=True)
-    y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    weights = (weights if mask is None else weights * mask).astype(v.dtype)
+    y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
     y = _by_head((y / sums).astype(v.dtype))
-    return y, (q, k, v, y, largest, sums)
+    return y, (q, k, v, mask, y, largest, sums)
 
 
-def _attend_backward(saved: tuple[Array, ...], dy: Float[Array, "b n k h"]) -> tuple[Array, Array, Array]:
-    q, k, v, y, largest, sums = saved
+def _attend_backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
+    """All n x m arrays are transposed here, (b k m n): XLA would find products of the forward pass, and keep them instead."""
+    q, k, v, mask, y, largest, sums = saved
+    mask = mask if mask is None else _transposed(mask)
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    weights = jnp.exp(_logits(k, q) - largest.swapaxes(-1, -2)) / sums.swapaxes(-1, -2)
     mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
     dy = _by_head(dy)
-    dlogits = weights * (matmul(v, dy.swapaxes(-1, -2)) - mean) / math.sqrt(q.shape[-1])
-    dlogits, weights = dlogits.astype(q.dtype), weights.astype(q.dtype)  # (b k m n): the forward pass has no such product
-    gradients = matmul(dlogits.swapaxes(-1, -2), k), matmul(dlogits, q), matmul(weights, dy)
-    return tuple(_by_head(x.astype(q.dtype)) for x in gradients)
+    weights = jnp.exp(_logits(k, q) - _transposed(largest)) / _transposed(sums)
+    dweights = matmul(v, _transposed(dy))
+    masked, dweights = (weights, dweights) if mask is None else (weights * mask, dweights * mask)
+    dlogits = (weights * (dweights - mean) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(masked.astype(q.dtype), dy)
+    return *(_by_head(x.astype(q.dtype)) for x in gradients), mask if mask is None else jnp.zeros_like(_transposed(mask))
 
 
 attend.defvjp(_attend, _attend_backward)
 
 
 def _logits(q: Float[Array, "b k n h"], k: Float[Array, "b k m h"]) -> Float[Array, "b k n m"]:
-    return jnp.matmul(q * (1 / math.sqrt(q.shape[-1])), k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    return jnp.matmul(q * (1 / math.sqrt(q.shape[-1])), _transposed(k), preferred_element_type=jnp.float32)
+
+
+def _transposed(x: Float[Array, "b k n m"]) -> Float[Array, "b k m n"]:
+    return x.swapaxes(-1, -2)
 
 
 def _by_head(x: Float[Array, "b n k h"]) -> Float[Array, "b k n h"]:

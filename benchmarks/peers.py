@@ -1,9 +1,11 @@
 """One way to compute a ViT, as a worker of `benchmarks.side_by_side`: ours, the reference's, timm's or transformers'.
 
-A job is {"peer", "model", "mode": "train" or "infer", "batch", "size", "dtype"} and, of torch, "options": words among
-compile, max-autotune, autocast (else the whole model is in `dtype`), flash, cudnn. Training is softmax cross-entropy on
+A job is {"peer", "model", "mode": "train", "infer" or "latency", "batch", "size", "dtype"} and "options": words among, for
+torch, compile, max-autotune, autocast (else the whole model is in `dtype`), flash, cudnn; and, for all, hugepages: glibc then
+asks Linux for pages of 2 MB. Training is softmax cross-entropy on
 integer labels and SGD with momentum 0.9 in float32, without dropout or augmentation; a step's parameters feed the next.
-Images lie on the device: uint8 with normalisation for ours, float32 for the others. Every peer has its own form of GELU,
+Images lie on the device: uint8 with normalisation for ours, float32 for the others; but for latency, which is from uint8 on
+the host to logits on the host. Every peer has its own form of GELU,
 "gelu" of its facts. "peak" is no peer but the rate of the machine's matrix products.
 """
 
@@ -59,13 +61,18 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     import jax
 
     from configs import pretrain
-    from vit_jax import experiment, models, parallel, plan
+    from vit_jax import experiment, models, parallel, plan, runtime
     from vit_jax.data import augment
     from vit_jax.settings import Settings
 
+    runtime.set_xla_flags()  # as every command does
     images, labels = _images(job)
-    if job["mode"] == "infer":
+    if job["mode"] in ("infer", "latency"):
         model = models.get_model(job["model"], num_classes=NUM_CLASSES, dtype=job["dtype"])
+        if job["mode"] == "latency":
+            params = jax.jit(lambda: model.init(jax.random.key(0), augment.normalize(images))["params"])()
+            classify = jax.jit(lambda p, x: model.apply({"params": p}, augment.normalize(x)))
+            return _timed(lambda: np.asarray(classify(params, images)), lambda _: None), _facts_of_jax(params)
         way = parallel.Pmap()
         params = way.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
         classify = way.apply(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
@@ -76,7 +83,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     config = pretrain.get_config("b16,imagenet2012")
     config.model = models_config(job["model"])
     config.pp.crop, config.pp.flip = job["size"], False
-    config.update({"batch": job["batch"], "accum_steps": 1, "dtype": job["dtype"]})
+    config.update({"batch": job["batch"], "accum_steps": 1, "dtype": job["dtype"], "grad_norm_clip": None})
     config.update({"optimizer": "sgd", "optim_dtype": "float32", "weight_decay": 0.0, "base_lr": LEARNING_RATE})
     e = plan.build(Settings.from_config(config), num_classes=NUM_CLASSES)
     update = experiment.make_update(e)
@@ -110,12 +117,15 @@ def _reference(job: Job) -> tuple[Repeat, dict[str, Any]]:
     from benchmarks import reference_way
 
     devices = jax.local_device_count()
-    images, labels = _images(job)
-    images = _normalised(images).reshape(devices, -1, *images.shape[1:])
+    pixels, labels = _images(job)
+    images = _normalised(pixels).reshape(devices, -1, *pixels.shape[1:])
     onehot = np.eye(NUM_CLASSES, dtype=np.float32)[labels].reshape(devices, -1, NUM_CLASSES)
     vit = reference_way.model(job["model"], NUM_CLASSES)
     params = jax.jit(vit.init)(jax.random.key(0), images[0, :1])["params"]
     facts = _facts_of_jax(params, replicas=1)
+    if job["mode"] == "latency":
+        run = jax.jit(lambda p, x: vit.apply({"params": p}, x))
+        return _timed(lambda: np.asarray(run(params, _normalised(pixels))), lambda _: None), facts
     images = jax.pmap(lambda x: x)(images)
     if job["mode"] == "infer":
         params = jax_utils.replicate(params)
@@ -169,6 +179,11 @@ def _torch(job: Job) -> tuple[Repeat, dict[str, Any]]:
         with cast:
             return logits_of(run(x))
 
+    def from_host_to_host() -> np.ndarray:
+        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).to(x.dtype)
+        with torch.inference_mode(), cast:
+            return logits_of(run((pixels - 127.5) / 127.5)).float().cpu().numpy()
+
     def train() -> torch.Tensor:
         with cast:
             loss = torch.nn.functional.cross_entropy(logits_of(run(x)).float(), y)
@@ -183,11 +198,13 @@ def _torch(job: Job) -> tuple[Repeat, dict[str, Any]]:
         with torch.inference_mode():
             return forward()
 
-    def with_backend() -> torch.Tensor:
+    once = from_host_to_host if job["mode"] == "latency" else step
+
+    def with_backend() -> torch.Tensor | np.ndarray:
         if not chosen:
-            return step()
+            return once()
         with torch.nn.attention.sdpa_kernel(chosen):
-            return step()
+            return once()
 
     def wait(_: torch.Tensor) -> None:
         if device == "cuda":

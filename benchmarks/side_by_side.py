@@ -28,13 +28,17 @@ class Failed(Exception):
 
 
 class Worker:
-    """A process that has built what it measures."""
+    """A process that has built what it measures, by our own interpreter or by that of `job["python"]`.
+
+    `job["variables"]` are added to its environment.
+    """
 
     def __init__(self, module: str, job: Mapping[str, Any]):
-        command = [sys.executable, "-m", module, json.dumps(job)]
+        command = [job.get("python", sys.executable), "-m", module, json.dumps(job)]
         self._process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
+            env=os.environ | job.get("variables", {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,7 +3,7 @@
     python -m benchmarks.throughput [--models=ViT-Ti_16,ViT-S_16,ViT-B_16] [--modes=infer,train] [--batch=8] [--size=224]
         [--dtype=float32] [--peers=ours,reference,timm,transformers] [--rounds=5] [--seconds=3] [--name=throughput]
 
-Peers that are not installed are left out. A torch peer takes options behind colons, such as timm:compile:autocast, see
+Peers that are not installed are left out. A peer takes options behind colons, such as timm:compile:autocast, see
 `benchmarks.peers`, which says what is computed. Prints a table and writes it to benchmarks/results/NAME.md, the data to
 NAME.json. "of peak" is what the model's own FLOPs (products alone, 2 a multiplication, training thrice the forward pass)
 are of the machine's best rate for large matrix products, measured in the same run.
@@ -71,7 +71,8 @@ def _peak(dtype: str) -> dict[str, Any]:
 
 def _peer(text: str) -> dict[str, Any]:
     peer, *options = text.split(":")
-    return {"peer": peer, "options": options}
+    variables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if "hugepages" in options else {}
+    return {"peer": peer, "options": options, "variables": variables}
 
 
 def _row(

@@ -11,8 +11,7 @@ benchmarks/results/NAME.md, the data to NAME.json.
 import argparse
 import statistics
 
-from benchmarks import side_by_side
-from benchmarks.side_by_side import Failed, Worker
+from benchmarks import peers, side_by_side
 
 
 def main() -> None:
@@ -28,40 +27,21 @@ def main() -> None:
     rows, data = [], []
     for model in args.models.split(","):
         work = {"mode": "latency", "model": model, "batch": 1, "size": args.size, "dtype": args.dtype}
-        found = measure(work, args.peers.split(","), args.rounds, args.images)
-        for peer, seconds in found.items():
-            data.append({"model": model, "peer": peer, "seconds": seconds})
-            if isinstance(seconds, str):
-                rows.append([model, peer, f"failed: {seconds}"[:100], "", ""])
-                continue
-            low, high, ours = statistics.median(seconds), statistics.quantiles(seconds, n=20)[-1], found.get("ours")
-            ratio = f"{low / statistics.median(ours):.2f}" if isinstance(ours, list) else ""
-            rows.append([model, peer, f"{1000 * low:.1f}", f"{1000 * high:.1f}", ratio])
+        jobs = {peer: work | peers.job(peer) for peer in args.peers.split(",")}
+        how = {"rounds": args.rounds, "samples": args.images, "warm_up": 2}
+        found, failed = side_by_side.alternate("benchmarks.peers", jobs, **how)
+        for peer, measured in found.items():
+            high = statistics.quantiles(measured.seconds, n=20)[-1]
+            ratio = f"{measured.median / found['ours'].median:.2f}" if "ours" in found else ""
+            rows.append([model, peer, f"{1000 * measured.median:.1f}", f"{1000 * high:.1f}", ratio])
+            data.append({"model": model, "peer": peer, "seconds": measured.seconds, "facts": measured.facts})
+        for peer, why in failed.items():
+            rows.append([model, peer, f"failed: {why}"[:100], "", ""])
+            data.append({"model": model, "peer": peer, "failed": why})
     title = f"Latency, {args.size} px, {args.dtype}: milliseconds from a uint8 image on the host to logits on the host"
     note = f"{args.rounds * args.images} images each."
     header = ["model", "peer", "median", "95 %", "peer / ours"]
     side_by_side.save(args.name, title, [side_by_side.table(header, rows), note], {"rows": data}, side_by_side.environment())
-
-
-def measure(work: dict[str, object], peers: list[str], rounds: int, images: int) -> dict[str, list[float] | str]:
-    """By peer the seconds of every image, or why it failed."""
-    workers, found = {}, {}
-    for peer in peers:
-        name, *options = peer.split(":")
-        try:
-            workers[peer] = Worker("benchmarks.peers", {**work, "peer": name, "options": options})
-            workers[peer].seconds(2)
-            found[peer] = []
-        except Failed as e:
-            found[peer] = str(e)
-            workers.pop(peer, None)
-    for i in range(rounds):
-        for peer in list(workers)[:: 1 if i % 2 else -1]:
-            workers[peer].seconds(2)
-            found[peer] += [workers[peer].seconds(1) for _ in range(images)]
-    for worker in workers.values():
-        worker.close()
-    return found
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 A job is {"peer", "model", "mode": "train", "infer" or "latency", "batch", "size", "dtype"} and "options": words among, for
 torch, compile, max-autotune, autocast (else the whole model is in `dtype`), flash, cudnn; and, for all, hugepages: glibc then
-asks Linux for pages of 2 MB. Training is softmax cross-entropy on
-integer labels and SGD with momentum 0.9 in float32, without dropout or augmentation; a step's parameters feed the next.
-Images lie on the device: uint8 with normalisation for ours, float32 for the others; but for latency, which is from uint8 on
-the host to logits on the host. Every peer has its own form of GELU,
-"gelu" of its facts. "peak" is no peer but the rate of the machine's matrix products.
+asks Linux for pages of 2 MB. Training is softmax cross-entropy on integer labels and SGD with momentum 0.9 in float32,
+without dropout or augmentation; a step's parameters feed the next. Images lie on the device: uint8 with normalisation for
+ours, float32 for the others; but for latency, which is from uint8 on the host to logits on the host. Every peer has its own
+form of GELU, "gelu" of its facts. "peak" is no peer but the rate of the machine's matrix products.
 """
 
 import math
@@ -23,6 +22,13 @@ Repeat = Callable[[int], float]
 NUM_CLASSES = 1000
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 PEERS = ("ours", "reference", "timm", "transformers")
+
+
+def job(text: str) -> Job:
+    """What a command line says of a peer, such as timm:compile:autocast, as part of a job."""
+    peer, *options = text.split(":")
+    variables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if "hugepages" in options else {}
+    return {"peer": peer, "options": options, "variables": variables}
 
 
 def build(job: Job) -> tuple[Repeat, dict[str, Any]]:

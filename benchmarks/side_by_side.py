@@ -107,9 +107,18 @@ class Measured:
 
 
 def alternate(
-    module: str, jobs: Mapping[str, Mapping[str, Any]], *, rounds: int, seconds: float
+    module: str,
+    jobs: Mapping[str, Mapping[str, Any]],
+    *,
+    rounds: int,
+    seconds: float = 0.0,
+    samples: int = 1,
+    warm_up: int = 0,
 ) -> tuple[dict[str, Measured], dict[str, str]]:
-    """({name: measured}, {name: why it failed}) after `rounds` turns of about `seconds` for each job, and one to warm up."""
+    """({name: measured}, {name: why it failed}) after `rounds` turns for each job, and one to warm up.
+
+    A turn is `warm_up` repetitions that do not count, and `samples` times as many as take about `seconds`, one at least.
+    """
     workers, failed, repetitions, times = {}, {}, {}, {}
     for name, job in jobs.items():
         try:
@@ -121,7 +130,9 @@ def alternate(
             failed[name] = str(e)
     for i in range(rounds):
         for name in list(workers)[:: 1 if i % 2 else -1]:
-            times[name].append(workers[name].seconds(repetitions[name]))
+            if warm_up:
+                workers[name].seconds(warm_up)
+            times[name] += [workers[name].seconds(repetitions[name]) for _ in range(samples)]
     found = {name: Measured(times[name], worker.facts | worker.close()) for name, worker in workers.items()}
     return found, failed
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import side_by_side
+from benchmarks import peers, side_by_side
 from benchmarks.side_by_side import Worker
 
 COLUMNS = ("imports, data, model", "tracing", "compiling or loading", "first step", "the rest", "in all", "later step")
@@ -43,7 +43,7 @@ def main() -> None:
             for name in ("ours, nothing compiled before", "ours, second start"):
                 found.setdefault(name, []).append(ours(Path(folder), args.model, args.batch, args.size))
         for peer in args.peers.split(",") if args.peers else ():
-            found.setdefault(peer, []).append(peers(peer, args.model, args.batch, args.size))
+            found.setdefault(peer, []).append(theirs(peer, args.model, args.batch, args.size))
     rows = [[name, *(_median(turns, column) for column in COLUMNS)] for name, turns in found.items()]
     title = f"Seconds to the first finished step, {args.model}, batch {args.batch}, {args.size} px, float32"
     note = (
@@ -95,11 +95,11 @@ def ours(folder: Path, model: str, batch: int, size: int) -> dict[str, float]:
     return seconds | {"later step": (steps[2] - steps[0]) / 2}
 
 
-def peers(peer: str, model: str, batch: int, size: int) -> dict[str, float]:
+def theirs(peer: str, model: str, batch: int, size: int) -> dict[str, float]:
     """Seconds until a worker of `benchmarks.peers` has taken a step, and of a later one."""
     started = time.perf_counter()
     work = {"mode": "train", "model": model, "batch": batch, "size": size, "dtype": "float32"}
-    worker = Worker("benchmarks.peers", {"peer": peer, **work})
+    worker = Worker("benchmarks.peers", work | peers.job(peer))
     worker.seconds(1)
     in_all = time.perf_counter() - started
     later = worker.seconds(2)

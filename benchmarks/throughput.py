@@ -12,7 +12,7 @@ are of the machine's best rate for large matrix products, measured in the same r
 import argparse
 from typing import Any
 
-from benchmarks import side_by_side
+from benchmarks import peers, side_by_side
 from benchmarks.side_by_side import Measured
 from vit_jax.models import zoo
 
@@ -38,7 +38,7 @@ def main() -> None:
     rows, data = [], []
     for model in args.models.split(","):
         for mode in args.modes.split(","):
-            jobs = {peer: {**work, "model": model, "mode": mode, **_peer(peer)} for peer in args.peers.split(",")}
+            jobs = {peer: {**work, "model": model, "mode": mode, **peers.job(peer)} for peer in args.peers.split(",")}
             found, failed = side_by_side.alternate("benchmarks.peers", jobs, **how)
             flops = args.batch * model_flops(model, args.size) * (3 if mode == "train" else 1)
             for peer, measured in found.items():
@@ -67,12 +67,6 @@ def model_flops(name: str, size: int) -> int:
 
 def _peak(dtype: str) -> dict[str, Any]:
     return {"peer": "peak", "batch": PEAK_SIDE[dtype], "dtype": dtype}
-
-
-def _peer(text: str) -> dict[str, Any]:
-    peer, *options = text.split(":")
-    variables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if "hugepages" in options else {}
-    return {"peer": peer, "options": options, "variables": variables}
 
 
 def _row(

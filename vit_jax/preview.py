@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import experiment, runtime
-from vit_jax.data import loader, sources
+from vit_jax.data import loader, memory, sources
 from vit_jax.errors import UserError, command
 from vit_jax.main import parse
 from vit_jax.settings import Settings
@@ -37,6 +37,7 @@ GAP, LINE = 6, 18
 def preview(s: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
     """The picture of a recipe."""
     source = sources.get_source(s.dataset, s.pp.train, tfds_data_dir=s.tfds_data_dir, tfds_manual_dir=s.tfds_manual_dir)
+    source = memory.kept_in_memory(source, s.cache_gb)  # as in training: it decides at which scale photos are decoded
     chosen = np.random.default_rng(s.seed).permutation(len(source))[:rows]
     images, labels = zip(*(loader.load(source, int(i)) for i in chosen), strict=True)
     evaluated, trained = experiment.eval_transform(s), experiment.train_transform(s)

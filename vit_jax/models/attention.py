@@ -41,7 +41,9 @@ class MultiHeadDotProductAttention(nn.Module):
         if inputs is None and jax.default_backend() != "cpu":
             q, k, v = project(x, maps)
         else:
-            q, k, v = (f(y) for f, y in zip(maps, (x, *[x if inputs is None else inputs] * 2), strict=True))
+            query, key, value = maps
+            source = x if inputs is None else inputs
+            q, k, v = query(x), key(source), value(source)
         if self.qk_norm_eps is not None:
             q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
         if train and self.dropout_rate > 0:
@@ -66,7 +68,7 @@ def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, 
 
 @functools.cache
 def cudnn_takes(dtype: str, head_dim: int) -> bool:
-    """Whether this device has cuDNN's attention for such heads, which keeps no n x n weights in memory; on GPUs this is logged.
+    """Whether this device has cuDNN's attention for such heads, which keeps no n x n weights in memory; logged where tried.
 
     It wants bfloat16 or float16, heads whose size is a multiple of 8, and Ampere or later: whether it works is tried.
     """
@@ -113,7 +115,8 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tu
 def _attend_backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
     """All n x m arrays are transposed here, (b k m n): XLA would find products of the forward pass, and keep them instead."""
     q, k, v, mask, y, largest, sums = saved
-    mask = mask if mask is None else _transposed(mask)
+    dmask = None if mask is None else jnp.zeros_like(mask)  # it is drawn, not learnt
+    mask = None if mask is None else _transposed(mask)
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
     dy = _by_head(dy)
@@ -122,7 +125,7 @@ def _attend_backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"
     masked, dweights = (weights, dweights) if mask is None else (weights * mask, dweights * mask)
     dlogits = (weights * (dweights - mean) / math.sqrt(q.shape[-1])).astype(q.dtype)
     gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(masked.astype(q.dtype), dy)
-    return *(_by_head(x.astype(q.dtype)) for x in gradients), mask if mask is None else jnp.zeros_like(_transposed(mask))
+    return *(_by_head(x.astype(q.dtype)) for x in gradients), dmask
 
 
 attend.defvjp(_attend, _attend_backward)

@@ -78,7 +78,7 @@ def _linear_forward(x, kernel, bias, activation):
 
 def _linear_backward(activation, saved, dy):
     x, kernel = saved
-    x, slope = (x, None) if activation is None else ACTIVATIONS[activation][1](x)
+    x, slope = (x, None) if activation is None else _value_and_slope(x, activation)
     dkernel, dbias = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ()))), dy.sum(0)
     if jax.default_backend() == "cpu":  # whose scheduler would put them off to the end, and keep x and dy until then
         dkernel, dbias, dy = jax.lax.optimization_barrier((dkernel, dbias, dy))
@@ -96,37 +96,30 @@ def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
     return ACTIVATIONS[name][0](x)
 
 
-activate.defvjp(lambda x, name: (activate(x, name), x), lambda name, x, dy: (dy * ACTIVATIONS[name][1](x)[1],))
+activate.defvjp(lambda x, name: (activate(x, name), x), lambda name, x, dy: (dy * _value_and_slope(x, name)[1],))
 
 
-def _in_float32(function):
-    """The function of x, computed in float32 whatever the dtype of x, which the results have."""
-
-    @functools.wraps(function)
-    def wrapped(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-        return tuple(y.astype(x.dtype) for y in function(x.astype(jnp.float32)))
-
-    return wrapped
+def _value_and_slope(x: Float[Array, "*shape"], name: str) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The activation and its derivative, computed in float32 whatever the dtype of x, which they have."""
+    return tuple(y.astype(x.dtype) for y in ACTIVATIONS[name][1](x.astype(jnp.float32)))
 
 
 # The two below use other functions than the forward passes do: XLA would else find that it has computed the tanh, or the
 # erfc, before, and keep that for all layers.
 
 
-@_in_float32
 def _gelu_tanh_and_slope(x):
     square = x * x
     share = jax.nn.sigmoid(2 * _SLOPE * x * (1 + _CUBIC * square))  # (1 + tanh(u)) / 2 = sigmoid(2u)
     return x * share, share * (1 + (1 - share) * (2 * _SLOPE) * x * (1 + 3 * _CUBIC * square))
 
 
-@_in_float32
 def _gelu_and_slope(x):
     share = (1 + jax.lax.erf(x * math.sqrt(0.5))) / 2
     return x * share, share + x * jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-# By name: the function, and x → (the function, its derivative). "gelu_tanh" as in all Google ViTs, "gelu" as in torch's.
+# By name: the function, and x → (it, its derivative), of float32. "gelu_tanh" as in all Google ViTs, "gelu" as in torch's.
 ACTIVATIONS = {
     "gelu_tanh": (nn.gelu, _gelu_tanh_and_slope),
     "gelu": (functools.partial(nn.gelu, approximate=False), _gelu_and_slope),

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vit_jax import adapters, checkpoint, experiment, parallel
+from vit_jax import adapters, checkpoint, experiment, parallel, pipeline
 from vit_jax.checkpoint import adapter, describe
 from vit_jax.step import State
 
@@ -54,7 +54,7 @@ def description(e: experiment.Experiment, step: int, metrics: dict[str, float]) 
         "resize": (e.origin or {}).get("resize", "bilinear"),
         "mean": mean,
         "std": std,
-        "preprocessing": experiment.preprocessing(s),
+        "preprocessing": pipeline.preprocessing(s),
         "class_names": e.train_source.class_names,
         "dataset": s.dataset,
         "step": step,

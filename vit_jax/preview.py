@@ -18,7 +18,7 @@ from absl import app, flags
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from vit_jax import experiment, runtime
+from vit_jax import experiment, pipeline, runtime
 from vit_jax.data import loader, memory, sources
 from vit_jax.errors import UserError, command
 from vit_jax.main import parse
@@ -40,11 +40,11 @@ def preview(s: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
     source = memory.kept_in_memory(source, s.cache_gb)  # as in training: it decides at which scale photos are decoded
     chosen = np.random.default_rng(s.seed).permutation(len(source))[:rows]
     images, labels = zip(*(loader.load(source, int(i)) for i in chosen), strict=True)
-    evaluated, trained = experiment.eval_transform(s), experiment.train_transform(s)
+    evaluated, trained = pipeline.eval_transform(s), pipeline.train_transform(s)
     originals = np.stack([np.clip(np.rint(evaluated(image)), 0, 255).astype(np.uint8) for image in images])
     grid = [(originals, [source.class_names[label] for label in labels])]
     mean, std = experiment.normalisation(None)
-    prepare = jax.jit(experiment.make_prepare(s, source.num_classes, mean, std))
+    prepare = jax.jit(pipeline.make_prepare(s, source.num_classes, mean, std))
     for column in range(1, columns):
         rngs = [np.random.default_rng((s.seed, column, row)) for row in range(len(images))]
         decode = [functools.partial(trained, rng=rng) for rng in rngs]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import experiment, outcome, parallel
+from vit_jax import experiment, outcome, parallel, pipeline
 from vit_jax import workdir as workdirs
 from vit_jax.checkpoint.state import Checkpointer, WriteError
 from vit_jax.data import loader, memory
@@ -217,7 +217,7 @@ def _train_batches(e: experiment.Experiment, start_step: int, stop: GracefulExit
     s = e.settings
     batches = loader.train_batches(
         memory.kept_in_memory(e.train_source, s.cache_gb),
-        experiment.train_transform(e.settings),
+        pipeline.train_transform(s),
         batch_size=s.batch,
         seed=s.seed,
         start_step=start_step,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vit_jax import experiment
+from vit_jax import experiment, pipeline
 from vit_jax.data import augment, loader, sources
 from vit_jax.errors import UserError
 from vit_jax.features import image_features
@@ -132,7 +132,7 @@ def batches_of(e: experiment.Experiment, source: sources.Source) -> Iterator[Bat
     """The examples of a source on the devices, each once; the last batch padded and masked."""
     batches = loader.eval_batches(
         source,
-        experiment.eval_transform(e.settings),
+        pipeline.eval_transform(e.settings),
         batch_size=batch_size(e, source),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -59,7 +59,7 @@ class Pmap:
 
     def mean(self, tree: Tree) -> Tree:
         """The mean over all devices, within `update`."""
-        return jax.lax.pmean(tree, _DEVICES)
+        return tree if jax.device_count() == 1 else jax.lax.pmean(tree, _DEVICES)  # of one, XLA would copy it
 
     def micro_batches(self, batch: dict[str, Array], n: int) -> dict[str, Array]:
         """(b, …) → (n, b/n, …), within `update`."""

@@ -309,10 +309,13 @@ def test_attention_is_that_of_jax(size: int):
         np.testing.assert_allclose(found, expected, atol=2e-6 * size)
 
 
-def test_gradients_of_attention_under_dropout():
+@pytest.mark.parametrize("cores", [1, 2])
+def test_gradients_of_attention_under_dropout(cores: int, monkeypatch):
     """Against autodiff of the formula."""
-    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 7, 3, 4))
-    mask = jax.random.bernoulli(jax.random.key(1), 0.8, (2, 3, 7, 7)) / 0.8
+    monkeypatch.setattr(attention, "_cores", lambda: cores)
+    monkeypatch.setattr(attention, "_WORTH_SHARING", 0)
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 3, 7, 3, 4))
+    mask = jax.random.bernoulli(jax.random.key(1), 0.8, (3, 3, 7, 7)) / 0.8
 
     def formula(q, k, v, mask):
         weights = nn.softmax(jnp.einsum("bnkh,bmkh->bknm", q, k) / 2)

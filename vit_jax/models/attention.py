@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import os
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from vit_jax.errors import UserError
 from vit_jax.models.linear import Linear, linear
 
 log = logging.getLogger("vit_jax")
+_WORTH_SHARING = 2**22
+"""Multiplications in q·kᵀ from which on a product is shared out to cores."""
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -85,7 +88,6 @@ def cudnn_takes(dtype: str, head_dim: int) -> bool:
     return True
 
 
-@jax.custom_vjp
 def attend(
     q: Float[Array, "b n k h"],
     k: Float[Array, "b m k h"],
@@ -96,11 +98,24 @@ def attend(
 
     Heads are in front, and the sums divide at the end. The n x m weights are not kept for the backward pass, but computed
     again, as in https://arxiv.org/abs/2205.14135; its products take the dtype of q, where autodiff's would be float32.
+    On CPUs, where a product by heads runs on one core, every core has its part of the batch.
     """
-    return _attend(q, k, v, mask)[0]
+    n = min(_cores(), len(q)) if q.size * k.shape[1] >= _WORTH_SHARING else 1
+    parts = [[None] * n if x is None else jnp.array_split(x, n) for x in (q, k, v, mask)]
+    return jnp.concatenate([_attend(*part) for part in zip(*parts, strict=True)])
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+def _cores() -> int:
+    """Of the machine, for each of this process's devices; 1 where they are no CPUs."""
+    return max(1, (os.cpu_count() or 1) // jax.local_device_count()) if jax.default_backend() == "cpu" else 1
+
+
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     logits = _logits(q, k)
     largest = logits.max(axis=-1, keepdims=True)
@@ -112,7 +127,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tu
     return y, (q, k, v, mask, y, largest, sums)
 
 
-def _attend_backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
+def _backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
     """All n x m arrays are transposed here, (b k m n): XLA would find products of the forward pass, and keep them instead."""
     q, k, v, mask, y, largest, sums = saved
     dmask = None if mask is None else jnp.zeros_like(mask)  # it is drawn, not learnt
@@ -128,7 +143,7 @@ def _attend_backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"
     return *(_by_head(x.astype(q.dtype)) for x in gradients), dmask
 
 
-attend.defvjp(_attend, _attend_backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _logits(q: Float[Array, "b k n h"], k: Float[Array, "b k m h"]) -> Float[Array, "b k n m"]:

@@ -79,7 +79,8 @@ def _linear_forward(x, kernel, bias, activation):
 def _linear_backward(activation, saved, dy):
     x, kernel = saved
     x, slope = (x, None) if activation is None else _value_and_slope(x, activation)
-    dkernel, dbias = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ()))), dy.sum(0)
+    dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    dbias = dy.reshape(len(dy), -1).sum(0).reshape(dy.shape[1:])  # of a matrix XLA sums the columns faster
     if jax.default_backend() == "cpu":  # whose scheduler would put them off to the end, and keep x and dy until then
         dkernel, dbias, dy = jax.lax.optimization_barrier((dkernel, dbias, dy))
     outputs = tuple(range(1, dy.ndim)), tuple(range(kernel.ndim - dy.ndim + 1, kernel.ndim))

@@ -71,7 +71,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     from vit_jax.data import augment
     from vit_jax.settings import Settings
 
-    runtime.set_xla_flags()  # as every command does
+    runtime.set_up(None)  # as every command does, but for the folder of compiled programs
     images, labels = _images(job)
     if job["mode"] in ("infer", "latency"):
         model = models.get_model(job["model"], num_classes=NUM_CLASSES, dtype=job["dtype"])

@@ -39,7 +39,7 @@ def main() -> None:
     for model in args.models.split(","):
         for mode in args.modes.split(","):
             jobs = {peer: {**work, "model": model, "mode": mode, **peers.job(peer)} for peer in args.peers.split(",")}
-            found, failed = side_by_side.alternate("benchmarks.peers", jobs, **how)
+            found, failed = side_by_side.alternate("benchmarks.peers", jobs, **how, warm_up=2)
             flops = args.batch * model_flops(model, args.size) * (3 if mode == "train" else 1)
             for peer, measured in found.items():
                 rows.append(_row(model, mode, peer, measured, found.get("ours"), args.batch, flops / peak))

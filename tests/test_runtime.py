@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jaxlib
+import numpy as np
 import pytest
 
 from vit_jax import runtime
@@ -109,3 +111,21 @@ def test_a_full_disk_is_one_warning(tmp_path, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "compiled programs are not kept: [Errno 28] No space left on device"
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+def test_memory_that_the_compiler_has_freed_goes_back():
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    events = []
+    runtime.return_memory()
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
+    jax.jit(lambda x: x + 17)(1.0)
+    assert runtime.COMPILED in events
+    blocks = [np.ones(12_500) for _ in range(1_000)]  # of 100 kB, which malloc takes from its heap
+    last = blocks.pop()
+    blocks.clear()
+    kept = resident()
+    jax.monitoring.record_event_duration_secs(runtime.COMPILED, 2.0)
+    assert kept - resident() > 80, last.size

@@ -48,6 +48,11 @@ class Experiment:
     optimizer: optax.GradientTransformation
     sharpness: sharpness.Sharpness | None
 
+    @functools.cached_property
+    def init(self) -> Callable[[jax.Array], Any]:
+        """key → fresh parameters; traced once, which takes 0.2 s for B/16, though shapes are asked for again and again."""
+        return jax.jit(lambda key: self.model.init(key, jnp.zeros((1, *self.image_size, 3)))["params"], inline=True)
+
 
 def build(s: Settings, directory: Path, get_source: Callable[..., sources.Source] = sources.get_source) -> Experiment:
     """The experiment of a recipe in a workdir. Raises UserError for whatever does not fit together."""
@@ -194,8 +199,7 @@ def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
 
 def init_params(e: Experiment) -> Any:
     """Fresh parameters, which follow from the seed."""
-    images = jnp.zeros((1, *e.image_size, 3))
-    return e.model.init(jax.random.key(e.settings.seed), images)["params"]
+    return e.init(jax.random.key(e.settings.seed))
 
 
 def divide(e: Experiment, params: Any) -> tuple[Any, dict[str, Any]]:

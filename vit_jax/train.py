@@ -47,7 +47,6 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         workdirs.check_frozen(directory, experiment.frozen_fingerprints(e, state))
         done = int(e.way.read(state.step))
         update = experiment.make_update(e)
-        e.way.snapshot(state.replace(frozen={}))  # compiled now, not when the first checkpoint is due
         evaluators = make_evaluators(e)
         batches = _train_batches(e, start_step=done, stop=stop)
         writer = Writer(directory, start_step=done, total_steps=s.total_steps)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import side_by_side
-from vit_jax import experiment, plan
+from vit_jax import experiment, plan, runtime
 from vit_jax.main import parse
 from vit_jax.settings import Settings
 
@@ -26,6 +26,7 @@ STEPS = 2
 
 def run() -> None:
     jax.config.update("jax_platforms", "cpu")
+    runtime.set_xla_flags()  # as every command does
     sys.argv += DEFAULT if len(sys.argv) == 1 else ()  # where ml_collections looks for overrides
     parse(sys.argv)
     s = Settings.from_config(flags.FLAGS.config)

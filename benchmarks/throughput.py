@@ -5,8 +5,10 @@
 
 Peers that are not installed are left out. A peer takes options behind colons, such as timm:compile:autocast, see
 `benchmarks.peers`, which says what is computed. Prints a table and writes it to benchmarks/results/NAME.md, the data to
-NAME.json. "of peak" is what the model's own FLOPs (products alone, 2 a multiplication, training thrice the forward pass)
-are of the machine's best rate for large matrix products, measured in the same run.
+NAME.json. A turn begins with two repetitions that do not count: memory that a waiting process has given back, or that the
+system has taken, is slow when it is first touched again. "of peak" is what the model's own FLOPs (products alone, 2 a
+multiplication, training thrice the forward pass) are of the machine's best rate for large matrix products, measured in
+the same run.
 """
 
 import argparse

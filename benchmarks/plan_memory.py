@@ -5,7 +5,6 @@ were in place, with XLA's figure for what a step takes besides them: temporaries
 place. Once for the program as it runs on this CPU, once for the one that a plan is made of.
 """
 
-import ctypes
 import gc
 import sys
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def _growth(e: experiment.Experiment, update: Callable) -> int:
 def _reset_peak() -> int:
     """What the process takes now, in bytes, which is its peak from here on."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind would hide what a step needs
+    runtime.trim_memory()  # what compiling left behind would hide what a step needs
     Path("/proc/self/clear_refs").write_text("5")
     return side_by_side.memory("VmRSS")
 

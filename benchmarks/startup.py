@@ -48,7 +48,7 @@ def main() -> None:
     title = f"Seconds to the first finished step, {args.model}, batch {args.batch}, {args.size} px, float32"
     note = (
         f"Medians of {args.rounds} turns. Of a first step all memory is new to the process. The rest: parameters "
-        "are drawn, placed and copied, images read."
+        "are drawn and placed, images read."
     )
     facts = side_by_side.environment()
     side_by_side.save(args.name, title, [side_by_side.table(["", *COLUMNS], rows), note], {"turns": found}, facts)

@@ -13,7 +13,7 @@ import pytest
 
 from configs import pretrain
 from tests import command_line, plans, tiny
-from vit_jax import experiment, pipeline, plan
+from vit_jax import pipeline, plan
 from vit_jax.data import loader
 from vit_jax.errors import UserError
 from vit_jax.plan import Plan
@@ -148,4 +148,4 @@ def test_what_training_refuses_is_refused(argument, message, monkeypatch):
 def test_classes_of_a_dataset_that_is_not_here():
     c = tiny.config(dataset="imagenet2012", pp_train="train[:99%]")
     e = plan.build(Settings.from_config(c), num_classes=321)
-    assert np.shape(jax.eval_shape(lambda: experiment.init_params(e))["head"]["bias"]) == (321,)
+    assert np.shape(jax.eval_shape(e.init_params)["head"]["bias"]) == (321,)

@@ -10,6 +10,7 @@ import jaxlib
 import numpy as np
 import pytest
 
+from benchmarks.side_by_side import memory
 from vit_jax import runtime
 from vit_jax.runtime import Compiled
 
@@ -113,11 +114,8 @@ def test_a_full_disk_is_one_warning(tmp_path, monkeypatch, caplog):
     ]
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+@pytest.mark.skipif(memory("VmRSS") is None, reason="the memory of a process is read from /proc")
 def test_memory_that_the_compiler_has_freed_goes_back():
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
     events = []
     runtime.return_memory()
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
@@ -126,6 +124,6 @@ def test_memory_that_the_compiler_has_freed_goes_back():
     blocks = [np.ones(12_500) for _ in range(1_000)]  # of 100 kB, which malloc takes from its heap
     last = blocks.pop()
     blocks.clear()
-    kept = resident()
+    kept = memory("VmRSS")
     jax.monitoring.record_event_duration_secs(runtime.COMPILED, 2.0)
-    assert kept - resident() > 80, last.size
+    assert kept - memory("VmRSS") > 80e6, last.size

@@ -58,19 +58,22 @@ def set_xla_flags() -> None:
 
 @functools.cache
 def return_memory() -> None:
-    """From now on memory that the compiler has freed goes back to the system, where the C library is glibc.
+    """From now on `trim_memory` follows every compilation of more than a second.
 
-    Its `malloc` keeps it, 150 MB after a training step of S/16, and on top of that comes the memory of the step itself.
+    That of a training step of S/16 leaves 150 MB, and on top of them would come the memory of the step itself.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is None:
-        return
 
     def compiled(event: str, seconds: float, **_: str | int) -> None:
         if event == COMPILED and seconds > 1:
-            trim(0)  # takes 20 ms
+            trim_memory()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
+
+
+def trim_memory() -> None:
+    """Gives memory that was freed back to the system, which takes 20 ms; nothing where the C library is not glibc."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
 
 
 def keep_compiled(folder: str | None = CACHE) -> None:

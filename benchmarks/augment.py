@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from vit_jax import models
-from vit_jax.data import augment, mix
+from vit_jax.data.device import augment, mix
 
 CLASSES = 1000
 

@@ -44,8 +44,9 @@ def ours(job: dict[str, Any]) -> Iterator[dict]:
     """`loader.train_batches`, uint8, sent to the device ahead of time."""
     import functools
 
-    from vit_jax import parallel
-    from vit_jax.data import loader, preprocess
+    from vit_jax.data import loader
+    from vit_jax.data.host import preprocess
+    from vit_jax.optimize import parallel
 
     images = _jpegs(job)
     if job.get("kept"):
@@ -60,8 +61,8 @@ def pil(job: dict[str, Any]) -> Iterator[dict]:
 
     from PIL import Image
 
-    from vit_jax import parallel
-    from vit_jax.data.preprocess import inception_box
+    from vit_jax.data.host.preprocess import inception_box
+    from vit_jax.optimize import parallel
 
     jpegs, rng, executor = _jpegs(job), np.random.default_rng(0), ThreadPoolExecutor(2)
 
@@ -120,7 +121,7 @@ def train(job: dict[str, Any]) -> Callable[[int], float]:
     import jax
 
     from configs import common, models
-    from vit_jax import experiment
+    from vit_jax.run import experiment
     from vit_jax.settings import Settings
 
     config = common.get_config()

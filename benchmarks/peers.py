@@ -67,9 +67,12 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     import jax
 
     from configs import pretrain
-    from vit_jax import experiment, models, parallel, plan, runtime
-    from vit_jax.data import augment
+    from vit_jax import models
+    from vit_jax.data.device import augment
+    from vit_jax.optimize import parallel
+    from vit_jax.run import experiment, runtime
     from vit_jax.settings import Settings
+    from vit_jax.tools import plan
 
     runtime.set_up(None)  # as every command does, but for the folder of compiled programs
     images, labels = _images(job)
@@ -79,10 +82,10 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
             params = jax.jit(lambda: model.init(jax.random.key(0), augment.normalize(images))["params"])()
             classify = jax.jit(lambda p, x: model.apply({"params": p}, augment.normalize(x)))
             return _timed(lambda: np.asarray(classify(params, images)), lambda _: None), _facts_of_jax(params)
-        way = parallel.Pmap()
-        params = way.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
-        classify = way.apply(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
-        batch = way.send({"image": images})
+        parallelism = parallel.Pmap()
+        params = parallelism.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
+        classify = parallelism.eval_examples(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
+        batch = parallelism.send({"image": images})
         repeat = _timed(lambda: classify(params, batch), jax.block_until_ready)
         return repeat, _facts_of_jax(params)
 
@@ -95,7 +98,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     update = experiment.make_update(e)
     state = experiment.new_state(e)
     facts = _facts_of_jax(state.params)
-    batch = e.way.send({"image": images, "label": labels, "seed": np.arange(len(labels), dtype=np.uint32)})
+    batch = e.parallelism.send({"image": images, "label": labels, "seed": np.arange(len(labels), dtype=np.uint32)})
     holder = [state]
     del state  # donated
 

@@ -15,9 +15,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import side_by_side
-from vit_jax import experiment, plan, runtime
 from vit_jax.main import parse
+from vit_jax.run import experiment, runtime
 from vit_jax.settings import Settings
+from vit_jax.tools import plan
 
 DEFAULT = ("--config=configs/pretrain.py:s16,imagenet2012", "--config.batch=16", "--config.accum_steps=1")
 STEPS = 2
@@ -43,7 +44,7 @@ def run() -> None:
 def _growth(e: experiment.Experiment, update: Callable) -> int:
     """By how many bytes the peak grows in the steps after the first."""
     state = experiment.new_state(e)
-    batch = e.way.send({name: np.zeros(x.shape, x.dtype) for name, x in plan.abstract_batch(e).items()})
+    batch = e.parallelism.send({name: np.zeros(x.shape, x.dtype) for name, x in plan.abstract_batch(e).items()})
     state, metrics = update(state, batch)  # copies the state, of which NumPy owns some still
     jax.block_until_ready((state, metrics))
     before = _reset_peak()

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from vit_jax import experiment, hlo, plan
 from vit_jax.main import parse
+from vit_jax.run import experiment
 from vit_jax.settings import Settings
+from vit_jax.tools import hlo, plan
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps to time; 0 for none.", lower_bound=0)
 _COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8"], "Numbers of devices.")
@@ -64,7 +65,7 @@ def _time(e: experiment.Experiment, update, steps: int) -> float:
     rng = np.random.default_rng(0)
     state = experiment.new_state(e)
     host = {name: rng.integers(0, 10, x.shape).astype(x.dtype) for name, x in plan.abstract_batch(e).items()}
-    batch, seconds = e.way.send(host), []
+    batch, seconds = e.parallelism.send(host), []
     for _ in range(WARM_UP + steps):
         started = time.perf_counter()
         state, metrics = update(state, batch)

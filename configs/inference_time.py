@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from vit_jax import runtime
+from vit_jax.run import runtime
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ import os
 import jax
 import pytest
 
-from vit_jax import runtime
+from vit_jax.run import runtime
 
 runtime.set_xla_flags()  # before any test asks for the devices
 

@@ -19,14 +19,15 @@ import ml_collections
 import numpy as np
 
 from tests import tiny
-from vit_jax import cluster, experiment, train
+from vit_jax import train
 from vit_jax.checkpoint.state import Checkpointer
+from vit_jax.run import cluster, experiment
+from vit_jax.run.signals import GracefulExit
 from vit_jax.settings import Settings
-from vit_jax.signals import GracefulExit
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS, MORE = 10, 15
-WAYS = {
+KINDS = {
     "pmap": {},
     "data": {"parallel": "mesh"},
     "fsdp": {"parallel": "mesh", "mesh": {"data": 1, "fsdp": -1}, "remat": "full"},
@@ -35,16 +36,21 @@ WAYS = {
 }
 
 
-def config(way: str) -> ml_collections.ConfigDict:
+def config(parallelism: str) -> ml_collections.ConfigDict:
     """AdamW with micro-batches, flips and an average of the parameters; without dropout, whose keys pmap has per device."""
     c = tiny.config(accum_steps=2, total_steps=STEPS, pp_flip=True, ema_decay=0.5, warmup_steps=2)
     c.model.transformer.update({"dropout_rate": 0.0, "num_layers": 2})
-    c.update(WAYS[way])
+    c.update(KINDS[parallelism])
     return c
 
 
 def run(
-    way: str, *, workdir: Path, steps: int = STEPS, go_on: bool = False, observe: Callable[[dict], None] = lambda batch: None
+    parallelism: str,
+    *,
+    workdir: Path,
+    steps: int = STEPS,
+    go_on: bool = False,
+    observe: Callable[[dict], None] = lambda batch: None,
 ) -> dict[str, np.ndarray]:
     """Losses and state of the steps up to `steps`; a checkpoint of the last one is written to `workdir`.
 
@@ -52,26 +58,28 @@ def run(
       go_on: from the checkpoint in `workdir`.
       observe: is shown every batch of this process before it is sent to the devices.
     """
-    e = experiment.build(Settings.from_config(config(way)), workdir)
+    e = experiment.build(Settings.from_config(config(parallelism)), workdir)
     checkpointer = Checkpointer(workdir / "checkpoints", keep=2)
-    state = experiment.start(e, checkpointer) if go_on else experiment.new_state(e)
-    done = int(e.way.read(state.step))
+    state = experiment.restore_or_load(e, checkpointer) if go_on else experiment.new_state(e)
+    done = int(e.parallelism.read(state.step))
     update, losses = experiment.make_update(e), []
-    send = e.way.send
-    e.way.send = lambda batch: (observe(batch), send(batch))[1]
+    send = e.parallelism.send
+    e.parallelism.send = lambda batch: (observe(batch), send(batch))[1]
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
     for batch in itertools.islice(train._train_batches(e, done, GracefulExit()), steps - done):
         state, metrics = update(state, batch)
-        losses.append(e.way.read(metrics)["loss"])
+        losses.append(e.parallelism.read(metrics)["loss"])
         if len(losses) == 2:
             compiled.clear()
-    assert not [name for name in compiled if "compile" in name], f"{way}: compiled again after the second step: {compiled}"
-    checkpointer.save(steps, e.way.snapshot(state))
+    assert not [name for name in compiled if "compile" in name], (
+        f"{parallelism}: compiled again after the second step: {compiled}"
+    )
+    checkpointer.save(steps, e.parallelism.snapshot(state))
     checkpointer.close()
     specs = {f"spec {jax.tree_util.keystr(path)}": str(x.sharding.spec) for path, x in _leaves(state.params)}
     sizes = {f"{name}_bytes": _bytes_on_first_device(tree) for name, tree in vars(state).items()}
-    host = e.way.read({"params": state.params, "ema": state.ema})
+    host = e.parallelism.read({"params": state.params, "ema": state.ema})
     arrays = {jax.tree_util.keystr(path): x for path, x in _leaves(host)}
     return {"losses": np.array(losses)} | specs | sizes | arrays
 
@@ -117,12 +125,12 @@ def _bytes_on_first_device(tree) -> int:
 def main() -> None:
     cluster.join()
     out = Path(sys.argv[1])
-    for way in sys.argv[2:]:
+    for parallelism in sys.argv[2:]:
         batches: list[dict] = []
-        go_on = (out / way).exists()
-        found = run(way, workdir=out / way, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)
+        go_on = (out / parallelism).exists()
+        found = run(parallelism, workdir=out / parallelism, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)
         seeds = np.stack([batch["seed"] for batch in batches[:STEPS]])
-        np.savez(out / f"{way}_{jax.process_index()}.npz", **found, seeds=seeds)
+        np.savez(out / f"{parallelism}_{jax.process_index()}.npz", **found, seeds=seeds)
 
 
 if __name__ == "__main__":

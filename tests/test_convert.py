@@ -9,9 +9,10 @@ from PIL import Image
 
 from tests.checkpoint import peers
 from tests.models import small
-from vit_jax import checkpoint, convert, inspect, models, predict
+from vit_jax import checkpoint, convert, models, predict
 from vit_jax.checkpoint import describe
 from vit_jax.errors import UserError
+from vit_jax.tools import inspection
 
 FIELDS = {
     "hidden_size": 32,
@@ -89,7 +90,7 @@ def test_parameters_that_the_model_lacks_are_listed(tmp_path, workdir):
 
 
 def test_inspect_lists_names_and_shapes(capsys, workdir):
-    assert inspect.main([str(workdir)]) == 0
+    assert inspection.main([str(workdir)]) == 0
     out = capsys.readouterr().out
     assert "parameters  " in out
     for name, x in np.load(workdir / "model.npz").items():

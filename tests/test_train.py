@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vit_jax import metrics, models
+from vit_jax import models
 from vit_jax.checkpoint import load
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
+from vit_jax.run import writer
 from vit_jax.train import train_and_evaluate
 
 REPOSITORY = Path(__file__).parent.parent
@@ -66,14 +67,14 @@ def test_a_run_killed_after_step_10_ends_in_the_same_bits(undisturbed: Path, tmp
 def test_a_signal_saves_exits_with_its_code_and_the_same_command_continues(
     number: int, code: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    scalars = metrics.Writer.scalars
+    scalars = writer.Writer.scalars
 
     def interrupted(self, step, values):
         scalars(self, step, values)
         if step == 5:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(metrics.Writer, "scalars", interrupted)
+    monkeypatch.setattr(writer.Writer, "scalars", interrupted)
     with pytest.raises(SystemExit) as exit_:
         train_and_evaluate(tiny.config(accum_steps=2), tmp_path)
     assert exit_.value.code == code and not (tmp_path / "model.npz").exists()

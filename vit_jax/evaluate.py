@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vit_jax import evaluators, experiment
-from vit_jax import workdir as workdirs
+from vit_jax import evaluators
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.errors import UserError, unknown
 from vit_jax.evaluators import Evaluator, classify
-from vit_jax.metrics import Writer, logging_to
+from vit_jax.optimize.step import State
+from vit_jax.run import workdir as workdirs
+from vit_jax.run.experiment import Experiment, build, frozen_fingerprints, log_setup, model_params, restore_or_load
+from vit_jax.run.writer import Writer, logging_to
 from vit_jax.settings import Settings
-from vit_jax.step import State
 
 log = logging.getLogger("vit_jax")
 
@@ -26,46 +27,46 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
     `config.evaluators`; another name is one of these, or a type, and where that is about features a file may have any
     head. The metrics are returned, and added to `metrics.jsonl` with the number of steps that were trained.
     """
-    s = Settings.from_config(config)
+    settings = Settings.from_config(config)
     directory = workdirs.make(workdir)
     with logging_to(directory):
-        e = experiment.build(s, directory)
-        experiment.log_setup(e)
-        chosen, keep_head = _chosen(e)
-        with contextlib.closing(Checkpointer(directory / "checkpoints", keep=s.keep)) as checkpointer:
-            state = experiment.start(e, checkpointer, keep_head=keep_head)
+        experiment = build(settings, directory)
+        log_setup(experiment)
+        chosen, keep_head = _chosen(experiment)
+        with contextlib.closing(Checkpointer(directory / "checkpoints", keep=settings.keep)) as checkpointer:
+            state = restore_or_load(experiment, checkpointer, keep_head=keep_head)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
         if checkpointer.latest_step() is not None:
-            workdirs.check_frozen(directory, experiment.frozen_fingerprints(e, state))
-        metrics = scores(e, state, chosen)
+            workdirs.check_frozen(directory, frozen_fingerprints(experiment, state))
+        metrics = scores(experiment, state, chosen)
         with contextlib.closing(Writer(directory)) as writer:
-            writer.scalars(int(e.way.read(state.step)), metrics)
+            writer.scalars(int(experiment.parallelism.read(state.step)), metrics)
         log.info("  ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
         return metrics
 
 
-def scores(e: experiment.Experiment, state: State, chosen: Iterable[Evaluator]) -> dict[str, float]:
+def scores(experiment: Experiment, state: State, chosen: Iterable[Evaluator]) -> dict[str, float]:
     """The metrics of the state's parameters, and of their average if there is one."""
     metrics = {}
-    for suffix, params in experiment.model_params(e, state).items():
+    for suffix, params in model_params(experiment, state).items():
         for evaluator in chosen:
             metrics |= {name + suffix: value for name, value in evaluator(params).items()}
     return metrics
 
 
-def make_evaluators(e: experiment.Experiment) -> list[tuple[int, Evaluator]]:
+def make_evaluators(experiment: Experiment) -> list[tuple[int, Evaluator]]:
     """(every so many steps, evaluator) of the plain one and of all of `config.evaluators`. Each compiles once."""
-    every, found = e.settings.eval_every, [(e.settings.eval_every, make_evaluator(e))]
-    for name, options in e.settings.evaluators.items():
-        evaluator = evaluators.make(name, options, e)
+    every, found = experiment.settings.eval_every, [(experiment.settings.eval_every, make_evaluator(experiment))]
+    for name, options in experiment.settings.evaluators.items():
+        evaluator = evaluators.make(name, options, experiment)
         found.append((evaluators.every(name, options, every), evaluator))
     return found
 
 
-def make_evaluator(e: experiment.Experiment) -> Evaluator:
+def make_evaluator(experiment: Experiment) -> Evaluator:
     """parameters on the devices → `accuracy_test`, `loss_test` and `img_sec_core_test` of the whole test source."""
-    score = classify.make_score(e, e.test_source)
+    score = classify.make_score(experiment, experiment.test_source)
 
     def evaluator(params: Any) -> dict[str, float]:
         metrics, rate = score(params)
@@ -74,12 +75,12 @@ def make_evaluator(e: experiment.Experiment) -> Evaluator:
     return evaluator
 
 
-def _chosen(e: experiment.Experiment) -> tuple[list[Evaluator], bool]:
+def _chosen(experiment: Experiment) -> tuple[list[Evaluator], bool]:
     """What `config.evaluator` names, and whether that needs the head of a file."""
-    name, configured = e.settings.evaluator, e.settings.evaluators
+    name, configured = experiment.settings.evaluator, experiment.settings.evaluators
     if name == "classify":
-        return [evaluator for _, evaluator in make_evaluators(e)], True
+        return [evaluator for _, evaluator in make_evaluators(experiment)], True
     if name not in (allowed := {*evaluators.TYPES, *configured}):
         raise unknown("config.evaluator", name, allowed)
     options = configured.get(name, {})
-    return [evaluators.make(name, options, e)], evaluators.type_of(name, options) not in evaluators.HEADLESS
+    return [evaluators.make(name, options, experiment)], evaluators.type_of(name, options) not in evaluators.HEADLESS

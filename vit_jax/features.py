@@ -20,11 +20,14 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save as to_safetensors
 from tqdm import tqdm
 
-from vit_jax import checkpoint, experiment, models, runtime, workdir
-from vit_jax.checkpoint.npz import write_atomically
-from vit_jax.data import augment, preprocess
+from vit_jax import checkpoint, models
+from vit_jax.data.device import augment
+from vit_jax.data.host import preprocess
 from vit_jax.errors import UserError, command
+from vit_jax.files import write_atomically
 from vit_jax.predict import find_images
+from vit_jax.run import runtime, workdir
+from vit_jax.run.experiment import patch_grid
 
 KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
 SUFFIXES = (".npz", ".safetensors")
@@ -49,8 +52,8 @@ class Extractor:
     @functools.cached_property
     def _run(self) -> Callable:
         def run(params, images, kind):
-            found = image_features(self.model, params, augment.normalize(images, self.mean, self.std))
-            return {name: found[name] for name in KINDS[kind]}
+            outputs = image_features(self.model, params, augment.normalize(images, self.mean, self.std))
+            return {name: outputs[name] for name in KINDS[kind]}
 
         return jax.jit(run, static_argnums=2)
 
@@ -61,15 +64,15 @@ class Extractor:
 
         Batches are padded, so that one size compiles.
         """
-        found = []
+        outputs = []
         for i in range(0, len(images), batch_size):
             batch = [
                 preprocess.eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]
             ]
             padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
             result = jax.device_get(self._run(self.params, np.stack(batch + padding), kind))
-            found.append({name: x[: len(batch)] for name, x in result.items()})
-        return {name: np.concatenate([part[name] for part in found]) for name in KINDS[kind]}
+            outputs.append({name: x[: len(batch)] for name, x in result.items()})
+        return {name: np.concatenate([part[name] for part in outputs]) for name in KINDS[kind]}
 
 
 def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"]) -> dict[str, Float[Array, "b ..."]]:
@@ -82,9 +85,9 @@ def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"
       patches: (b, h, w, d), without class, distillation and register tokens. DINOv2's classification feature is cls
         and the mean of these, side by side.
     """
-    found = model.apply({"params": params}, images, train=False, method="features")
-    patches = found["map"].astype(jnp.float32)
-    cls = patches.mean(axis=(1, 2)) if found["cls"] is None else found["cls"].astype(jnp.float32)
+    outputs = model.apply({"params": params}, images, train=False, method="features")
+    patches = outputs["map"].astype(jnp.float32)
+    cls = patches.mean(axis=(1, 2)) if outputs["cls"] is None else outputs["cls"].astype(jnp.float32)
     return {"cls": cls, "patches": patches}
 
 
@@ -98,28 +101,28 @@ def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = 
       UserError: for a size that is no whole number of patches, or that this model cannot have.
     """
     opened = checkpoint.open_checkpoint(workdir.find_npz(source))
-    known = opened.description
-    fields = {**known["model"], "num_classes": None}
+    description = opened.description
+    fields = {**description["model"], "num_classes": None}
     if "representation_size" in fields:
         fields["representation_size"] = None
-    model = models.build(known["model_type"], fields)
-    if size is None and known["image_size"] is None:
+    model = models.build(description["model_type"], fields)
+    if size is None and description["image_size"] is None:
         raise UserError(f"{source} does not tell the size of its images: give --size=H,W in pixels")
     if size is not None and isinstance(model, models.VisionTransformer) and model.resnet is None:
         _check_whole_patches(size, tuple(model.patches["size"]))
-    image_size = tuple(size or known["image_size"])
+    image_size = tuple(size or description["image_size"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_size, 3)))["params"]
     params = checkpoint.load_pretrained(
         pretrained_path=opened,
         init_params=jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes),  # takes no memory
         model_config=fields,
-        grid=experiment.patch_grid(model, image_size),
+        grid=patch_grid(model, image_size),
     )
-    how = dict(known.get("preprocessing", {}))
+    how = dict(description.get("preprocessing", {}))
     if how.get("resize_to"):  # the same part of the image, at any size
-        how["resize_to"] = round(how["resize_to"] * min(image_size) / min(known["image_size"]))
-    has_cls = "cls" in params
-    return Extractor(model, jax.tree.map(jnp.asarray, params), image_size, known["mean"], known["std"], has_cls, how)
+        how["resize_to"] = round(how["resize_to"] * min(image_size) / min(description["image_size"]))
+    mean, std, has_cls = description["mean"], description["std"], "cls" in params
+    return Extractor(model, jax.tree.map(jnp.asarray, params), image_size, mean, std, has_cls, how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,14 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime.set_up()
     paths = list(find_images(args.images))
     extractor = load_extractor(args.model, size=size)
-    read, found = _extract(extractor, paths, args.kind, min(args.batch, len(paths)))
+    read, outputs = _extract(extractor, paths, args.kind, min(args.batch, len(paths)))
     failures = len(paths) - len(read)
     if failures:
         print(f"{failures} of {len(paths)} images could not be read and are left out", file=sys.stderr)
     if read:
-        _write(out, [str(path) for path in read], found)
-        arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in found.items())
-        note = "" if extractor.has_cls or "cls" not in found else " (cls is the mean of the patches: no class token)"
+        _write(out, [str(path) for path in read], outputs)
+        arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in outputs.items())
+        note = "" if extractor.has_cls or "cls" not in outputs else " (cls is the mean of the patches: no class token)"
         print(f"wrote {out}: {arrays}{note}")
     return 1 if failures else 0
 
@@ -155,16 +158,16 @@ def _extract(
 ) -> tuple[list[Path], dict[str, np.ndarray]]:
     """The images that could be read, and their features; the others are named on stderr."""
     read: list[Path] = []
-    found: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.ndarray] = {}
     with tqdm(total=len(paths), unit="image", disable=None) as bar:
         decoded = _decoded(paths, batch_size, bar)
         while batch := list(itertools.islice(decoded, batch_size)):
             for name, x in extractor([image for _, image in batch], kind=kind, batch_size=batch_size).items():
-                if name not in found:
-                    found[name] = np.empty((len(paths), *x.shape[1:]), np.float32)
-                found[name][len(read) : len(read) + len(x)] = x
+                if name not in outputs:
+                    outputs[name] = np.empty((len(paths), *x.shape[1:]), np.float32)
+                outputs[name][len(read) : len(read) + len(x)] = x
             read += [path for path, _ in batch]
-    return read, {name: x[: len(read)] for name, x in found.items()}
+    return read, {name: x[: len(read)] for name, x in outputs.items()}
 
 
 def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Path, np.ndarray]]:

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import models, parallel, runtime
-from vit_jax import workdir as workdirs
-from vit_jax.data import augment
+from vit_jax import models
+from vit_jax.data.device import augment
 from vit_jax.errors import UserError
-from vit_jax.metrics import Writer, logging_to
+from vit_jax.optimize import parallel
+from vit_jax.run import runtime
+from vit_jax.run import workdir as workdirs
+from vit_jax.run.writer import Writer, logging_to
 from vit_jax.settings import check_names
 
 log = logging.getLogger("vit_jax")
@@ -42,30 +44,42 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
     """
     fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     check_names(InferenceSettings, fields, "config")
-    s = InferenceSettings(**fields)
+    settings = InferenceSettings(**fields)
     devices = jax.device_count()
-    if s.batch < 1 or s.batch % devices or s.steps < 1:
-        raise UserError(f"batch={s.batch} must be a multiple of the {devices} device(s), and steps={s.steps} at least 1")
-    model = models.get_model(s.model_name, num_classes=s.num_classes, dtype=s.dtype)
+    if settings.batch < 1 or settings.batch % devices or settings.steps < 1:
+        raise UserError(
+            f"batch={settings.batch} must be a multiple of the {devices} device(s), and steps={settings.steps} at least 1"
+        )
+    model = models.get_model(settings.model_name, num_classes=settings.num_classes, dtype=settings.dtype)
     directory = workdirs.make(workdir)
     with logging_to(directory):
-        images = np.random.default_rng(0).integers(0, 256, (s.batch, s.image_size, s.image_size, 3), np.uint8)
-        way = parallel.Pmap()
-        params = way.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
-        classify = way.apply(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
-        batch = way.send({"image": images})
+        images = np.random.default_rng(0).integers(
+            0, 256, (settings.batch, settings.image_size, settings.image_size, 3), np.uint8
+        )
+        parallelism = parallel.Pmap()
+        params = parallelism.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
+        classify = parallelism.eval_examples(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
+        batch = parallelism.send({"image": images})
         seconds = []
-        for _ in range(s.initial_steps + s.steps):
+        for _ in range(settings.initial_steps + settings.steps):
             started = time.perf_counter()
             jax.block_until_ready(classify(params, batch))
             seconds.append(time.perf_counter() - started)
-        rates = s.batch / np.array(seconds[s.initial_steps :]) / devices
+        rates = settings.batch / np.array(seconds[settings.initial_steps :]) / devices
         low, median, high = np.quantile(rates, [0.1, 0.5, 0.9])
         metrics = {"img_sec_core": median, "img_sec_core_p10": low, "img_sec_core_p90": high}
         writer = Writer(directory)
-        writer.scalars(s.steps, metrics)
+        writer.scalars(settings.steps, metrics)
         writer.close()
         kind = jax.devices()[0].device_kind
-        log.info("%s, batch %d at %d px, %s on %d x %s", s.model_name, s.batch, s.image_size, s.dtype, devices, kind)
-        log.info("%.1f images/s a device (median of %d steps; 10 %% to 90 %%: %.1f to %.1f)", median, s.steps, low, high)
+        log.info(
+            "%s, batch %d at %d px, %s on %d x %s",
+            settings.model_name,
+            settings.batch,
+            settings.image_size,
+            settings.dtype,
+            devices,
+            kind,
+        )
+        log.info("%.1f images/s a device (median of %d steps; 10 %% to 90 %%: %.1f to %.1f)", median, settings.steps, low, high)
         return metrics

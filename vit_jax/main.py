@@ -12,8 +12,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vit_jax import cluster, runtime
 from vit_jax.errors import UserError, leave_at_once, unknown
+from vit_jax.run import cluster, runtime
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if several processes train one model.")

@@ -16,11 +16,14 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
 
-from vit_jax import checkpoint, models, runtime, workdir
+from vit_jax import checkpoint, models
 from vit_jax.checkpoint import describe
-from vit_jax.data import augment, preprocess, sources
+from vit_jax.data import sources
+from vit_jax.data.device import augment
+from vit_jax.data.host import preprocess
 from vit_jax.errors import UserError, command
 from vit_jax.models import zoo
+from vit_jax.run import runtime, workdir
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ class Classifier:
 
     def __call__(self, images: Sequence[np.ndarray], *, batch_size: int = 8) -> Float[np.ndarray, "b classes"]:
         """Probabilities of decoded uint8 images (h w 3) of any sizes. Batches are padded, so that one size compiles."""
-        found = []
+        outputs = []
         for i in range(0, len(images), batch_size):
             batch = [
                 preprocess.eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]
             ]
             padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
-            found.append(np.asarray(self._probabilities(self.params, np.stack(batch + padding)))[: len(batch)])
-        return np.concatenate(found)
+            outputs.append(np.asarray(self._probabilities(self.params, np.stack(batch + padding)))[: len(batch)])
+        return np.concatenate(outputs)
 
 
 def load_classifier(source: str | os.PathLike, *, model_name: str | None = None) -> Classifier:
@@ -66,26 +69,26 @@ def load_classifier(source: str | os.PathLike, *, model_name: str | None = None)
     read from names and shapes, 1,000 classes are taken for ImageNet's, and `model_name` may insist on an architecture.
     """
     opened = checkpoint.open_checkpoint(workdir.find_npz(source))
-    known = opened.description
-    if not known["model"].get("num_classes"):
+    description = opened.description
+    if not description["model"].get("num_classes"):
         raise UserError(f"{source} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
-    if known["image_size"] is None:
+    if description["image_size"] is None:
         raise UserError(f"{source} has position embeddings that are no square, and no model.json tells their grid")
-    if "unpooled" in known["model"].get("classifier", ""):
+    if "unpooled" in description["model"].get("classifier", ""):
         raise UserError(f"{source} scores every token ({known['model']['classifier']}), not the image as a whole")
-    model = models.build(known["model_type"], known["model"])
+    model = models.build(description["model_type"], description["model"])
     if model_name:
-        representation = {"representation_size": known["model"].get("representation_size")}
+        representation = {"representation_size": description["model"].get("representation_size")}
         overrides = representation if model_name in zoo.VIT else {}
-        model = models.get_model(model_name, num_classes=known["model"]["num_classes"], **overrides)
+        model = models.get_model(model_name, num_classes=description["model"]["num_classes"], **overrides)
     classifier = Classifier(
         model,
         opened.params,
-        known["class_names"],
-        tuple(known["image_size"]),
-        known["mean"],
-        known["std"],
-        known.get("preprocessing", {}),
+        description["class_names"],
+        tuple(description["image_size"]),
+        description["mean"],
+        description["std"],
+        description.get("preprocessing", {}),
     )
     _check_fits(classifier, opened.path)
     return classifier

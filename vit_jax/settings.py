@@ -6,9 +6,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax import parallel, runtime
-from vit_jax.data import preprocess
+from vit_jax.data.host import preprocess
 from vit_jax.errors import UserError, unknown
+from vit_jax.optimize import parallel
+from vit_jax.run import runtime
 
 TRAINERS = ("train", "evaluate", "inference_time")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -169,7 +170,7 @@ class Settings:
             "bad_images": ("error", "skip"),
             "dtype": DTYPES,
             "optim_dtype": DTYPES,
-            "parallel": parallel.WAYS,
+            "parallel": parallel.KINDS,
             "mesh.rules": parallel.RULES,
             "remat": ("none", "dots", "full"),
             "loss": ("softmax", "sigmoid"),

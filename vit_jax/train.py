@@ -13,15 +13,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import experiment, outcome, parallel, pipeline
-from vit_jax import workdir as workdirs
 from vit_jax.checkpoint.state import Checkpointer, WriteError
 from vit_jax.data import loader, memory
 from vit_jax.errors import UserError, unknown
 from vit_jax.evaluate import make_evaluators, scores
-from vit_jax.metrics import Writer, logging_to
+from vit_jax.optimize import parallel
+from vit_jax.run import pipeline, save_model
+from vit_jax.run import workdir as workdirs
+from vit_jax.run.experiment import (
+    Experiment,
+    build,
+    frozen_fingerprints,
+    log_setup,
+    make_update,
+    model_params,
+    new_state,
+    restore_or_load,
+)
+from vit_jax.run.signals import GracefulExit
+from vit_jax.run.writer import Writer, logging_to
 from vit_jax.settings import Settings
-from vit_jax.signals import GracefulExit
 
 log = logging.getLogger("vit_jax")
 
@@ -32,55 +43,55 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
     Returns the trained parameters. Ctrl-C and SIGTERM, in any of the processes, save a last checkpoint and raise
     SystemExit(130 or 143).
     """
-    s = Settings.from_config(config)
+    settings = Settings.from_config(config)
     directory = workdirs.make(workdir)
     with logging_to(directory), GracefulExit() as stop:
-        e = experiment.build(s, directory)
-        parallel.check_batch(s.batch, s.accum_steps, e.way.batch_shards)
-        workdirs.claim(directory, s, e.train_source.class_names, e.origin)
-        experiment.log_setup(e)
-        checkpointer = Checkpointer(directory / "checkpoints", keep=s.keep, best=s.keep_best)
-        state = experiment.start(e, checkpointer)
+        experiment = build(settings, directory)
+        parallel.check_batch(settings.batch, settings.accum_steps, experiment.parallelism.batch_shards)
+        workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
+        log_setup(experiment)
+        checkpointer = Checkpointer(directory / "checkpoints", keep=settings.keep, best=settings.keep_best)
+        state = restore_or_load(experiment, checkpointer)
         if state is None:
-            log.info("start    from nothing, seed %d", s.seed)
-            state = experiment.new_state(e)
-        workdirs.check_frozen(directory, experiment.frozen_fingerprints(e, state))
-        done = int(e.way.read(state.step))
-        update = experiment.make_update(e)
-        evaluators = make_evaluators(e)
-        batches = _train_batches(e, start_step=done, stop=stop)
-        writer = Writer(directory, start_step=done, total_steps=s.total_steps)
-        progress = Progress(e, writer, checkpointer, stop)
+            log.info("start    from nothing, seed %d", settings.seed)
+            state = new_state(experiment)
+        workdirs.check_frozen(directory, frozen_fingerprints(experiment, state))
+        done = int(experiment.parallelism.read(state.step))
+        update = make_update(experiment)
+        evaluators = make_evaluators(experiment)
+        batches = _train_batches(experiment, start_step=done, stop=stop)
+        writer = Writer(directory, start_step=done, total_steps=settings.total_steps)
+        progress = Progress(experiment, writer, checkpointer, stop)
         try:
             if stop.signal and jax.process_count() == 1:
                 raise SystemExit(stop.exit_code)
-            if done >= s.total_steps:
+            if done >= settings.total_steps:
                 if not workdirs.has_model(directory):  # what stopped the last step came after it
-                    metrics = scores(e, state, [evaluator for _, evaluator in evaluators])
+                    metrics = scores(experiment, state, [evaluator for _, evaluator in evaluators])
                     writer.scalars(done, metrics)
-                    outcome.write_model(e, directory / "model.npz", state, done, metrics)
-                log.info("nothing to do: all %d steps are done, the model is in %s", s.total_steps, directory)
-            for step in range(done + 1, s.total_steps + 1):
+                    save_model.write_model(experiment, directory / "model.npz", state, done, metrics)
+                log.info("nothing to do: all %d steps are done, the model is in %s", settings.total_steps, directory)
+            for step in range(done + 1, settings.total_steps + 1):
                 state, step_metrics = update(state, next(batches))
                 progress.add(step, step_metrics)
-                last = step == s.total_steps
+                last = step == settings.total_steps
                 metrics = {}
 
                 if due := [evaluator for every, evaluator in evaluators if step % every == 0 or last]:
                     progress.catch_up()
                     checkpointer.check()
-                    metrics = scores(e, state, due) | {"lr": float(e.schedule(step))}
+                    metrics = scores(experiment, state, due) | {"lr": float(experiment.schedule(step))}
                     writer.scalars(step, metrics)
                     log.info("step %d  %s", step, "  ".join(f"{name} {x:.5g}" for name, x in metrics.items()))
                     progress.start_clock()
 
                 if improved := progress.improves(metrics, complete=len(due) == len(evaluators)):
-                    outcome.write_model(e, directory / "model_best.npz", state, step, metrics)
+                    save_model.write_model(experiment, directory / "model_best.npz", state, step, metrics)
                 if last:
-                    outcome.write_model(e, directory / "model.npz", state, step, metrics)
+                    save_model.write_model(experiment, directory / "model.npz", state, step, metrics)
 
                 stopping = progress.stopping
-                if step % s.checkpoint_every == 0 or last or improved or stopping:
+                if step % settings.checkpoint_every == 0 or last or improved or stopping:
                     progress.save(step, state, metrics)
 
                 if stopping:
@@ -89,7 +100,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         except (NotFiniteError, WriteError):
             raise
         except UserError:  # a bad image, say: what was learnt so far stays
-            if jax.process_count() == 1 and (step := int(e.way.read(state.step))) > done:
+            if jax.process_count() == 1 and (step := int(experiment.parallelism.read(state.step))) > done:
                 progress.save(step, state, {})
             raise
         except OSError as e:
@@ -100,7 +111,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         finally:
             with contextlib.closing(checkpointer), contextlib.closing(writer):  # each closed even if another fails
                 batches.close()
-        return e.way.read(experiment.model_params(e, state)[""])
+        return experiment.parallelism.read(model_params(experiment, state)[""])
 
 
 class NotFiniteError(UserError):
@@ -110,8 +121,14 @@ class NotFiniteError(UserError):
 class Progress:
     """Follows the loop without holding it up: a step's metrics are read once later steps have been dispatched."""
 
-    def __init__(self, e: experiment.Experiment, writer: Writer, checkpointer: Checkpointer, stop: GracefulExit):
-        self.s, self.way, self.writer, self.checkpointer, self.stop = e.settings, e.way, writer, checkpointer, stop
+    def __init__(self, experiment: Experiment, writer: Writer, checkpointer: Checkpointer, stop: GracefulExit):
+        self.settings, self.parallelism, self.writer, self.checkpointer, self.stop = (
+            experiment.settings,
+            experiment.parallelism,
+            writer,
+            checkpointer,
+            stop,
+        )
         self.pending: deque[tuple[int, Any]] = deque()
         self.clock: float | None = None
         self.measured_steps, self.measured_seconds = 0, 0.0
@@ -130,7 +147,7 @@ class Progress:
     def add(self, step: int, metrics: Any) -> None:
         """Takes the metrics of a step just dispatched, and reads those of an earlier one."""
         self.pending.append((step, metrics))
-        self._read(keep=self.s.prefetch if self.clock else 0)
+        self._read(keep=self.settings.prefetch if self.clock else 0)
 
     def catch_up(self) -> None:
         """Waits for every step so far. Raises NotFiniteError at the first that is not finite."""
@@ -138,7 +155,7 @@ class Progress:
 
     def improves(self, metrics: dict[str, float], *, complete: bool) -> bool:
         """Whether `config.keep_best` is better than ever. UserError if it is not among the metrics of all evaluators."""
-        name = self.s.keep_best
+        name = self.settings.keep_best
         plain = name and re.fullmatch(r".*_test(_ema)?", name) and "accuracy_test" in metrics
         if name and (complete or plain) and name not in metrics:
             raise unknown("metric config.keep_best", name, metrics)
@@ -147,7 +164,9 @@ class Progress:
     def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
         """Has a checkpoint written in the background, and notes how long that held the loop up."""
         started = time.perf_counter()
-        copy = self.way.snapshot(state.replace(frozen={}))  # before waiting: a CPU copies finished arrays in this thread
+        copy = self.parallelism.snapshot(
+            state.replace(frozen={})
+        )  # before waiting: a CPU copies finished arrays in this thread
         stall = time.perf_counter() - started
         self.catch_up()
         self.checkpointer.save(step, copy, metrics)
@@ -159,14 +178,14 @@ class Progress:
     def _read(self, keep: int) -> None:
         while len(self.pending) > keep:
             step, on_devices = self.pending.popleft()
-            metrics = self.way.read(on_devices)
+            metrics = self.parallelism.read(on_devices)
             self.agreed_to_stop |= bool(metrics.get("stop", False))
             self._check_finite(step, metrics)
             if self.clock is None:  # the first step compiles, which says nothing about speed
                 self.start_clock()
             else:
                 self.timed_steps += 1
-            if step % self.s.progress_every == 0 or step == self.s.total_steps:
+            if step % self.settings.progress_every == 0 or step == self.settings.total_steps:
                 self._report(step, metrics)
 
     def _report(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -175,14 +194,14 @@ class Progress:
         if self.timed_steps:
             seconds = time.perf_counter() - self.clock
             self.measured_steps, self.measured_seconds = self.measured_steps + self.timed_steps, self.measured_seconds + seconds
-            rate = self.timed_steps * self.s.batch / seconds
+            rate = self.timed_steps * self.settings.batch / seconds
             scalars["img_sec_core_train"] = rate / jax.device_count()
             status += f"  {rate:,.0f} images/s  {_duration((self.s.total_steps - step) * self.s.batch / rate)} left"
         if self.skipped:
             scalars["skipped_steps"] = self.skipped
         self.writer.scalars(step, scalars)
         self.writer.advance(step, status)
-        log.info("step %d/%d  %s", step, self.s.total_steps, status, extra={"progress": True})
+        log.info("step %d/%d  %s", step, self.settings.total_steps, status, extra={"progress": True})
         self.start_clock()
 
     def _check_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -192,12 +211,12 @@ class Progress:
             return
         what = f"step {step}: the loss is {metrics['loss']}, the gradient's norm {metrics['grad_norm']}"
         what += f" and the update's {metrics['update_norm']}"
-        if self.s.nonfinite == "skip" and self.skipped_in_a_row < self.s.nonfinite_limit:
+        if self.settings.nonfinite == "skip" and self.skipped_in_a_row < self.settings.nonfinite_limit:
             self.skipped += 1
             log.warning("%s; the step is skipped, %d so far", what, self.skipped)
             return
         good = self.checkpointer.latest_step()
-        in_a_row = f" after {self.skipped_in_a_row} such steps in a row" if self.s.nonfinite == "skip" else ""
+        in_a_row = f" after {self.skipped_in_a_row} such steps in a row" if self.settings.nonfinite == "skip" else ""
         raise NotFiniteError(
             f"{what}; training stops{in_a_row}. "
             + (f"The checkpoint of step {good} is kept. " if good else "No checkpoint had been written yet. ")
@@ -211,26 +230,26 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _train_batches(e: experiment.Experiment, start_step: int, stop: GracefulExit) -> Iterator[dict[str, jax.Array]]:
+def _train_batches(experiment: Experiment, start_step: int, stop: GracefulExit) -> Iterator[dict[str, jax.Array]]:
     """Batches on the devices; of several processes each tells the others, by a field `stop`, whether it was asked to."""
-    s = e.settings
+    settings = experiment.settings
     batches = loader.train_batches(
-        memory.kept_in_memory(e.train_source, s.cache_gb),
-        pipeline.train_transform(s),
-        batch_size=s.batch,
-        seed=s.seed,
+        memory.kept_in_memory(experiment.train_source, settings.cache_gb),
+        pipeline.train_transform(settings),
+        batch_size=settings.batch,
+        seed=settings.seed,
         start_step=start_step,
-        shuffle=s.shuffle_buffer > 0,
-        skip_bad_images=s.bad_images == "skip",
+        shuffle=settings.shuffle_buffer > 0,
+        skip_bad_images=settings.bad_images == "skip",
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
     if jax.process_count() == 1:
-        return e.way.prefetch(batches, s.prefetch)
+        return experiment.parallelism.prefetch(batches, settings.prefetch)
 
     def flagged() -> Iterator[dict[str, np.ndarray]]:
         with contextlib.closing(batches):
             for batch in batches:
                 yield batch | {"stop": np.full(len(batch["label"]), stop.signal is not None)}
 
-    return e.way.prefetch(flagged(), s.prefetch)
+    return experiment.parallelism.prefetch(flagged(), settings.prefetch)

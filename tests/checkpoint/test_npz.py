@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict
 from tests.checkpoint.hostile import Payload, assert_refused
 from tests.models import small
 from vit_jax import checkpoint
-from vit_jax.checkpoint.npz import write_atomically
 from vit_jax.errors import UserError
+from vit_jax.files import write_atomically
 
 # Written by hand from the published files.
 BLOCK = [

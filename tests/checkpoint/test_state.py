@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.checkpoint.state import Checkpointer, WriteError
 from vit_jax.errors import UserError
-from vit_jax.step import State
+from vit_jax.optimize.step import State
 
 REPOSITORY = Path(__file__).parent.parent.parent
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))

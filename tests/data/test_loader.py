@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import loader
-from vit_jax.data.preprocess import ImageError, decode
+from vit_jax.data.host.preprocess import ImageError, decode
 from vit_jax.errors import UserError
 
 
@@ -136,8 +136,8 @@ def test_evaluation_counts_every_example_once_and_masks_the_padding(size, proces
     batches = [batch for part in parts for batch in part]
     for batch in batches:
         chex.assert_shape(batch["image"], (8 // processes, 2, 2, 3))
-        chex.assert_type([batch["image"], batch["label"], batch["mask"]], [np.float32, np.int32, bool])
-    mask = np.concatenate([batch["mask"] for batch in batches])
+        chex.assert_type([batch["image"], batch["label"], batch["valid"]], [np.float32, np.int32, bool])
+    mask = np.concatenate([batch["valid"] for batch in batches])
     counted = np.array(numbers(batches))[mask]
     assert sorted(counted) == list(range(size))
     labels = np.concatenate([batch["label"] for batch in batches])[mask]
@@ -148,9 +148,9 @@ def test_several_labels_an_image_become_rows():
     source = Numbered(5, several=[(3,), (), (0, 9), (9, 9), (4,)])
     first, second = loader.eval_batches(source, lambda image: image.astype(np.float32), batch_size=3)
     rows = np.concatenate([first["labels"], second["labels"]])
-    assert rows.dtype == bool and rows.shape == (6, 10) and set(first) == {"image", "labels", "mask"}
+    assert rows.dtype == bool and rows.shape == (6, 10) and set(first) == {"image", "labels", "valid"}
     assert [np.flatnonzero(row).tolist() for row in rows[:5]] == [[3], [], [0, 9], [9], [4]]
-    assert [*first["mask"], *second["mask"]] == [True] * 5 + [False]
+    assert [*first["valid"], *second["valid"]] == [True] * 5 + [False]
 
 
 def test_several_labels_an_image_are_not_trained_on_and_stay_in_range():

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import loader, preprocess
+from vit_jax.data import loader
+from vit_jax.data.host import preprocess
+from vit_jax.data.host.preprocess import ImageError
 from vit_jax.data.memory import InMemory, kept_in_memory
-from vit_jax.data.preprocess import ImageError
 from vit_jax.data.sources import DigitsSource
 
 SIZE = 20

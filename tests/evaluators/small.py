@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from tests import tiny
-from vit_jax import experiment as experiments
-from vit_jax.data import preprocess, sources
+from vit_jax.data import sources
+from vit_jax.data.host import preprocess
+from vit_jax.run import experiment as experiments
 from vit_jax.settings import Settings
 
 

@@ -49,13 +49,15 @@ def loops(probabilities, labels):
     return total
 
 
-@pytest.mark.parametrize(("loss", "way", "batch"), [("softmax", "pmap", 8), ("sigmoid", "pmap", 37), ("softmax", "mesh", 8)])
-def test_digits_are_scored_as_by_loops(loss, way, batch, tmp_path):
-    e, params = small.experiment(tmp_path, loss=loss, parallel=way, batch_eval=batch)
+@pytest.mark.parametrize(
+    ("loss", "parallelism", "batch"), [("softmax", "pmap", 8), ("sigmoid", "pmap", 37), ("softmax", "mesh", 8)]
+)
+def test_digits_are_scored_as_by_loops(loss, parallelism, batch, tmp_path):
+    e, params = small.experiment(tmp_path, loss=loss, parallel=parallelism, batch_eval=batch)
     logits, labels = small.logits(e, params, e.test_source)
     softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     probabilities = softmax if loss == "softmax" else 1 / (1 + np.exp(-logits))
-    metrics = calibration.make_evaluator(e)(e.way.place(params))
+    metrics = calibration.make_evaluator(e)(e.parallelism.place(params))
     assert metrics == {"ece": pytest.approx(loops(probabilities, labels), abs=1e-6)}
     assert metrics["ece"] > 0.1
 

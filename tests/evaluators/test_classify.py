@@ -23,7 +23,7 @@ def test_any_split_is_scored_as_by_hand(batch, tmp_path):
     e, params = small.experiment(tmp_path, batch_eval=batch)
     for split, source in ((None, e.test_source), ("train[:100]", e.train_source)):
         logits, labels = small.logits(e, params, source)
-        metrics = classify.make_evaluator(e, split=split)(e.way.place(params))
+        metrics = classify.make_evaluator(e, split=split)(e.parallelism.place(params))
         assert metrics["accuracy"] == np.mean(logits.argmax(axis=1) == labels)
         expected = -log_softmax(logits)[np.arange(len(labels)), labels].mean()
         assert metrics == {"accuracy": metrics["accuracy"], "loss": pytest.approx(expected, rel=1e-5)}
@@ -82,7 +82,7 @@ def pixels(i):
 @pytest.mark.parametrize(("loss", "batch"), [("softmax", 8), ("sigmoid", 37)])
 def test_a_dataset_with_several_labels_is_scored_as_by_hand(loss, batch, real, tmp_path):
     e, params = small.experiment(tmp_path, tfds_data_dir=real, loss=loss, batch_eval=batch)
-    metrics = classify.make_evaluator(e, split="train", dataset="real")(e.way.place(params))
+    metrics = classify.make_evaluator(e, split="train", dataset="real")(e.parallelism.place(params))
     images = np.stack([pixels(i) for i in range(37)]) / np.float32(127.5) - 1
     logits = np.asarray(e.model.apply({"params": params}, images.astype(np.float32)), np.float64)
     hits, losses = [], []
@@ -110,4 +110,4 @@ def test_a_split_without_any_label_is_an_error(real, tmp_path):
     without = next(i for i in range(11) if not e.test_source[i]["labels"])
     evaluator = classify.make_evaluator(e, split=f"test[{without}:{without + 1}]")
     with pytest.raises(UserError, match="none of the 1 images to be scored has a label"):
-        evaluator(e.way.place(params))
+        evaluator(e.parallelism.place(params))

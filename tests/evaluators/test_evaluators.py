@@ -31,10 +31,10 @@ def test_metrics_are_named_by_type_and_name_and_schedules_default_to_the_configs
     plain = {"accuracy_test", "loss_test", "img_sec_core_test"}
     found = {}
     for _, evaluator in due:
-        found |= evaluator(e.way.place(params))
+        found |= evaluator(e.parallelism.place(params))
     assert found.keys() == plain | {"knn_10", "far/knn_20", "val2/accuracy", "val2/loss", "ece"}
-    assert found["far/knn_20"] == knn.make_evaluator(e, k=(20,), temperature=1.0)(e.way.place(params))["knn_20"]
-    assert found["val2/loss"] == classify.make_evaluator(e, split="train[:9]")(e.way.place(params))["loss"]
+    assert found["far/knn_20"] == knn.make_evaluator(e, k=(20,), temperature=1.0)(e.parallelism.place(params))["knn_20"]
+    assert found["val2/loss"] == classify.make_evaluator(e, split="train[:9]")(e.parallelism.place(params))["loss"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_features_of_a_file_are_scored_whatever_its_head(num_classes, tmp_path):
     checkpoint.save(trunk | head, tmp_path / "file.npz")
     c = small.config(pretrained=str(tmp_path / "file.npz"), evaluator="knn")
     metrics = evaluate(c, tmp_path / "run")
-    assert metrics == knn.make_evaluator(e)(e.way.place(params))
+    assert metrics == knn.make_evaluator(e)(e.parallelism.place(params))
     assert list(metrics) == ["knn_10", "knn_20", "knn_100"]
     written = (tmp_path / "run" / "train.log").read_text()
     assert "  ".join(f"{name} {value:.5g}" for name, value in metrics.items()) in written
@@ -124,9 +124,9 @@ import jax
 from tests.evaluators import small
 from vit_jax.evaluate import make_evaluators
 assert jax.device_count() == 4
-for way in ("pmap", "mesh"):
-    e, params = small.experiment(Path(sys.argv[1]), parallel=way, evaluators=json.loads(sys.argv[2]))
-    params, found = e.way.place(params), {}
+for parallelism in ("pmap", "mesh"):
+    e, params = small.experiment(Path(sys.argv[1]), parallel=parallelism, evaluators=json.loads(sys.argv[2]))
+    params, found = e.parallelism.place(params), {}
     for _, evaluator in make_evaluators(e):
         found |= evaluator(params)
     print(json.dumps(found))
@@ -138,7 +138,7 @@ def test_four_devices_give_what_one_gives(tmp_path):
     e, params = small.experiment(tmp_path, evaluators=configured)
     alone = {}
     for _, evaluator in make_evaluators(e):
-        alone |= evaluator(e.way.place(params))
+        alone |= evaluator(e.parallelism.place(params))
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     command = [sys.executable, "-c", FOUR_DEVICES, str(tmp_path), json.dumps(configured)]

@@ -72,13 +72,13 @@ def test_digits_are_scored_as_by_hand_and_the_best_l2_is_told(tmp_path):
     e, params = small.experiment(tmp_path)
     data = *small.features(e, params, e.train_source), *small.features(e, params, e.test_source), 10
     l2 = (2.0**-5, 1.0, 2.0**10, 2.0**19)
-    metrics = fewshot.make_evaluator(e, shots=(1, 5, 100), l2=l2, seeds=2)(e.way.place(params))
+    metrics = fewshot.make_evaluator(e, shots=(1, 5, 100), l2=l2, seeds=2)(e.parallelism.place(params))
     by_hand = fewshot.fewshot(*data, shots=(1, 5), l2=l2, seeds=2)
     assert metrics.keys() == {f"fewshot_{n}shot{what}" for n in (1, 5) for what in ("", "_l2")}
     for n, by_l2 in by_hand.items():
         assert metrics[f"fewshot_{n}shot"] == max(by_l2.values()) == by_l2[metrics[f"fewshot_{n}shot_l2"]]
         assert len(set(by_l2.values())) > 1
-    fixed = fewshot.make_evaluator(e, shots=(5,), l2=(1024.0,), seeds=2)(e.way.place(params))
+    fixed = fewshot.make_evaluator(e, shots=(5,), l2=(1024.0,), seeds=2)(e.parallelism.place(params))
     assert fixed == {"fewshot_5shot": by_hand[5][1024.0]}
 
 

@@ -109,10 +109,10 @@ def test_digits_are_scored_as_by_hand(tmp_path):
     evaluator = knn.make_evaluator(e, k=(1, 10, 200), temperature=0.5)
     (train, labels), (test, truth) = small.features(e, params, e.train_source), small.features(e, params, e.test_source)
     predicted = knn.knn(train, labels, test, 10, (1, 10), 0.5)
-    metrics = evaluator(e.way.place(params))
+    metrics = evaluator(e.parallelism.place(params))
     assert metrics == {f"knn_{k}": np.mean(found == truth) for k, found in predicted.items()}  # 100 images fill no k of 200
     assert 0.2 < metrics["knn_1"] < 1
-    swapped = knn.make_evaluator(e, train="test[:37]", test="train[:100]", k=(1,))(e.way.place(params))
+    swapped = knn.make_evaluator(e, train="test[:37]", test="train[:100]", k=(1,))(e.parallelism.place(params))
     assert swapped == {"knn_1": np.mean(knn.knn(test, truth, train, 10, (1,))[1] == labels)} != {"knn_1": metrics["knn_1"]}
 
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from tests.evaluators import small
-from vit_jax.data import loader, preprocess
+from vit_jax.data import loader
+from vit_jax.data.host import preprocess
 from vit_jax.evaluators import passes
 
 
-@pytest.mark.parametrize(("batch", "way"), [(8, "pmap"), (37, "pmap"), (512, "mesh")])
-def test_features_are_those_of_all_examples_in_order(batch, way, tmp_path):
-    e, params = small.experiment(tmp_path, batch_eval=batch, parallel=way)
-    found, labels = passes.make_features(e)(e.way.place(params), e.test_source)
+@pytest.mark.parametrize(("batch", "parallelism"), [(8, "pmap"), (37, "pmap"), (512, "mesh")])
+def test_features_are_those_of_all_examples_in_order(batch, parallelism, tmp_path):
+    e, params = small.experiment(tmp_path, batch_eval=batch, parallel=parallelism)
+    found, labels = passes.make_features(e)(e.parallelism.place(params), e.test_source)
     expected, truth = small.features(e, params, e.test_source)
     assert found.shape == (37, 16) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-6)  # float32; batches of another size are summed in another order
@@ -26,10 +27,10 @@ def test_sums_count_every_example_once(batch, tmp_path):
     e, params = small.experiment(tmp_path, batch_eval=batch)
 
     def sums_of(params, batch):
-        by_class = jax.nn.one_hot(batch["label"], 10) * batch["mask"][:, None]
-        return {"classes": by_class.sum(axis=0), "label": (batch["label"] * batch["mask"]).sum()}
+        by_class = jax.nn.one_hot(batch["label"], 10) * batch["valid"][:, None]
+        return {"classes": by_class.sum(axis=0), "label": (batch["label"] * batch["valid"]).sum()}
 
-    sums, rate = passes.make_sums(e, e.test_source, sums_of)(e.way.place(params))
+    sums, rate = passes.make_sums(e, e.test_source, sums_of)(e.parallelism.place(params))
     _, labels = small.images_and_labels(e.test_source)
     assert sums["classes"].tolist() == np.bincount(labels, minlength=10).tolist()
     assert sums["label"] == labels.sum() and sums.keys() == {"classes", "label"} and rate > 0

@@ -67,10 +67,10 @@ def test_a_separable_set_and_a_constant_feature_do_no_harm():
 def test_digits_are_scored_as_by_hand(tmp_path):
     e, params = small.experiment(tmp_path)
     data = *small.features(e, params, e.train_source), *small.features(e, params, e.test_source), 10
-    metrics = probe.make_evaluator(e, l2=(1e-3, 1e-1))(e.way.place(params))
+    metrics = probe.make_evaluator(e, l2=(1e-3, 1e-1))(e.parallelism.place(params))
     accuracy, chosen = probe.probe(*data, (1e-3, 1e-1))
     assert metrics == {"probe": accuracy, "probe_l2": chosen} and 0.3 < accuracy < 1
-    assert probe.make_evaluator(e, l2=(chosen,))(e.way.place(params)) == {"probe": accuracy}
+    assert probe.make_evaluator(e, l2=(chosen,))(e.parallelism.place(params)) == {"probe": accuracy}
 
 
 def test_options_without_sense_are_refused(tmp_path):

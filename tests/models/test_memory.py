@@ -16,9 +16,9 @@ QUICK = {"xla_backend_optimization_level": 0}  # compilers spend longer on these
 PARTS = {"num_layers": 3, "layer_scale": True, "qk_norm": True, "stochastic_depth": 0.5, "activation": "swiglu"}
 
 
-def logits_and_gradients(rates, **ways):
+def logits_and_gradients(rates, **options):
     """In training, with everything that an encoder can have, of the mean square of the logits."""
-    model = small.vit(num_registers=2, transformer=PARTS | rates | ways)
+    model = small.vit(num_registers=2, transformer=PARTS | rates | options)
     images = small.random_images(HEIGHT, WIDTH, batch=4)
     params = small.random_params(model, images)
 
@@ -79,8 +79,8 @@ def test_parameters_keep_their_published_names_and_first_values(remat):
     chex.assert_trees_all_equal(found, small.initial_params(small.vit(), images))
 
 
-def lowered_training(num_layers, **ways):
-    model, images = small.vit(transformer={"num_layers": num_layers} | ways), small.random_images(64, 64, batch=8)
+def lowered_training(num_layers, **options):
+    model, images = small.vit(transformer={"num_layers": num_layers} | options), small.random_images(64, 64, batch=8)
 
     def loss(params):
         return jnp.mean(model.apply({"params": params}, images, train=True) ** 2)

@@ -149,7 +149,7 @@ def test_function_matching_needs_no_labels():
 
 
 def test_the_student_alone_is_evaluated():
-    batch = {"image": BATCH["image"].astype(np.float32), "label": BATCH["label"], "mask": np.arange(6) < 4}
+    batch = {"image": BATCH["image"].astype(np.float32), "label": BATCH["label"], "valid": np.arange(6) < 4}
     sums = task_of("soft", "distilled").evaluate(params_of(1), batch)
     logits = (batch["image"] - MEAN) / STD
     heads = [logits.reshape(6, -1) / 10 @ params_of(1)[n]["kernel"] + params_of(1)[n]["bias"] for n in ("head", "head_dist")]

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.npz import write_atomically
 from vit_jax.errors import UserError
+from vit_jax.files import write_atomically
 
 
 def path_beside(npz_path: str | os.PathLike) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 from safetensors.numpy import save as to_safetensors
 
 from vit_jax.checkpoint import describe, huggingface, npz, rules, timm
-from vit_jax.checkpoint.npz import write_atomically
 from vit_jax.checkpoint.opening import Opened
 from vit_jax.errors import UserError, unknown
+from vit_jax.files import write_atomically
 
 FORMATS = ("npz", "hf", "timm", "dinov2")
 _FILES = {"npz": ".npz", "dinov2": ".safetensors"}

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoint import readers
 from vit_jax.errors import UserError
+from vit_jax.files import write_atomically
 
 Params = dict[str, Any]
 
@@ -51,20 +52,6 @@ def save(params: Mapping[str, Any], path: str | os.PathLike) -> None:
     flat = flatten_dict(jax.device_get(dict(params)), sep="/")
     arrays = {name: _storable(flat[name]) for name in sorted(flat)}
     write_atomically(path, lambda f: np.savez(f, **arrays))
-
-
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(file)` on a temporary file beside `path` and renames it: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vit_jax.checkpoint import adapter, describe, google, huggingface, readers, rules, timm
+from vit_jax.checkpoint import describe, google, huggingface, lora_file, readers, rules, timm
 from vit_jax.checkpoint.family import Facts, Family
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.npz import Params
@@ -50,21 +50,21 @@ def open_checkpoint(source: str | os.PathLike) -> Opened:
     Raises UserError for all others.
     """
     path, arrays = _read(source)
-    if adapter.is_adapter(arrays):
-        return Opened(path, adapter.FAMILY, *adapter.open_adapter(path, _open_base))
+    if lora_file.is_adapter(arrays):
+        return Opened(path, lora_file.FAMILY, *lora_file.open_adapter(path, _open_base))
     return _open(path, arrays)
 
 
 def _open_base(source: str) -> Opened:
     path, arrays = _read(source)
-    if adapter.is_adapter(arrays):
-        raise adapter.no_base(path)
+    if lora_file.is_adapter(arrays):
+        raise lora_file.no_base(path)
     return _open(path, arrays)
 
 
 def _read(source: str | os.PathLike) -> tuple[Path, Flat]:
     path = fetch(source)
-    path = next((path / name for name in ("model.npz", adapter.FILE) if (path / name).is_file()), path)
+    path = next((path / name for name in ("model.npz", lora_file.FILE) if (path / name).is_file()), path)
     return path, readers.read(path)
 
 

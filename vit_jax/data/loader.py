@@ -18,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vit_jax.data import preprocess
+from vit_jax.data.host import preprocess
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -71,10 +71,10 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every example once: {"image": float32 (b h w 3), "label": int32 (b,), "mask": bool (b,)}.
+    """Every example once: {"image": float32 (b h w 3), "label": int32 (b,), "valid": bool (b,)}.
 
     Where a dataset has several labels an image, `labels`, bool (b classes), stands for `label`. The last batch is padded to
-    `batch_size`, with mask False; all processes get the same number of batches.
+    `batch_size`, with valid False; all processes get the same number of batches.
     """
     rounded_up = -(-len(source) // batch_size) * batch_size
     examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, transform))
@@ -148,7 +148,7 @@ class _EvalExample(grain.transforms.Map):
         else:
             answer = {"label": np.int32(_checked_label(self.source, index, example["label"]))}
         image = self.transform(_decode(self.source, index, example["image"]))
-        return {"image": image, "mask": np.bool_(not padding)} | answer
+        return {"image": image, "valid": np.bool_(not padding)} | answer
 
 
 class _Loading:

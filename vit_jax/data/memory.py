@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import preprocess
+from vit_jax.data.host import preprocess
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 

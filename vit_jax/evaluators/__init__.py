@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.evaluators import calibration, classify, fewshot, knn, probe
-from vit_jax.experiment import Experiment
+from vit_jax.run.experiment import Experiment
 
 TYPES: dict[str, ModuleType] = {
     "calibration": calibration,
@@ -26,7 +26,7 @@ HEADLESS = ("fewshot", "knn", "probe")  # these score features: the model's head
 Evaluator = Callable[[Any], dict[str, float]]
 
 
-def make(name: str, options: Mapping[str, Any], e: Experiment) -> Evaluator:
+def make(name: str, options: Mapping[str, Any], experiment: Experiment) -> Evaluator:
     """The evaluator called `name`: parameters on the devices → metrics. UserError for options that it does not have.
 
     It computes nothing yet, but opens its data, so that whatever is wrong with it shows before the first step.
@@ -42,7 +42,7 @@ def make(name: str, options: Mapping[str, Any], e: Experiment) -> Evaluator:
         if not _is_like(value, defaults[option]):
             raise UserError(f"config.evaluators.{name}.{option}={value!r} must be of the kind of {defaults[option]!r}")
     try:
-        evaluator = make_evaluator(e, **own)
+        evaluator = make_evaluator(experiment, **own)
     except UserError as error:
         raise UserError(f"config.evaluators.{name}: {error}") from error
     if name == kind:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from vit_jax import experiment
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
+from vit_jax.run.experiment import Experiment
 
 
 def make_evaluator(
-    e: experiment.Experiment, *, split: str | None = None, dataset: str | None = None, bins: int = 15
+    experiment: Experiment, *, split: str | None = None, dataset: str | None = None, bins: int = 15
 ) -> Callable[[Any], dict[str, float]]:
     """parameters → `ece`, the expected calibration error, from 0 to 1, see `expected_calibration_error`.
 
@@ -22,27 +22,27 @@ def make_evaluator(
     """
     if bins < 1:
         raise UserError(f"bins={bins} must be at least 1")
-    source = passes.open_split(e, split, dataset)
-    passes.check_classes(e.train_source, source)
+    source = passes.open_split(experiment, split, dataset)
+    passes.check_classes(experiment.train_source, source)
     passes.check_one_label(source)
-    logits = passes.make_logits(e)
-    probabilities = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[e.settings.loss]
+    logits = passes.make_logits(experiment)
+    probabilities = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[experiment.settings.loss]
 
     def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:
         p = probabilities(logits(params, batch))
-        return bin_sums(p.max(axis=-1), p.argmax(axis=-1) == batch["label"], batch["mask"], bins)
+        return bin_sums(p.max(axis=-1), p.argmax(axis=-1) == batch["label"], batch["valid"], bins)
 
-    run = passes.make_sums(e, source, sums_of)
+    run = passes.make_sums(experiment, source, sums_of)
     return lambda params: {"ece": expected_calibration_error(**run(params)[0])}
 
 
 def bin_sums(
-    confidence: Float[Array, " b"], correct: Bool[Array, " b"], mask: Bool[Array, " b"], bins: int
+    confidence: Float[Array, " b"], correct: Bool[Array, " b"], valid: Bool[Array, " b"], bins: int
 ) -> dict[str, Float[Array, " bins"]]:
-    """How many unmasked examples fall into each of the bins (0, 1/bins], …, (1 − 1/bins, 1], and what they sum up to."""
+    """How many valid examples fall into each of the bins (0, 1/bins], …, (1 − 1/bins, 1], and what they sum up to."""
     edges = jnp.asarray(np.linspace(0, 1, bins + 1), jnp.float32)  # jnp's own are not rounded as the numbers i / bins are
     index = jnp.clip(jnp.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    summed = {"count": mask, "confidence": confidence * mask, "correct": correct & mask}
+    summed = {"count": valid, "confidence": confidence * valid, "correct": correct & valid}
     return {name: jax.ops.segment_sum(x.astype(jnp.float32), index, num_segments=bins) for name, x in summed.items()}
 
 

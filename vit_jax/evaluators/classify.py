@@ -6,35 +6,35 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vit_jax import experiment
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
+from vit_jax.run.experiment import Experiment
 from vit_jax.tasks import classify
 
 
 def make_evaluator(
-    e: experiment.Experiment, *, split: str | None = None, dataset: str | None = None
+    experiment: Experiment, *, split: str | None = None, dataset: str | None = None
 ) -> Callable[[Any], dict[str, float]]:
     """parameters → `accuracy` and `loss`, of `config.pp.test` of `config.dataset` if not said otherwise.
 
     For a dataset with several labels an image see `multi_label_sums`.
     """
-    score = make_score(e, passes.open_split(e, split, dataset))
+    score = make_score(experiment, passes.open_split(experiment, split, dataset))
     return lambda params: score(params)[0]
 
 
-def make_score(e: experiment.Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
+def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
     """parameters → (`accuracy` and `loss`, images per second and device)."""
-    passes.check_classes(e.train_source, source)
-    logits = passes.make_logits(e)
+    passes.check_classes(experiment.train_source, source)
+    logits = passes.make_logits(experiment)
 
     def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:
         if "labels" in batch:
-            return multi_label_sums(logits(params, batch), batch["labels"], batch["mask"], loss=e.settings.loss)
-        return e.task.evaluate(params, batch)
+            return multi_label_sums(logits(params, batch), batch["labels"], batch["valid"], loss=experiment.settings.loss)
+        return experiment.task.evaluate(params, batch)
 
-    run = passes.make_sums(e, source, sums_of)
+    run = passes.make_sums(experiment, source, sums_of)
 
     def score(params: Any) -> tuple[dict[str, float], float]:
         sums, rate = run(params)
@@ -46,14 +46,14 @@ def make_score(e: experiment.Experiment, source: sources.Source) -> Callable[[An
 
 
 def multi_label_sums(
-    logits: Float[Array, "b classes"], labels: Bool[Array, "b classes"], mask: Bool[Array, " b"], *, loss: str
+    logits: Float[Array, "b classes"], labels: Bool[Array, "b classes"], valid: Bool[Array, " b"], *, loss: str
 ) -> dict[str, Float[Array, ""]]:
     """Sums over the images that have a label, as ImageNet-ReaL counts (https://arxiv.org/abs/2006.07159).
 
     `correct`: the class with the highest logit is among the labels. `loss`: "sigmoid" as in training; "softmax" is the
     mean of −log p over the labels of an image, where big_vision takes their sum.
     """
-    counted = mask & labels.any(axis=-1)
+    counted = valid & labels.any(axis=-1)
     correct = jnp.take_along_axis(labels, jnp.argmax(logits, axis=-1)[:, None], axis=-1)[:, 0]
     targets = labels.astype(jnp.float32)
     if loss == "softmax":

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from vit_jax import experiment
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
+from vit_jax.run.experiment import Experiment
 
 SHOTS = (1, 5, 10, 25)
 L2 = tuple(2.0**i for i in range(-10, 20))
@@ -18,7 +18,7 @@ BIAS = 100.0  # the constant feature, so large that its weight is hardly regular
 
 
 def make_evaluator(
-    e: experiment.Experiment,
+    experiment: Experiment,
     *,
     train: str | None = None,
     test: str | None = None,
@@ -35,11 +35,12 @@ def make_evaluator(
     """
     if min(shots, default=0) < 1 or min(l2, default=0) <= 0 or seeds < 1:
         raise UserError(f"shots={tuple(shots)}, l2={tuple(l2)}, seeds={seeds}: all must be positive, and one or more each")
-    learnt, asked = passes.open_pair(e, train, test, dataset)
-    features = passes.make_features(e)
+    train_source, test_source = passes.open_pair(experiment, train, test, dataset)
+    features = passes.make_features(experiment)
 
     def evaluator(params: Any) -> dict[str, float]:
-        scores = fewshot(*features(params, learnt), *features(params, asked), learnt.num_classes, shots, l2, seeds)
+        training, testing = features(params, train_source), features(params, test_source)
+        scores = fewshot(*training, *testing, train_source.num_classes, shots, l2, seeds)
         metrics = {}
         for n, by_l2 in scores.items():
             best = max(by_l2, key=lambda value: (by_l2[value], value))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vit_jax import experiment
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
+from vit_jax.run.experiment import Experiment
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -19,7 +19,7 @@ _CELLS = 1 << 26  # numbers in the largest intermediate array of a chunk: 256 Mi
 
 
 def make_evaluator(
-    e: experiment.Experiment,
+    experiment: Experiment,
     *,
     train: str | None = None,
     test: str | None = None,
@@ -33,17 +33,17 @@ def make_evaluator(
     both without augmentation. A head is ignored.
     """
     _check(k, temperature)
-    neighbours, questions = passes.open_pair(e, train, test, dataset)
-    if (n := len(neighbours)) < min(k):
-        where = f"{train or e.settings.pp.train} of {dataset or e.settings.dataset}"
+    train_source, test_source = passes.open_pair(experiment, train, test, dataset)
+    if (n := len(train_source)) < min(k):
+        where = f"{train or experiment.settings.pp.train} of {dataset or experiment.settings.dataset}"
         raise UserError(f"{where} has {n} images: kNN needs {min(k)} or more")
-    features = passes.make_features(e)
+    features = passes.make_features(experiment)
 
     def evaluator(params: Any) -> dict[str, float]:
-        known, labels = features(params, neighbours)
-        asked, truth = features(params, questions)
-        predicted = knn(known, labels, asked, neighbours.num_classes, k, temperature)
-        return {f"knn_{k}": float(np.mean(found == truth)) for k, found in predicted.items()}
+        known, labels = features(params, train_source)
+        asked, truth = features(params, test_source)
+        predicted = knn(known, labels, asked, train_source.num_classes, k, temperature)
+        return {f"knn_{k}": float(np.mean(predicted_labels == truth)) for k, predicted_labels in predicted.items()}
 
     return evaluator
 
@@ -68,12 +68,12 @@ def knn(
         return {k: np.zeros(0, np.int32) for k in ks}
     size = max(1, min(1024, len(test), _CELLS // max(n, max(ks) * num_classes)))
     train, labels = _unit(jnp.asarray(train)), jnp.asarray(train_labels, jnp.int32)
-    found = []
+    predicted_labels = []
     for i in range(0, len(test), size):
         chunk = np.zeros((size, d), np.float32)
         chunk[: len(test) - i] = test[i : i + size]
-        found.append(_predict(train, labels, chunk, num_classes, ks, temperature))
-    return {k: np.concatenate([part[k] for part in found])[: len(test)] for k in ks}
+        predicted_labels.append(_predict(train, labels, chunk, num_classes, ks, temperature))
+    return {k: np.concatenate([part[k] for part in predicted_labels])[: len(test)] for k in ks}
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

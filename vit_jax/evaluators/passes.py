@@ -9,40 +9,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vit_jax import experiment, pipeline
-from vit_jax.data import augment, loader, sources
+from vit_jax.data import loader, sources
+from vit_jax.data.device import augment
 from vit_jax.errors import UserError
 from vit_jax.features import image_features
+from vit_jax.run import pipeline
+from vit_jax.run.experiment import Experiment, normalisation
 
 Params = Any
 Batch = dict[str, Array]
 
 
-def open_split(e: experiment.Experiment, split: str | None, dataset: str | None) -> sources.Source:
+def open_split(experiment: Experiment, split: str | None, dataset: str | None) -> sources.Source:
     """A split of a dataset; None stands for `config.pp.test` and `config.dataset`."""
-    s = e.settings
-    if dataset is None and split in (None, s.pp.test):
-        return e.test_source
-    if dataset is None and split == s.pp.train:
-        return e.train_source
-    where = {"tfds_data_dir": s.tfds_data_dir, "tfds_manual_dir": s.tfds_manual_dir}
-    return sources.get_source(dataset or s.dataset, split or s.pp.test, **where)
+    settings = experiment.settings
+    if dataset is None and split in (None, settings.pp.test):
+        return experiment.test_source
+    if dataset is None and split == settings.pp.train:
+        return experiment.train_source
+    where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
+    return sources.get_source(dataset or settings.dataset, split or settings.pp.test, **where)
 
 
 def open_pair(
-    e: experiment.Experiment, train: str | None, test: str | None, dataset: str | None
+    experiment: Experiment, train: str | None, test: str | None, dataset: str | None
 ) -> tuple[sources.Source, sources.Source]:
     """Two splits with the same classes and one label an image: to learn from, and to be tested on."""
-    learnt, asked = open_split(e, train or e.settings.pp.train, dataset), open_split(e, test, dataset)
-    check_classes(learnt, asked)
-    check_one_label(learnt)
-    check_one_label(asked)
-    return learnt, asked
+    train_source, test_source = (
+        open_split(experiment, train or experiment.settings.pp.train, dataset),
+        open_split(experiment, test, dataset),
+    )
+    check_classes(train_source, test_source)
+    check_one_label(train_source)
+    check_one_label(test_source)
+    return train_source, test_source
 
 
-def check_classes(known: sources.Source, source: sources.Source) -> None:
+def check_classes(class_source: sources.Source, source: sources.Source) -> None:
     """Raises UserError unless the classes of `source` are the known ones, in the same order."""
-    if tuple(known.class_names) != tuple(source.class_names):
+    if tuple(class_source.class_names) != tuple(source.class_names):
         raise UserError(
             f"an evaluator's images, such as {source.where(0)}, have the classes {', '.join(source.class_names[:10])}, known "
             f"are {', '.join(known.class_names[:10])}: they must be the same, in the same order"
@@ -55,43 +60,43 @@ def check_one_label(source: sources.Source) -> None:
         raise UserError(f"{source.where(0)} may have several labels: only an evaluator of type classify can score it")
 
 
-def make_logits(e: experiment.Experiment) -> Callable[[Params, Batch], Float[Array, "b classes"]]:
+def make_logits(experiment: Experiment) -> Callable[[Params, Batch], Float[Array, "b classes"]]:
     """(parameters, evaluation batch) → logits in float32, to be called on the devices."""
-    mean, std = experiment.normalisation(e.origin)
+    mean, std = normalisation(experiment.origin)
 
     def logits(params: Params, batch: Batch) -> Float[Array, "b classes"]:
         images = augment.normalize(batch["image"], mean, std)
-        return e.model.apply({"params": params}, images, train=False).astype(jnp.float32)
+        return experiment.model.apply({"params": params}, images, train=False).astype(jnp.float32)
 
     return logits
 
 
 def make_sums(
-    e: experiment.Experiment, source: sources.Source, function: Callable[[Params, Batch], dict[str, Array]]
+    experiment: Experiment, source: sources.Source, function: Callable[[Params, Batch], dict[str, Array]]
 ) -> Callable[[Params], tuple[dict[str, Any], float]]:
     """parameters on the devices → (sums of `function` over all examples, images per second and device).
 
-    `function(params, batch)` sums over the unmasked examples of a batch. Batches add up in float64, in which counts are
+    `function(params, batch)` sums over the valid examples of a batch. Batches add up in float64, in which counts are
     exact. The first batch may compile and is not timed, unless it is the only one.
     """
 
     def seen(params: Params, batch: Batch) -> dict[str, Array]:
-        return {"seen": jnp.sum(batch["mask"])} | function(params, batch)
+        return {"seen": jnp.sum(batch["valid"])} | function(params, batch)
 
-    score, size = e.way.sums(seen), batch_size(e, source)
+    score, size = experiment.parallelism.eval_sums(seen), batch_size(experiment, source)
 
     def run(params: Params) -> tuple[dict[str, Any], float]:
         started, untimed = time.perf_counter(), 0
         sums: dict[str, Any] = {}
         running = None
-        for batch in batches_of(e, source):
+        for batch in batches_of(experiment, source):
             dispatched = score(params, batch)
-            _add(e, sums, running)
+            _add(experiment, sums, running)
             if running is None and len(source) > size:
                 jax.block_until_ready(dispatched)
                 started, untimed = time.perf_counter(), size
             running = dispatched
-        _add(e, sums, running)
+        _add(experiment, sums, running)
         if (count := sums.pop("seen")) != len(source):
             raise AssertionError(f"counted {count} of {len(source)} examples")
         return sums, (len(source) - untimed) / (time.perf_counter() - started) / jax.device_count()
@@ -100,54 +105,54 @@ def make_sums(
 
 
 def make_features(
-    e: experiment.Experiment,
+    experiment: Experiment,
 ) -> Callable[[Params, sources.Source], tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]]:
     """(parameters on the devices, source) → `cls` of `features.image_features`, and label, in the source's order.
 
     A head is ignored. The result is the same in all processes, and for any number of devices.
     """
-    mean, std = experiment.normalisation(e.origin)
+    mean, std = normalisation(experiment.origin)
 
     def run(params: Params, batch: Batch) -> Batch:
-        found = image_features(e.model, params, augment.normalize(batch["image"], mean, std))
-        return {"cls": found["cls"], "label": batch["label"]}
+        outputs = image_features(experiment.model, params, augment.normalize(batch["image"], mean, std))
+        return {"cls": outputs["cls"], "label": batch["label"]}
 
-    compute = e.way.apply(run)
+    compute = experiment.parallelism.eval_examples(run)
 
     def features(params: Params, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
         parts: list[dict[str, np.ndarray]] = []
         running = None
-        for batch in batches_of(e, source):
+        for batch in batches_of(experiment, source):
             dispatched = compute(params, batch)
             if running is not None:
-                parts.append(_in_order(e.way.gather(running)))
+                parts.append(_in_order(experiment.parallelism.gather(running)))
             running = dispatched
-        parts.append(_in_order(e.way.gather(running)))
+        parts.append(_in_order(experiment.parallelism.gather(running)))
         return tuple(np.concatenate([part[name] for part in parts])[: len(source)] for name in ("cls", "label"))
 
     return features
 
 
-def batches_of(e: experiment.Experiment, source: sources.Source) -> Iterator[Batch]:
-    """The examples of a source on the devices, each once; the last batch padded and masked."""
+def batches_of(experiment: Experiment, source: sources.Source) -> Iterator[Batch]:
+    """The examples of a source on the devices, each once; the last batch padded."""
     batches = loader.eval_batches(
         source,
-        pipeline.eval_transform(e.settings),
-        batch_size=batch_size(e, source),
+        pipeline.eval_transform(experiment.settings),
+        batch_size=batch_size(experiment, source),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return e.way.prefetch(batches, e.settings.prefetch)
+    return experiment.parallelism.prefetch(batches, experiment.settings.prefetch)
 
 
-def batch_size(e: experiment.Experiment, source: sources.Source) -> int:
+def batch_size(experiment: Experiment, source: sources.Source) -> int:
     """`config.batch_eval`, or as much of it as the source can fill, rounded up to a multiple of the devices."""
     devices = jax.device_count()
-    return -(-min(e.settings.batch_eval, len(source)) // devices) * devices
+    return -(-min(experiment.settings.batch_eval, len(source)) // devices) * devices
 
 
-def _add(e: experiment.Experiment, sums: dict[str, Any], on_devices: Batch | None) -> None:
-    for name, value in e.way.read(on_devices or {}).items():
+def _add(experiment: Experiment, sums: dict[str, Any], on_devices: Batch | None) -> None:
+    for name, value in experiment.parallelism.read(on_devices or {}).items():
         sums[name] = sums.get(name, 0) + value.astype(np.float64)
 
 

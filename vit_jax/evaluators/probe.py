@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax import experiment
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
+from vit_jax.run.experiment import Experiment
 
 L2 = tuple(10.0**i for i in range(-6, 1))
 HELD_OUT = 0.2  # share of the training split on which l2 is chosen
@@ -22,7 +22,7 @@ Weights = tuple[Float[Array, "d classes"], Float[Array, " classes"]]
 
 
 def make_evaluator(
-    e: experiment.Experiment,
+    experiment: Experiment,
     *,
     train: str | None = None,
     test: str | None = None,
@@ -35,13 +35,13 @@ def make_evaluator(
     """
     if min(l2, default=0) <= 0:
         raise UserError(f"l2={tuple(l2)}: all must be positive, and one or more")
-    learnt, asked = passes.open_pair(e, train, test, dataset)
-    if len(learnt) < 2:
+    train_source, test_source = passes.open_pair(experiment, train, test, dataset)
+    if len(train_source) < 2:
         raise UserError(f"a linear probe needs 2 images or more to learn from, not {len(learnt)}")
-    features = passes.make_features(e)
+    features = passes.make_features(experiment)
 
     def evaluator(params: Any) -> dict[str, float]:
-        accuracy, chosen = probe(*features(params, learnt), *features(params, asked), learnt.num_classes, l2)
+        accuracy, chosen = probe(*features(params, train_source), *features(params, test_source), train_source.num_classes, l2)
         return {"probe": accuracy} | ({"probe_l2": chosen} if len(l2) > 1 else {})
 
     return evaluator

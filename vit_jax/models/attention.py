@@ -94,7 +94,7 @@ def attend(
     q: Float[Array, "b n k h"],
     k: Float[Array, "b m k h"],
     v: Float[Array, "b m k h"],
-    mask: Float[Array, "b k n m"] | None = None,
+    dropout_mask: Float[Array, "b k n m"] | None = None,
 ) -> Float[Array, "b n k h"]:
     """(softmax(q·kᵀ / √h) ∘ mask)·v, of which XLA makes more than of `jax.nn.dot_product_attention`.
 
@@ -103,7 +103,7 @@ def attend(
     On CPUs, where a product by heads runs on one core, several cores have each their part of the batch.
     """
     n = min(_cores(), _MOST_PARTS, len(q)) if q.size * k.shape[1] >= _WORTH_SHARING else 1
-    parts = [[None] * n if x is None else jnp.array_split(x, n) for x in (q, k, v, mask)]
+    parts = [[None] * n if x is None else jnp.array_split(x, n) for x in (q, k, v, dropout_mask)]
     return jnp.concatenate([_attend(*part) for part in zip(*parts, strict=True)])
 
 
@@ -113,36 +113,36 @@ def _cores() -> int:
 
 
 @jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return _forward(q, k, v, mask)[0]
+def _attend(q: Array, k: Array, v: Array, dropout_mask: Array | None) -> Array:
+    return _forward(q, k, v, dropout_mask)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+def _forward(q: Array, k: Array, v: Array, dropout_mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     logits = _logits(q, k)
     largest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest)
     sums = weights.sum(axis=-1, keepdims=True)
-    weights = (weights if mask is None else weights * mask).astype(v.dtype)
+    weights = (weights if dropout_mask is None else weights * dropout_mask).astype(v.dtype)
     y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
     y = _by_head((y / sums).astype(v.dtype))
-    return y, (q, k, v, mask, y, largest, sums)
+    return y, (q, k, v, dropout_mask, y, largest, sums)
 
 
 def _backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
     """All n x m arrays are transposed here, (b k m n): XLA would find products of the forward pass, and keep them instead."""
-    q, k, v, mask, y, largest, sums = saved
-    dmask = None if mask is None else jnp.zeros_like(mask)  # it is drawn, not learnt
-    mask = None if mask is None else _transposed(mask)
+    q, k, v, dropout_mask, y, largest, sums = saved
+    ddropout_mask = None if dropout_mask is None else jnp.zeros_like(dropout_mask)  # it is drawn, not learnt
+    dropout_mask = None if dropout_mask is None else _transposed(dropout_mask)
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
     dy = _by_head(dy)
     weights = jnp.exp(_logits(k, q) - _transposed(largest)) / _transposed(sums)
     dweights = matmul(v, _transposed(dy))
-    masked, dweights = (weights, dweights) if mask is None else (weights * mask, dweights * mask)
+    masked, dweights = (weights, dweights) if dropout_mask is None else (weights * dropout_mask, dweights * dropout_mask)
     dlogits = (weights * (dweights - mean) / math.sqrt(q.shape[-1])).astype(q.dtype)
     gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(masked.astype(q.dtype), dy)
-    return *(_by_head(x.astype(q.dtype)) for x in gradients), dmask
+    return *(_by_head(x.astype(q.dtype)) for x in gradients), ddropout_mask
 
 
 _attend.defvjp(_forward, _backward)

@@ -9,8 +9,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax import adapters
-from vit_jax.data import augment, mix
+from vit_jax.data.device import augment, mix
+from vit_jax.optimize import trainable
 
 Params = Any
 Batch = dict[str, Array]
@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
     loss: (trained params, frozen, batch, rng) → (mean loss, metrics), where `frozen` are trees by name that are not trained,
     `frozen["model"]` the rest of the model's parameters;
-    evaluate: (the model's params, batch) → sums over the unmasked examples.
+    evaluate: (the model's params, batch) → sums over the valid examples.
     """
 
     loss: Callable[[Params, dict[str, Params], Batch, jax.Array], tuple[Float[Array, ""], Metrics]]
@@ -78,7 +78,7 @@ def make_task(
     def training_loss(params: Params, frozen: dict[str, Params], batch: Batch, rng: jax.Array):
         mix_key, dropout_key = jax.random.split(rng)
         images, targets = prepare(batch, mix_key)
-        variables = {"params": adapters.join(params, frozen.get("model"))}
+        variables = {"params": trainable.join(params, frozen.get("model"))}
         logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
         value = LOSSES[loss](logits.astype(jnp.float32), targets).mean()
         correct = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
@@ -90,14 +90,14 @@ def make_task(
 def make_evaluate(
     model: nn.Module, *, loss: str = "softmax", mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Params, Batch], Metrics]:
-    """(params, evaluation batch) → sums over the unmasked examples: `loss`, `correct`, `count`."""
+    """(params, evaluation batch) → sums over the valid examples: `loss`, `correct`, `count`."""
 
     def evaluate(params: Params, batch: Batch) -> Metrics:
         logits = model.apply({"params": params}, augment.normalize(batch["image"], mean, std), train=False)
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         losses = LOSSES[loss](logits.astype(jnp.float32), targets)
-        correct, mask = jnp.argmax(logits, axis=-1) == batch["label"], batch["mask"]
-        return {"loss": jnp.sum(losses * mask), "correct": jnp.sum(correct & mask), "count": jnp.sum(mask)}
+        correct, valid = jnp.argmax(logits, axis=-1) == batch["label"], batch["valid"]
+        return {"loss": jnp.sum(losses * valid), "correct": jnp.sum(correct & valid), "count": jnp.sum(valid)}
 
     return evaluate
 

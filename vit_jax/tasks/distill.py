@@ -10,9 +10,9 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax import adapters
-from vit_jax.data import augment
+from vit_jax.data.device import augment
 from vit_jax.errors import UserError, unknown
+from vit_jax.optimize import trainable
 from vit_jax.tasks import classify
 from vit_jax.tasks.classify import Batch, Metrics, Params
 
@@ -57,21 +57,21 @@ def make_task(
     def loss(params: Params, frozen: dict[str, Params], batch: Batch, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         mix_key, dropout_key = jax.random.split(rng)
         images, targets = prepare(batch, mix_key)
-        variables = {"params": adapters.join(params, frozen.get("model"))}
+        variables = {"params": trainable.join(params, frozen.get("model"))}
         method = "head_logits" if two_heads else None
         logits = student.apply(variables, images, train=True, method=method, rngs={"dropout": dropout_key})
         logits = jnp.stack(logits if two_heads else (logits, logits)).astype(jnp.float32)
         mean_logits = logits.mean(axis=0)
         cls, dist = (mean_logits, mean_logits) if kind == "function_matching" else logits
 
-        taught = teacher.apply({"params": frozen["teacher"]}, renormalized(images), train=False)
-        taught = jax.lax.stop_gradient(taught).astype(jnp.float32)
-        value = losses(cls, dist, taught, targets, kind=kind, temperature=temperature, alpha=alpha).mean()
+        teacher_logits = teacher.apply({"params": frozen["teacher"]}, renormalized(images), train=False)
+        teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+        value = losses(cls, dist, teacher_logits, targets, kind=kind, temperature=temperature, alpha=alpha).mean()
         answers = jnp.argmax(mean_logits, axis=-1)
         return value, {
             "loss": value,
             "accuracy": jnp.mean(answers == jnp.argmax(targets, axis=-1), dtype=jnp.float32),
-            "agreement": jnp.mean(answers == jnp.argmax(taught, axis=-1), dtype=jnp.float32),
+            "agreement": jnp.mean(answers == jnp.argmax(teacher_logits, axis=-1), dtype=jnp.float32),
         }
 
     return classify.Task(loss, classify.make_evaluate(student, mean=mean, std=std))

@@ -1,0 +1,142 @@
+"""The file of a LoRA run: what was trained, and which parameters it belongs to. Opened, both become a plain model."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.checkpoint import describe, npz, readers
+from vit_jax.checkpoint.rules import Flat
+from vit_jax.errors import UserError
+from vit_jax.optimize import trainable
+
+if TYPE_CHECKING:  # it imports this module
+    from vit_jax.checkpoint.opening import Opened
+
+FAMILY = "LoRA adapter"
+FILE = "adapter.npz"
+
+_FACTS = {"base": str, "fingerprint": str, "rank": int, "alpha": (int, float), "targets": list, "without": list}
+
+
+class Base(NamedTuple):
+    """The checkpoint that a run started from, to be found again.
+
+    Attributes:
+      source: an absolute path, or an address that `hub.fetch` knows.
+      fingerprint: of all its parameters, see `fingerprint`.
+      changed: names of the model's parameters that are not those of the file: a new head, resampled positions.
+      without: names in the file that the model has no use for.
+    """
+
+    source: str
+    fingerprint: str
+    changed: tuple[str, ...]
+    without: tuple[str, ...]
+
+
+def base_of(source: str | os.PathLike, opened: "Opened", params: Mapping[str, Any]) -> Base:
+    """What a model with `params`, made from `opened`, takes from it. UserError if that is an adapter itself."""
+    if opened.family == FAMILY:
+        raise no_base(opened.path)
+    here = Path(source).expanduser().exists()
+    ours, theirs = flatten_dict(dict(params), sep="/"), opened.flat
+    changed = [n for n, x in ours.items() if n not in theirs or not np.array_equal(x, np.asarray(theirs[n], x.dtype))]
+    without = [name for name in theirs if name not in ours]
+    source = opened.path.resolve() if here else source
+    return Base(str(source), fingerprint(theirs), tuple(changed), tuple(without))
+
+
+def no_base(path: Path) -> UserError:
+    """The error for a base that is an adapter itself."""
+    command = f"python -m vit_jax.convert {path} MERGED.npz --to=npz"
+    return UserError(f"{path} is a LoRA adapter, and another one cannot build on it: merge it first\n  {command}")
+
+
+def fingerprint(flat: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        x = np.ascontiguousarray(flat[name])
+        digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        digest.update(x.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def save_adapter(
+    path: str | os.PathLike,
+    trained: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    *,
+    base: Base,
+    alpha: float,
+    targets: Sequence[str],
+    description: Mapping[str, Any],
+) -> None:
+    """Writes what `adapters.add_lora` gave and training changed: `path`, an .npz, and its .json.
+
+    The .npz holds all of `trained`, A and B as `lora/…/a` and `lora/…/b`, and those of `frozen` that are not the base's.
+    The .json is a `model.json` with one more entry, "adapter".
+    """
+    trained, frozen = flatten_dict(dict(trained), sep="/"), flatten_dict(dict(frozen), sep="/")
+    rank = next(x.shape[-1] for name, x in trained.items() if name.startswith("lora/") and name.endswith("/a"))
+    facts = {"base": base.source, "fingerprint": base.fingerprint, "rank": rank, "alpha": alpha}
+    facts |= {"targets": list(targets), "without": list(base.without)}
+    describe.write(path, {**description, "adapter": facts})
+    npz.save(trained | {name: x for name, x in frozen.items() if name in base.changed}, path)
+
+
+def load_adapter(path: str | os.PathLike) -> tuple[npz.Params, dict[str, Any]]:
+    """(what is stored, nested; its description with the entry "adapter")."""
+    flat = readers.read_npz(path)
+    description = describe.read(path) or {}
+    facts = description.get("adapter")
+    where = Path(path).with_suffix(".json")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is a LoRA adapter, and {where.name} beside it must tell its base: bring both files")
+    if wrong := [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]:
+        raise UserError(f'{where}: "adapter" lacks {", ".join(wrong)}, or has another type there')
+    if facts["rank"] < 1 or not 0 < facts["alpha"] < math.inf:
+        raise UserError(f'{where}: "adapter" has rank={facts["rank"]}, alpha={facts["alpha"]}; both must be above 0')
+    return unflatten_dict(flat, sep="/"), description
+
+
+def is_adapter(flat: Mapping[str, Any]) -> bool:
+    """Whether flat names are those of an adapter."""
+    return any(name.startswith("lora/") for name in flat)
+
+
+def open_adapter(path: Path, open_base: Callable[[str], "Opened"]) -> tuple[Flat, dict[str, Any]]:
+    """(flat parameters of the merged model, in float32; its description). UserError if the base is gone or another."""
+    stored, description = load_adapter(path)
+    facts = description.pop("adapter")
+    try:
+        base = open_base(facts["base"])
+    except UserError as e:
+        moved = f'If it has moved, say where to in "base" of {Path(path).with_suffix(".json")}'
+        raise UserError(f"{path} belongs to {facts['base']}, which cannot be opened: {e}\n{moved}") from e
+    if fingerprint(base.flat) != facts["fingerprint"]:
+        raise UserError(f"{path} was trained on other parameters than {facts['base']} holds now: bring back the old file")
+    frozen = {name: np.asarray(x, np.float32) for name, x in base.flat.items() if name not in facts["without"]}
+    own = flatten_dict(stored, sep="/")
+    _check_lora(path, own, frozen | own, facts["rank"])
+    frozen["lora/scale"] = trainable.scale(facts["alpha"], facts["rank"])
+    return flatten_dict(trainable.merge(stored, unflatten_dict(frozen, sep="/")), sep="/"), description
+
+
+def _check_lora(path: Path, stored: Flat, model: Flat, rank: int) -> None:
+    """Raises UserError unless every A and B come in pairs, and their product has the shape of a kernel of the model."""
+    names = {name for name in stored if name.startswith("lora/")}
+    layers = sorted({name.rpartition("/")[0] for name in names})
+    if odd := sorted(names ^ {f"{layer}/{part}" for layer in layers for part in "ab"}):
+        raise UserError(f"{path} is damaged: an A and a B belong to every kernel of LoRA, see {odd[0]}")
+    for layer in layers:
+        a, b, kernel = stored[f"{layer}/a"].shape, stored[f"{layer}/b"].shape, f"{layer.removeprefix('lora/')}/kernel"
+        shape = model[kernel].shape if kernel in model else None
+        if (a[-1:], b[:1], a[:-1] + b[1:]) != ((rank,), (rank,), shape):
+            raise UserError(f"{path}: {layer} of {a} · {b} is no change of rank {rank} to {kernel}, {shape}")

@@ -1,0 +1,1 @@
+"""What happens to a batch on the devices: augmentation, mixing, normalisation."""

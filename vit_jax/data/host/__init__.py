@@ -1,0 +1,1 @@
+"""What happens to an example on the host: decoding, views."""

@@ -1,0 +1,1 @@
+"""The training step, optimisers, devices, and which parameters are trained."""

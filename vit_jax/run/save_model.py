@@ -1,0 +1,65 @@
+"""What a run leaves behind for others to use: its parameters, and what must be known of them."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vit_jax import checkpoint
+from vit_jax.checkpoint import describe, lora_file
+from vit_jax.optimize import parallel, trainable
+from vit_jax.optimize.step import State
+from vit_jax.run import pipeline
+from vit_jax.run.experiment import Experiment, normalisation, pretrained_path
+
+log = logging.getLogger("vit_jax")
+
+
+def write_model(experiment: Experiment, path: Path, state: State, step: int, metrics: dict[str, float]) -> None:
+    """Writes the parameters and their description, and with an average of them that beside, as `NAME_ema`.
+
+    A LoRA run leaves its small part only, as `adapter.npz` for `model.npz`, which others open together with its base.
+    """
+    frozen = experiment.parallelism.read(state.frozen.get("model", {}))
+    for suffix, trained in (("", state.params), ("_ema", state.ema)):
+        if trained is None:
+            continue
+        trained = experiment.parallelism.read(trained)
+        target = path.with_stem(path.stem + suffix)
+        if parallel.is_main() and experiment.settings.lora.rank:
+            target = target.with_name(target.name.replace("model", "adapter"))
+            _write_adapter(experiment, target, trained, frozen, description(experiment, step, metrics))
+        elif parallel.is_main():
+            checkpoint.save(trainable.merge(trained, frozen), target)
+            describe.write(target, description(experiment, step, metrics))
+        if path.stem == "model":
+            log.info("wrote    %s", target)
+    if path.stem == "model":
+        log.info("use it   python -m vit_jax.predict --model=%s IMAGE…", path.parent)
+
+
+def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any, described: dict[str, Any]) -> None:
+    lora, source = experiment.settings.lora, pretrained_path(experiment.settings)
+    model = {name: tree for name, tree in frozen.items() if name != "lora"}
+    base = lora_file.base_of(source, checkpoint.open_checkpoint(source), model)
+    lora_file.save_adapter(path, trained, model, base=base, alpha=lora.alpha, targets=lora.targets, description=described)
+
+
+def description(experiment: Experiment, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """What `predict` and others need to know of the trained parameters: the content of `model.json`."""
+    settings = experiment.settings
+    mean, std = normalisation(experiment.origin)
+    return {
+        "model_name": experiment.model_fields.get("model_name"),
+        "model_type": "Mixer" if "num_blocks" in experiment.model_fields else "ViT",
+        "model": experiment.model_fields,
+        "image_size": experiment.image_size,
+        "grid": experiment.grid,
+        "resize": (experiment.origin or {}).get("resize", "bilinear"),
+        "mean": mean,
+        "std": std,
+        "preprocessing": pipeline.preprocessing(settings),
+        "class_names": experiment.train_source.class_names,
+        "dataset": settings.dataset,
+        "step": step,
+        "metrics": metrics,
+    }

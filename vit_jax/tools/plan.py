@@ -1,0 +1,287 @@
+"""Tells what a recipe takes before it is run, and whether that fits.
+
+    python -m vit_jax.plan --config=FILE[:ARG] [--config.field=value …] [--devices=8] [--memory=80] [--num_classes=1000]
+
+Parameters, memory of a device, FLOPs and traffic of one training step on so many devices, from the very step that
+`vit_jax.main` runs, compiled by XLA for virtual CPU devices. Nothing is allocated. GB are 10⁹ bytes.
+"""
+
+import dataclasses
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from vit_jax.data import sources
+from vit_jax.errors import UserError, command
+from vit_jax.main import parse
+from vit_jax.optimize import parallel
+from vit_jax.run import experiment as experiments
+from vit_jax.run.experiment import Experiment, abstract_state, make_update
+from vit_jax.settings import Mesh, Settings
+from vit_jax.tools import hlo
+
+_DEVICES = flags.DEFINE_integer("devices", 8, "How many devices share the work.", lower_bound=1)
+_MEMORY = flags.DEFINE_float("memory", 80, "GB that each of them has.", lower_bound=0)
+_NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Of a tfds dataset, which is not looked for.", lower_bound=1)
+
+Tree = Any
+GB = 1e9
+_JAX_SHARE = 0.75  # of a GPU's memory that JAX takes, unless told otherwise
+
+# XLA's passes for CPUs would merge what remat computes again with the first time, and keep bfloat16 as float32.
+NEARER_TO_A_GPU = {
+    "xla_disable_hlo_passes": "cse_barrier_expander,while-loop-invariant-code-motion",
+    "xla_allow_excess_precision": False,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a training step takes. Memory is in bytes a device.
+
+    Attributes:
+      parameters: how many numbers the model has, and `trained` how many of them, or beside them, are trained.
+      state: bytes by part: parameters, optimizer, average, frozen.
+      shared_state: bytes of the state if an fsdp mesh of all devices shared it out.
+      batch, prefetched: bytes of a batch, and of those that wait on the device.
+      temporaries: bytes of activations, gradients and scratch, by XLA's own buffer assignment; `gradients` is how much
+        the gradients would take for themselves.
+      results: bytes of what a step returns beyond the state, which it writes in place.
+      model_flops, flops: of a step and whole batch: as the model is written, and with what is computed again.
+      sent: bytes that a device sends to others in a step, by kind of collective, see `hlo.Collective`.
+      seconds: how long planning took.
+    """
+
+    settings: Settings
+    model_name: str
+    num_classes: int
+    devices: int
+    layout: str
+    batch_shards: int
+    parameters: int
+    trained: int
+    state: dict[str, int]
+    shared_state: int
+    batch: int
+    prefetched: int
+    temporaries: int
+    gradients: int
+    results: int
+    model_flops: float
+    flops: float
+    sent: dict[str, float]
+    seconds: float
+
+    @property
+    def needed(self) -> int:
+        """The most that a step takes."""
+        return sum(self.state.values()) + self.batch + self.prefetched + self.temporaries + self.results
+
+
+def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
+    """Plans a recipe for the devices of this process. Raises UserError for whatever training would refuse.
+
+    `num_classes` stands for those of a tfds dataset, which is not looked for; others are counted.
+    """
+    started = time.perf_counter()
+    settings = Settings.from_config(config)
+    experiment = build(settings, num_classes)
+    parallel.check_batch(settings.batch, settings.accum_steps, experiment.parallelism.batch_shards)
+    state, batch = abstract_arguments(experiment)
+    compiled = make_update(experiment).lower(state, batch).compile(NEARER_TO_A_GPU)
+    memory = compiled.memory_analysis()
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "average": state.ema, "frozen": state.frozen}
+    host = _abstract_state(experiment)
+    everything = parallel.Mesh(1, -1, 1)
+    exchanged = hlo.collectives(compiled.as_text())
+    model_flops = step_flops(settings, num_classes, remat="none")
+    return Plan(
+        settings=settings,
+        model_name=experiment.model_fields.get("model_name") or settings.model_type,
+        num_classes=experiment.train_source.num_classes,
+        devices=jax.device_count(),
+        layout=_layout(experiment),
+        batch_shards=experiment.parallelism.batch_shards,
+        parameters=_count(jax.eval_shape(experiment.init_params)),
+        trained=_count(host.params),
+        state={name: bytes_a_device(tree) for name, tree in parts.items()},
+        shared_state=bytes_a_device(everything.state_shapes(host)),
+        batch=bytes_a_device(batch),
+        prefetched=settings.prefetch * bytes_a_device(batch),
+        temporaries=memory.temp_size_in_bytes,
+        gradients=bytes_a_device(experiment.parallelism.state_shapes(host.params, "grads")),
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        model_flops=model_flops,
+        flops=model_flops if settings.remat == "none" else step_flops(settings, num_classes, remat=settings.remat),
+        sent={kind: sent for kind in hlo.KINDS if (sent := hlo.sent_bytes(exchanged, kind))},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def abstract_arguments(experiment: Experiment) -> tuple[Tree, dict[str, jax.ShapeDtypeStruct]]:
+    """(state, batch) as they lie on the devices: shapes, dtypes and shardings of what `make_update(e)` takes."""
+    return experiment.parallelism.state_shapes(_abstract_state(experiment)), experiment.parallelism.batch_shapes(
+        abstract_batch(experiment)
+    )
+
+
+def bytes_a_device(tree: Tree) -> int:
+    """What the arrays of a tree, or their shapes and shardings, take on each device."""
+
+    def size(x: Any) -> int:
+        shape = x.sharding.shard_shape(x.shape)
+        return jnp.dtype(x.dtype).itemsize * math.prod(shape)
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def report(p: Plan, memory: float) -> str:
+    """A plan in words; `memory` is what a device has, in GB."""
+    settings = p.settings
+    micro_batch = settings.batch // p.batch_shards // settings.accum_steps
+    per_step = f"batch {settings.batch:,} in {settings.accum_steps} micro-batch(es) of {micro_batch} a device"
+    again = f", {p.flops:.3g} with what remat={settings.remat} computes again" if settings.remat != "none" else ""
+    trained = "" if p.trained == p.parameters else f", {p.trained:,} of them or beside them trained"
+    rows = [(name, size) for name, size in p.state.items() if size]
+    rows += [("batch", p.batch), (f"{settings.prefetch} batches ahead", p.prefetched)]
+    rows += [("temporaries", p.temporaries), ("results", p.results), ("in all", p.needed)]
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        f"model    {p.model_name}, {p.parameters:,} parameters{trained}, {p.num_classes:,} classes",
+        f"devices  {p.devices}, {p.layout}, {settings.dtype}, remat={settings.remat}, scan={settings.scan}",
+        f"step     {per_step}, {p.model_flops:.3g} FLOPs{again}",
+        "memory   GB a device",
+        *(f"  {name:{width}} {size / GB:9.3f}" for name, size in rows),
+        f"  Temporaries are activations, scratch, and gradients ({p.gradients / GB:.3f}), as XLA lays them out for a CPU.",
+        f"  While a checkpoint is written, a copy of the state comes on top: {sum(p.state.values()) / GB:.3f}.",
+        "traffic  " + (_traffic(p) if p.sent else "none"),
+        *_verdict(p, memory),
+        f"planned in {p.seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _traffic(p: Plan) -> str:
+    kinds = ", ".join(f"{kind} {sent / GB:.3f}" for kind, sent in p.sent.items())
+    return f"{sum(p.sent.values()) / GB:.3f} GB sent by a device in a step: {kinds}"
+
+
+def _verdict(p: Plan, memory: float) -> list[str]:
+    needed = p.needed / GB
+    if needed <= memory:
+        lines = [f"fits     {needed:.1f} of {memory:g} GB a device"]
+        if needed > _JAX_SHARE * memory:
+            lines += [f"  JAX takes only {_JAX_SHARE:.0%} of a GPU by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95."]
+        return lines
+    return [f"does not fit: {needed:.1f} GB a device are needed, {memory:g} are there", *(f"  {x}" for x in _advice(p, memory))]
+
+
+def _advice(p: Plan, memory: float) -> list[str]:
+    """What would make it smaller, the larger part first."""
+    settings, state = p.settings, sum(p.state.values())
+    of_state, of_temporaries = [], []
+    if p.shared_state < 0.9 * state:
+        shares = "--config.parallel=mesh --config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor=1"
+        of_state += [f"{shares} shares the state out: {p.shared_state / GB:.1f} GB a device instead of {state / GB:.1f}"]
+    elif state > memory * GB:
+        of_state += [f"the state alone takes {state / GB:.1f} GB a device: plan for more --devices"]
+    if settings.optim_dtype == "float32" and p.state["optimizer"] > 0.1 * p.needed:
+        of_state += ["--config.optim_dtype=bfloat16 halves the momentum"]
+    if settings.remat != "full":
+        of_temporaries += ["--config.remat=full keeps of every block only its input, for about a quarter more FLOPs"]
+    if (share := settings.batch // p.batch_shards) > settings.accum_steps:
+        steps = next(n for n in range(2 * settings.accum_steps, share + 1) if share % n == 0)
+        of_temporaries += [f"--config.accum_steps={steps} computes the batch in smaller parts"]
+    else:
+        of_temporaries += ["a micro-batch is one example already: a tensor axis shares out the work on it"]
+    if settings.dtype == "float32":
+        of_temporaries += ["--config.dtype=bfloat16 halves the activations"]
+    mostly_state = state + p.gradients > p.temporaries - p.gradients  # what shares the state out does so with gradients
+    return of_state + of_temporaries if mostly_state else of_temporaries + of_state
+
+
+def _layout(experiment: Experiment) -> str:
+    if not isinstance(experiment.parallelism, parallel.Mesh):
+        return "pmap"
+    sizes = " x ".join(f"{axis} {n}" for axis, n in experiment.parallelism.mesh.shape.items())
+    return f"mesh {sizes}, rules {experiment.settings.mesh.rules}"
+
+
+class _Unseen:
+    """Stands for a dataset of which only the number of classes is known."""
+
+    def __init__(self, num_classes: int):
+        self.num_classes, self.class_names = num_classes, tuple(map(str, range(num_classes)))
+
+
+def build(settings: Settings, num_classes: int) -> Experiment:
+    """The experiment of a recipe, without its data; see `make_plan` for `num_classes`."""
+
+    def get_source(dataset: str, split: str, **where: Any) -> sources.Source | _Unseen:
+        if dataset.startswith("digits") or os.path.isdir(os.path.expanduser(dataset)):
+            return sources.get_source(dataset, split, **where)
+        return _Unseen(num_classes)
+
+    with tempfile.TemporaryDirectory() as empty:
+        return experiments.build(settings, Path(empty), get_source)
+
+
+def step_flops(settings: Settings, num_classes: int, *, remat: str) -> float:
+    """XLA's count for a whole step as it is written: one program, before it is divided among devices and optimised.
+
+    Without loops over blocks or micro-batches, as XLA counts a loop's body once.
+    """
+    one = dataclasses.replace(settings, parallel="mesh", mesh=Mesh(), scan=False, remat=remat, accum_steps=1)
+    experiment = build(one, num_classes)
+    lowered = make_update(experiment).lower(_abstract_state(experiment), abstract_batch(experiment))
+    return lowered.cost_analysis()["flops"]
+
+
+def _abstract_state(experiment: Experiment) -> Tree:
+    state = abstract_state(experiment)
+    if experiment.teacher is None:
+        return state
+    teacher = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.teacher.params)
+    return state.replace(frozen=state.frozen | {"teacher": teacher})
+
+
+def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the loader makes it."""
+    b = experiment.settings.batch
+    image = jax.ShapeDtypeStruct((b, *experiment.image_size, 3), jnp.uint8)
+    return {"image": image, "label": jax.ShapeDtypeStruct((b,), jnp.int32), "seed": jax.ShapeDtypeStruct((b,), jnp.uint32)}
+
+
+def _count(tree: Tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def use_devices(n: int) -> None:
+    """Has this process work with so many virtual devices; to be called before anything asks for them."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", n)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the plan; exit code 0 if it fits, 1 if not."""
+    config = flags.FLAGS.config
+    if len(argv) > 1 or config is None:
+        raise UserError(f"unexpected arguments {' '.join(argv[1:])}" if config else "--config is missing")
+    use_devices(_DEVICES.value)
+    plan = make_plan(config, num_classes=_NUM_CLASSES.value)
+    print(report(plan, _MEMORY.value))
+    return 0 if plan.needed <= _MEMORY.value * GB else 1
+
+
+def cli() -> None:
+    """The console command."""
+    command(lambda: app.run(main, flags_parser=parse))

@@ -1,0 +1,118 @@
+"""A picture of what a recipe makes of its training images.
+
+    python -m vit_jax.preview --config=FILE[:ARG] [--config.field=value …] --out=grid.png [--rows=6] [--columns=8]
+
+A row is an image of the training split: first as it is evaluated, then as it is trained on, drawn anew in every column:
+cropped on the host, changed on the device, and mixed with another image of its column where the recipe mixes. Below
+stand the classes with the two largest targets, and those targets. `--config.seed` takes other images and draws.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import app, flags
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from vit_jax.data import loader, memory, sources
+from vit_jax.errors import UserError, command
+from vit_jax.main import parse
+from vit_jax.run import pipeline, runtime
+from vit_jax.run.experiment import normalisation
+from vit_jax.settings import Settings
+
+_OUT = flags.DEFINE_string("out", None, "The picture to write, such as grid.png.")
+_ROWS = flags.DEFINE_integer("rows", 6, "How many images.", lower_bound=1)
+_COLUMNS = flags.DEFINE_integer("columns", 8, "How many pictures of each, the original among them.", lower_bound=1)
+
+SIDE = 128, 224
+"""Smaller pictures are enlarged to at least the first of these, larger ones reduced to the second, in pixels."""
+GAP, LINE = 6, 18
+"""Between pictures, and what a line of text takes, in pixels."""
+
+
+def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
+    """The picture of a recipe."""
+    source = sources.get_source(
+        settings.dataset, settings.pp.train, tfds_data_dir=settings.tfds_data_dir, tfds_manual_dir=settings.tfds_manual_dir
+    )
+    source = memory.kept_in_memory(source, settings.cache_gb)  # as in training: it decides at which scale photos are decoded
+    chosen = np.random.default_rng(settings.seed).permutation(len(source))[:rows]
+    images, labels = zip(*(loader.load(source, int(i)) for i in chosen), strict=True)
+    evaluated, trained = pipeline.eval_transform(settings), pipeline.train_transform(settings)
+    originals = np.stack([np.clip(np.rint(evaluated(image)), 0, 255).astype(np.uint8) for image in images])
+    grid = [(originals, [source.class_names[label] for label in labels])]
+    mean, std = normalisation(None)
+    prepare = jax.jit(pipeline.make_prepare(settings, source.num_classes, mean, std))
+    for column in range(1, columns):
+        rngs = [np.random.default_rng((settings.seed, column, row)) for row in range(len(images))]
+        decode = [functools.partial(trained, rng=rng) for rng in rngs]
+        batch = {
+            "image": np.stack([loader.load(source, int(i), d)[0] for i, d in zip(chosen, decode, strict=True)]),
+            "label": np.array(labels, np.int32),
+            "seed": np.array([rng.integers(2**32, dtype=np.uint32) for rng in rngs]),
+        }
+        pixels, targets = prepare(batch, jax.random.fold_in(jax.random.key(settings.seed), column))
+        pixels = np.clip(np.rint(np.asarray(pixels) * std + mean), 0, 255).astype(np.uint8)
+        floor = settings.label_smoothing / source.num_classes
+        grid.append((pixels, [caption(target, source.class_names, floor) for target in np.asarray(targets)]))
+    return draw(grid)
+
+
+def caption(target: Float[np.ndarray, " classes"], class_names: Sequence[str], floor: float) -> str:
+    """'cat 0.72, dog 0.24': the two largest targets, as far as they are above `floor`, which smoothing gives to every class."""
+    largest = np.argsort(-target, kind="stable")[:2]
+    return ", ".join(f"{class_names[i]} {target[i]:.2f}" for i in largest if target[i] > floor + 0.005)
+
+
+def draw(grid: Sequence[tuple[UInt8[np.ndarray, "b h w 3"], Sequence[str]]]) -> Image.Image:
+    """A picture of columns, each of images and what to write below them."""
+    rows, h, w, _ = grid[0][0].shape
+    scale = math.ceil(SIDE[0] / min(h, w)) if min(h, w) < SIDE[0] else min(1.0, SIDE[1] / min(h, w))
+    height, width = round(h * scale), round(w * scale)
+    cell_height, cell_width = height + LINE + GAP, width + GAP
+    canvas = Image.new("RGB", (GAP + len(grid) * cell_width, GAP + rows * cell_height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    for column, (images, captions) in enumerate(grid):
+        for row, (image, text) in enumerate(zip(images, captions, strict=True)):
+            left, top = GAP + column * cell_width, GAP + row * cell_height
+            canvas.paste(Image.fromarray(image).resize((width, height), resampling), (left, top))
+            pen.text((left, top + height + 1), fitted(text, font, width), fill="black", font=font)
+    return canvas
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, or as much of its beginning as fits into `width` pixels, and dots."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "..") > width:
+        text = text[:-1]
+    return text + ".."
+
+
+def main(argv: list[str]) -> None:
+    """Writes the picture."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected arguments {' '.join(argv[1:])}: options begin with --")
+    out, config = _OUT.value, flags.FLAGS.config
+    if config is None or out is None:
+        raise UserError(f"--{'config' if config is None else 'out'} is missing: --config=FILE[:ARG] --out=grid.png")
+    if os.path.splitext(out)[1].lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out={out}: name a picture that ends in .png, .jpg or .webp")
+    runtime.set_up(config.get("compilation_cache", runtime.CACHE))
+    picture = preview(Settings.from_config(config), rows=_ROWS.value, columns=_COLUMNS.value)
+    try:
+        picture.save(out)
+    except OSError as e:
+        raise UserError(f"--out={out} cannot be written: {e.strerror or e}") from e
+    print(f"wrote {out}, {picture.width} x {picture.height} pixels")
+
+
+def cli() -> None:
+    """The console command."""
+    command(lambda: app.run(main, flags_parser=parse))

@@ -196,7 +196,8 @@ class Progress:
             self.measured_steps, self.measured_seconds = self.measured_steps + self.timed_steps, self.measured_seconds + seconds
             rate = self.timed_steps * self.settings.batch / seconds
             scalars["img_sec_core_train"] = rate / jax.device_count()
-            status += f"  {rate:,.0f} images/s  {_duration((self.s.total_steps - step) * self.s.batch / rate)} left"
+            left = (self.settings.total_steps - step) * self.settings.batch / rate
+            status += f"  {rate:,.0f} images/s  {_duration(left)} left"
         if self.skipped:
             scalars["skipped_steps"] = self.skipped
         self.writer.scalars(step, scalars)

@@ -14,11 +14,11 @@ from benchmarks.side_by_side import memory
 from vit_jax.run import runtime
 from vit_jax.run.runtime import Compiled
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 PROGRAM = """
 import collections, os, sys
 import jax
-from vit_jax import runtime
+from vit_jax.run import runtime
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.rpartition("/")[2]]))
 runtime.set_up(sys.argv[1])

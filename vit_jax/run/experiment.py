@@ -380,6 +380,6 @@ def _check_classes(opened: checkpoint.Opened, source: sources.Source) -> None:
     description = opened.description["class_names"]
     if "dataset" in opened.description and tuple(description) != tuple(source.class_names):
         raise UserError(
-            f"{opened.path} knows the classes {', '.join(known[:10])}, "
+            f"{opened.path} knows the classes {', '.join(description[:10])}, "
             f"the dataset has {', '.join(source.class_names[:10])}: they must be the same, in the same order"
         )

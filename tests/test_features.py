@@ -1,6 +1,7 @@
 """The command that writes features: its numbers against the model's own, both kinds and formats, sizes, broken images."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -177,13 +178,14 @@ def test_broken_images_are_named_and_left_out(photos, tmp_path, capsys):
     model, params = write_model(tmp_path)
     broken = tmp_path / "broken.png"
     broken.write_bytes((photos / "a.png").read_bytes()[:200])
-    images = photos / "b.png", broken, photos / "d.png"
+    os.mkfifo(tmp_path / "pipe.png")
+    images = photos / "b.png", broken, photos / "d.png", tmp_path / "pipe.png"
     run(f"--model={tmp_path}", f"--out={tmp_path / 'f.npz'}", "--batch=2", *images, expected=1)
     names, arrays = read(tmp_path / "f.npz")
     assert names == [str(images[0]), str(images[2])]
     assert_same(arrays["cls"], by_hand(model, params, PIXELS[[1, 3]])[0])
     err = capsys.readouterr().err
-    assert f"error: {broken}: " in err and "1 of 3 images could not be read and are left out" in err
+    assert f"error: {broken}: " in err and "2 of 4 images could not be read and are left out" in err
     run(f"--model={tmp_path}", f"--out={tmp_path / 'none.npz'}", broken, expected=1)
     assert not (tmp_path / "none.npz").exists()
 

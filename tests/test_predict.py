@@ -1,6 +1,7 @@
 """The command that names images: its output, its numbers, and how it finds out about a model."""
 
 import json
+import os
 import sys
 
 import chex
@@ -160,12 +161,15 @@ def test_broken_images_are_named_and_the_others_predicted(capsys, tmp_path, work
     good = [photos[0] / "a.png", photos[0] / "d.JPG"]
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.jpg").write_bytes(good[1].read_bytes()[:-50])
-    arguments = [f"--model={workdir}", "--batch=2", "--json", good[0], tmp_path / "text.png", tmp_path / "cut.jpg", good[1]]
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    bad = [tmp_path / name for name in ("text.png", "cut.jpg", "pipe.jpg", "endless.png")]
+    arguments = [f"--model={workdir}", "--batch=2", "--json", good[0], *bad, good[1]]
     lines, err = run(capsys, *arguments, expected=1)
     assert [json.loads(line)["image"] for line in lines] == [str(path) for path in good]
-    first, second, last = err.splitlines()
-    assert first.startswith(f"error: {tmp_path / 'text.png'}: ") and second.startswith(f"error: {tmp_path / 'cut.jpg'}: ")
-    assert last == "2 of 4 images could not be read"
+    *errors, last = err.splitlines()
+    assert all(error.startswith(f"error: {path}: ") for path, error in zip(bad, errors, strict=True))
+    assert last == "4 of 6 images could not be read"
 
 
 def test_what_does_not_exist_is_an_error(capsys, tmp_path, workdir):

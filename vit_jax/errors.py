@@ -5,9 +5,21 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+_JOINERS = "\u200c\u200d"  # words in Persian and Hindi, and many emoji, hold them
+
 
 class UserError(ValueError):
     """An error whose message is meant for the user: what arrived, what was allowed, what to do."""
+
+
+def printable(text: object, most: int = 200) -> str:
+    """A name from a file as it is safe to print: control characters, line breaks and what turns text round are made visible.
+
+    Of a text longer than `most` characters the middle is left out.
+    """
+    text = str(text)
+    text = text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}"
+    return "".join(c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in text)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:

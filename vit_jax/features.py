@@ -24,7 +24,7 @@ from vit_jax import checkpoint, models
 from vit_jax.data.device import augment
 from vit_jax.data.host import preprocess
 from vit_jax.errors import UserError, command
-from vit_jax.files import write_atomically
+from vit_jax.files import read_regular, write_atomically
 from vit_jax.predict import find_images
 from vit_jax.run import runtime, workdir
 from vit_jax.run.experiment import patch_grid
@@ -175,8 +175,8 @@ def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Pat
 
     def decode(path: Path) -> np.ndarray | str:
         try:
-            return preprocess.decode(path.read_bytes(), exif_rotated=True)
-        except (preprocess.ImageError, OSError) as e:
+            return preprocess.decode(read_regular(path), exif_rotated=True)
+        except (UserError, OSError) as e:
             return str(e)
 
     with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:

@@ -1,9 +1,32 @@
-"""Writing files so that a reader sees the old content or the new one, never a part."""
+"""Reading what is a file and no pipe or device; writing so that a reader sees the old content or the new one, never a part."""
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from vit_jax.errors import UserError
+
+
+def read_regular(path: str | os.PathLike, most: int = 1 << 31) -> bytes:
+    """The content of a regular file (or of the one that a link leads to) of at most `most` bytes.
+
+    Never waits for a pipe and never reads a device without end.
+
+    Raises:
+      UserError: for a pipe, a device, or a file that is too large; the message does not name the path.
+      OSError: for a folder, a socket, or a file that is not there or cannot be read.
+    """
+    # O_NONBLOCK: a pipe that nobody writes to would otherwise hold `open` for ever. It changes nothing for a file.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+        status = os.fstat(f.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a named pipe" if stat.S_ISFIFO(status.st_mode) else "a device"
+            raise UserError(f"this is {kind}, not a file: only regular files are read")
+        if status.st_size > most:
+            raise UserError(f"the file has {status.st_size:,} bytes, allowed are {most:,}")
+        return f.read(most)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

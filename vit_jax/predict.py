@@ -22,6 +22,7 @@ from vit_jax.data import sources
 from vit_jax.data.device import augment
 from vit_jax.data.host import preprocess
 from vit_jax.errors import UserError, command
+from vit_jax.files import read_regular
 from vit_jax.models import zoo
 from vit_jax.run import runtime, workdir
 
@@ -116,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoded = []
         for path in paths[i : i + batch_size]:
             try:
-                decoded.append((path, preprocess.decode(path.read_bytes(), exif_rotated=True)))
-            except (preprocess.ImageError, OSError) as e:
+                decoded.append((path, preprocess.decode(read_regular(path), exif_rotated=True)))
+            except (UserError, OSError) as e:
                 failures += 1
                 print(f"error: {path}: {e}", file=sys.stderr)
         if decoded:

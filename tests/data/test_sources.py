@@ -301,6 +301,9 @@ def test_a_vanished_photo_is_named(tmp_path):
     (tmp_path / "test/cat/c.jpg").unlink()
     with pytest.raises(UserError, match="c.jpg cannot be read: No such file"):
         source[0]
+    os.mkfifo(tmp_path / "test/cat/c.jpg")
+    with pytest.raises(UserError, match="c.jpg cannot be read: this is a named pipe"):
+        source[0]
 
 
 @pytest.mark.parametrize(

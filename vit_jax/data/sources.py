@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.files import read_regular
 
 log = logging.getLogger("vit_jax")
 
@@ -185,10 +186,11 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         path = self.where(index)
         try:
-            with open(path, "rb") as file:
-                return {"image": file.read(), "label": int(self._labels[index])}
+            return {"image": read_regular(path), "label": int(self._labels[index])}
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}. Was it moved after the start?") from error
+        except UserError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
 
     def where(self, index: int) -> str:
         return os.path.join(self._root, self._names[index])

@@ -1,0 +1,47 @@
+"""What is no file is not read, and names from files cannot write to a terminal."""
+
+import os
+
+import pytest
+
+from vit_jax import files
+from vit_jax.errors import UserError, printable
+
+
+def test_a_file_and_a_link_to_one_are_read(tmp_path):
+    (tmp_path / "x").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    assert files.read_regular(tmp_path / "x") == files.read_regular(str(tmp_path / "link"), most=7) == b"content"
+
+
+def test_what_is_no_file_or_too_large_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "large.jpg").touch()
+    os.truncate(tmp_path / "large.jpg", 1 << 40)  # takes no room on the disk
+    for name, said in {
+        "pipe.jpg": "a named pipe",
+        "zero.jpg": "a device",
+        "large.jpg": "1,099,511,627,776 bytes, allowed are 2,147,483,648",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            files.read_regular(tmp_path / name)
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("folder.jpg", "gone.jpg"):
+        with pytest.raises(OSError):
+            files.read_regular(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("blocks.0/größe 猫 👩‍🔬 می‌خواهم", "blocks.0/größe 猫 👩‍🔬 می‌خواهم"),
+        ("a\x1b[31mred\nerror: b\r\x00\x9b", r"a\x1b[31mred\nerror: b\r\x00\x9b"),
+        ("exe.\u202egpj", r"exe.\u202egpj"),
+        ("\udcff\u2028", r"\udcff\u2028"),
+        ("a" * 150 + "b" * 150, "a" * 100 + " … " + "b" * 100),
+        (("x", 1), "('x', 1)"),
+    ],
+)
+def test_names_from_files_are_printed_with_escapes_visible(text, shown):
+    assert printable(text) == shown

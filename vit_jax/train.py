@@ -50,7 +50,12 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         parallel.check_batch(settings.batch, settings.accum_steps, experiment.parallelism.batch_shards)
         workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
         log_setup(experiment)
-        checkpointer = Checkpointer(directory / "checkpoints", keep=settings.keep, best=settings.keep_best)
+        checkpointer = Checkpointer(
+            directory / "checkpoints",
+            keep=settings.keep,
+            best=settings.keep_best,
+            lower_is_better=_lower_is_better(settings.keep_best or ""),
+        )
         state = restore_or_load(experiment, checkpointer)
         if state is None:
             log.info("start    from nothing, seed %d", settings.seed)
@@ -112,6 +117,10 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             with contextlib.closing(checkpointer), contextlib.closing(writer):  # each closed even if another fails
                 batches.close()
         return experiment.parallelism.read(model_params(experiment, state)[""])
+
+
+def _lower_is_better(metric: str) -> bool:
+    return bool({"loss", "ece"} & set(re.split("[/_]", metric.lower())))
 
 
 class NotFiniteError(UserError):

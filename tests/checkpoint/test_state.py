@@ -19,7 +19,8 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.checkpoint.state import Checkpointer, WriteError
+from vit_jax.checkpoint import checksums
+from vit_jax.checkpoint.state import Checkpointer, WriteError, steps_in
 from vit_jax.errors import UserError
 from vit_jax.optimize.step import State
 
@@ -82,7 +83,7 @@ def test_the_newest_state_comes_back_bit_for_bit_and_the_old_ones_go(tmp_path: P
 )
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path, metric: str, values: list, kept: list[int]):
     for step, value in enumerate(values, 1):  # started anew each time: what is best must survive that
-        checkpointer = Checkpointer(tmp_path, keep=2, best=metric)
+        checkpointer = Checkpointer(tmp_path, keep=2, best=metric, lower_is_better="accuracy" not in metric)
         good = [v for v in values[: step - 1] if v is not None and v == v]
         best = (max if "accuracy" in metric else min)(good, default=None)
         assert checkpointer.best_value() == best
@@ -153,6 +154,48 @@ def test_a_damaged_checkpoint_is_neither_counted_nor_read_nor_lost_again(tmp_pat
     chex.assert_trees_all_equal(Checkpointer(directory).restore(template()), state(3), strict=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"arrays": None}, "arrays"),
+        ({"metrics": {"accuracy_test": "high"}}, "metrics"),
+        ({"files": {"state": 3}}, "files"),
+        ({"files": {"state": [1, "x"]}}, "sizes"),
+        (None, "arrays"),
+    ],
+)
+def test_an_index_that_is_intact_and_tells_something_else_is_damage(tmp_path: Path, changes: dict | None, what: str):
+    """Its own checksum is right, as after a change by a program."""
+    index = written(tmp_path, 1, 2) / "2" / "checkpoint.json"
+    content = checksums.read_json(index)
+    checksums.write_json(index, [content] if changes is None else content | changes)
+    checkpointer = Checkpointer(tmp_path, keep=2, best="accuracy_test", lower_is_better=False)
+    chex.assert_trees_all_equal(checkpointer.restore(template()), state(1), strict=True)
+    assert folders(tmp_path) == ["1", "2.damaged"]
+
+
+def test_only_numbers_as_they_are_written_name_checkpoints(tmp_path: Path):
+    for name in ("²", "٣", "03", "1_000", "-1", "4 ", "5.damaged"):
+        (tmp_path / name).mkdir()
+    assert steps_in(written(tmp_path, 10, 9)) == [9, 10]
+    assert Checkpointer(tmp_path, keep=2).latest_step() == 10
+    assert steps_in(tmp_path / "missing") == []
+
+
+def test_a_reader_changes_nothing_and_goes_on_with_what_the_writer_has_now(tmp_path: Path, warnings: Callable[[], str]):
+    reader = Checkpointer(written(tmp_path, 1), read_only=True)
+    written(tmp_path, 2)
+    (tmp_path / "3.tmp").mkdir()
+    assert folders(tmp_path) == ["2", "3.tmp"]
+    chex.assert_trees_all_equal(reader.restore(template()), state(2), strict=True)
+    (tmp_path / "2" / "checkpoint.json").write_text("{")
+    with pytest.raises(UserError, match="no checkpoint can be read"):
+        Checkpointer(tmp_path, read_only=True).restore(template())
+    assert folders(tmp_path) == ["2", "3.tmp"] and not warnings()
+    assert Checkpointer(tmp_path / "none", read_only=True).latest_step() is None
+    assert not (tmp_path / "none").exists()
+
+
 def test_without_a_readable_checkpoint_all_are_named_and_nothing_is_touched(tmp_path: Path):
     directory = written(tmp_path, 1, 2)
     shutil.rmtree(directory / "1" / "state" / "d")
@@ -193,7 +236,7 @@ def test_what_was_left_half_written_is_named_and_left_in_place(tmp_path: Path, w
 
 @pytest.mark.parametrize("when", ["save", "check", "close"])
 def test_a_failed_write_is_told_soon_and_leaves_the_one_before(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch):
-    checkpointer = Checkpointer(tmp_path, keep=1, best="accuracy_test")
+    checkpointer = Checkpointer(tmp_path, keep=1, best="accuracy_test", lower_is_better=False)
     checkpointer.save(1, state(1), {"accuracy_test": 0.5})
     checkpointer._wait()
 

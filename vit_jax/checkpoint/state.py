@@ -8,15 +8,13 @@ because Orbax 0.12 restores flipped bytes without a word. A checkpoint is `STEP.
 import contextlib
 import errno
 import itertools
-import json
 import logging
 import math
 import os
 import re
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from vit_jax.checkpoint.checksums import check_files, checksum, files_in, read_json, sync_names, write_json
 from vit_jax.errors import UserError
 
 T = TypeVar("T")
@@ -47,20 +46,29 @@ class Checkpointer:
 
     Args:
       keep: how many of the newest stay.
-      best: a metric by which the best one stays too; the smallest value if it is called a loss or ece, else the largest.
+      best: a metric by which the best one stays too.
+      lower_is_better: whether that is the one with the smallest value; needed with `best`.
+      read_only: another process may be writing there: nothing is made, renamed or warned of.
 
     Attributes:
       stall_seconds: for how long the last `save` held up its caller.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1, best: str | None = None):
-        self._directory = directory.absolute()
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{self._directory}, for checkpoints, cannot be made a folder: {e.strerror}") from e
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 1,
+        best: str | None = None,
+        lower_is_better: bool | None = None,
+        read_only: bool = False,
+    ):
+        assert best is None or lower_is_better is not None
+        self._directory, self._read_only = directory.absolute(), read_only
+        if not read_only:
+            _make_folder(self._directory)
         self._keep, self._best = keep, best
-        self._sign = -1 if best and {"loss", "ece"} & set(re.split("[/_]", best.lower())) else 1
+        self._sign = -1 if lower_is_better else 1
         self._main = jax.process_index() == 0
         self._wait_for_all = ocp.multihost.get_barrier_sync_fn()  # needs no device, so that it can be used in a thread
         # Compressed parameters are 8 % smaller, and take three times as long to write and five times to read.
@@ -68,10 +76,10 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future] | None = None
         self.stall_seconds = 0.0
-        self._steps = _from_main(sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit()))
+        self._steps = _from_main(steps_in(self._directory))
         self._scores = {step: self._score(_metrics(self._folder(step))) for step in self._steps} if best else {}
         unfinished = sorted(str(p) for p in self._directory.glob(f"*{_UNFINISHED}"))
-        if unfinished and self._main:
+        if unfinished and self._main and not read_only:
             log.warning("%s: left from a write that did not finish, not used", ", ".join(unfinished))
 
     def latest_step(self) -> int | None:
@@ -102,6 +110,9 @@ class Checkpointer:
         damaged: dict[Path, str] = {}
         for step in reversed(self._steps):
             arrays, reason = self._read(self._folder(step), wanted)
+            if reason and self._read_only and steps_in(self._directory)[-1:] > [step]:  # the run there has deleted it
+                self._steps = steps_in(self._directory)
+                return self.restore(template)
             if reason is None:
                 self._set_aside(damaged)
                 self._steps = [s for s in self._steps if s <= step]
@@ -187,8 +198,8 @@ class Checkpointer:
         """Writes this process's shards, and what its files must be."""
         self._handler.save(epath.Path(folder / _STATE), args=ocp.args.PyTreeSave(arrays))
         number = jax.process_index()
-        written = _files(folder / _STATE / f"ocdbt.process_{number}")
-        _write_json(folder / _PART.format(number), {str(p.relative_to(folder)): _checksum(p, sync=True) for p in written})
+        written = files_in(folder / _STATE / f"ocdbt.process_{number}")
+        write_json(folder / _PART.format(number), {str(p.relative_to(folder)): checksum(p, sync=True) for p in written})
 
     def _commit(self, unfinished: Path, final: Path, notes: dict[str, Any]) -> None:
         """Makes one checkpoint of all processes' parts."""
@@ -198,16 +209,16 @@ class Checkpointer:
         self._handler.finalize(epath.Path(unfinished / _STATE))  # one index over all shards
         files = {}
         for part in parts:
-            files |= _read_json(part)
+            files |= read_json(part)
             part.unlink()
-        for path in _files(unfinished):
+        for path in files_in(unfinished):
             if (name := str(path.relative_to(unfinished))) not in files:
-                files[name] = _checksum(path, sync=True)
-        _write_json(unfinished / _NOTES, notes | {"files": files})
-        for folder in {path.parent for path in _files(unfinished)}:
-            _sync(folder)
+                files[name] = checksum(path, sync=True)
+        write_json(unfinished / _NOTES, notes | {"files": files})
+        for folder in {path.parent for path in files_in(unfinished)}:
+            sync_names(folder)
         unfinished.rename(final)
-        _sync(final.parent)
+        sync_names(final.parent)
 
     def _prune(self) -> None:
         """Deletes all but the newest, and the best."""
@@ -231,9 +242,9 @@ class Checkpointer:
 
     def _read(self, folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, jax.Array], str | None]:
         """(arrays, None), or ({}, what is wrong with the checkpoint). UserError if it is sound and holds other arrays."""
-        notes, reason = _attempt(lambda: _read_json(folder / _NOTES))
+        notes, reason = _attempt(lambda: _read_notes(folder))
         if reason is None:
-            _, reason = _attempt(lambda: _check_files(folder, notes["files"]))
+            _, reason = _attempt(lambda: check_files(folder, notes["files"]))
         if reason is None:
             _check_arrays(folder, notes["arrays"], _described(wanted))
             args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
@@ -242,7 +253,7 @@ class Checkpointer:
 
     def _set_aside(self, damaged: dict[Path, str]) -> None:
         """Names damaged checkpoints and renames them, so that they are neither read nor counted again."""
-        for folder, reason in damaged.items() if self._main else ():
+        for folder, reason in damaged.items() if self._main and not self._read_only else ():
             aside = folder.with_name(folder.name + _DAMAGED)
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}{_DAMAGED}")
@@ -282,54 +293,36 @@ def _check_arrays(folder: Path, found: dict[str, str], wanted: dict[str, str], m
         )
 
 
-def _check_files(folder: Path, files: dict[str, list[int]]) -> None:
-    """Raises ValueError at a file that is not as it was written. Processes share the files out among themselves."""
-    for name in sorted(files)[jax.process_index() :: jax.process_count()]:
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        (size, crc), (expected_size, expected_crc) = _checksum(folder / name), files[name]
-        if size != expected_size:
-            raise ValueError(f"{name} has {size:,} bytes instead of {expected_size:,}")
-        if crc != expected_crc:
-            raise ValueError(f"{name} has changed since it was written")
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in order; none where there is no such folder."""
+    names = (path.name for path in directory.glob("*"))
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def _checksum(path: Path, sync: bool = False) -> list[int]:
-    """[size, CRC-32] of a file, which `sync` makes sure is on the disk."""
-    size = crc = 0
-    buffer = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as f:
-        while n := f.readinto(buffer):
-            size, crc = size + n, zlib.crc32(buffer[:n], crc)
-        if sync:
-            os.fsync(f.fileno())
-    return [size, crc]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, sort_keys=True)
-    with open(path, "w") as f:
-        json.dump({"crc32": zlib.crc32(text.encode()), "content": content}, f, sort_keys=True, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What `_write_json` wrote. OSError if it is not there, ValueError if it is not as it was written."""
+def _make_folder(path: Path) -> None:
     try:
-        read = json.loads(path.read_text())
-        content, intact = read["content"], zlib.crc32(json.dumps(read["content"], sort_keys=True).encode()) == read["crc32"]
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise ValueError(f"{path.name} has changed since it was written")
-    return content
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}, for checkpoints, cannot be made a folder: {e.strerror}") from e
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    """`checkpoint.json`. OSError if it is not there, ValueError if it does not tell what it must."""
+    notes = read_json(folder / _NOTES)
+    told = notes if isinstance(notes, dict) else {}
+    for name, kind in (("arrays", str), ("metrics", (int, float)), ("files", list)):
+        values = told.get(name)
+        if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
+            raise ValueError(f"{_NOTES} tells no {name} as a checkpoint's does")
+    if not all(len(file) == 2 and all(isinstance(number, int) for number in file) for file in told["files"].values()):
+        raise ValueError(f"{_NOTES} tells no sizes and checksums of files")
+    return notes
 
 
 def _metrics(folder: Path) -> dict[str, float]:
     """The metrics of a checkpoint; none if it is damaged, which `restore` will find."""
     try:
-        return _read_json(folder / _NOTES)["metrics"]
+        return _read_notes(folder)["metrics"]
     except (OSError, ValueError):
         return {}
 
@@ -341,20 +334,6 @@ def _new_folder(path: Path, room_for: int) -> None:
     if free < room_for + (1 << 20):
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {room_for >> 20:,} MiB are needed, {free >> 20:,} are free")
     (path / _STATE).mkdir(parents=True)
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
-def _sync(folder: Path) -> None:
-    """Makes sure that the names in a folder are on the disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint import lora_file
+from vit_jax.checkpoint import lora_file, state
 from vit_jax.errors import UserError
 from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel
@@ -123,7 +123,7 @@ def has_model(workdir: Path) -> bool:
 
 def has_results(workdir: Path) -> bool:
     """Whether a run has left anything there that can be gone on from or used."""
-    return has_model(workdir) or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    return has_model(workdir) or bool(state.steps_in(workdir / "checkpoints"))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import loader
+from vit_jax.data import features, loader
 from vit_jax.data.host import preprocess
 from vit_jax.data.host.preprocess import ImageError
 from vit_jax.data.memory import InMemory, kept_in_memory
@@ -25,6 +25,7 @@ class Photos:
     """JPEGs of 50 x 40 (w x h) pixels of noise, all to be turned by 90°; those in `bad` end early. Counts what is read."""
 
     num_classes, class_names, exif_rotated = 2, ("a", "b"), True
+    features = {"image": features.Image(), "label": features.Label(("a", "b"))}
 
     def __init__(self, bad=()):
         self.read = Counter()

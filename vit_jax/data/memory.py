@@ -33,7 +33,7 @@ class InMemory:
 
     def __init__(self, source: Source):
         self.num_classes, self.class_names, self.exif_rotated = source.num_classes, source.class_names, source.exif_rotated
-        self.where = source.where
+        self.features, self.where = source.features, source.where
         self._source = source
         self._examples: list[dict[str, Any] | None] = [None] * len(source)  # threads that meet here write the same
 

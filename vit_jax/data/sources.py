@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vit_jax.data.features import Feature, Image, Label
 from vit_jax.errors import UserError
 from vit_jax.files import read_regular
 
@@ -29,6 +30,7 @@ class Source(Protocol):
 
     num_classes: int
     class_names: tuple[str, ...]
+    features: Mapping[str, Feature]  # what the examples offer, by field
     exif_rotated: bool  # whether images are to be turned upright as their EXIF tag says
 
     def __len__(self) -> int: ...
@@ -110,6 +112,7 @@ class DigitsSource:
     def __init__(self, dataset: str, split: str):
         self.num_classes = 5 if dataset == "digits_0to4" else 10
         self.class_names = tuple(str(digit) for digit in range(self.num_classes))
+        self.features = {"image": Image(), "label": Label(self.class_names)}
         splits = {}
         for name, (images, labels) in _digits().items():
             kept = labels < self.num_classes
@@ -164,6 +167,7 @@ class FolderSource:
         self._root = path
         self.class_names = _training_classes(path, train)
         self.num_classes = len(self.class_names)
+        self.features = {"image": Image(), "label": Label(self.class_names)}
 
         if train and tests:
             test = asked if asked in tests else tests[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.features import Image, Label, Labels
 from vit_jax.errors import UserError
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
@@ -55,6 +56,8 @@ class TfdsSource:
         self._multi_label = isinstance(feature, tfds.features.Sequence)
         self.class_names: tuple[str, ...] = tuple(feature.feature.names if self._multi_label else feature.names)
         self.num_classes: int = len(self.class_names)
+        label = {"labels": Labels(self.class_names)} if self._multi_label else {"label": Label(self.class_names)}
+        self.features = {"image": Image()} | label
         file_format = _choose_format(builder)
         instructions = _file_instructions(builder.info, split)
         self._files = [os.fspath(i.filename) for i in instructions]

@@ -45,13 +45,14 @@ def ours(job: dict[str, Any]) -> Iterator[dict]:
     import functools
 
     from vit_jax.data import loader
-    from vit_jax.data.host import preprocess
+    from vit_jax.data.host.decode import decode
+    from vit_jax.data.host.view import train_image
     from vit_jax.optimize import parallel
 
     images = _jpegs(job)
     if job.get("kept"):
-        images = [preprocess.decode(image, exif_rotated=True) for image in images]
-    transform = functools.partial(preprocess.train_image, crop=SIZE, scaled_decoding=job.get("scaled", True))
+        images = [decode(image, exif_rotated=True) for image in images]
+    transform = functools.partial(train_image, crop=SIZE, scaled_decoding=job.get("scaled", True))
     return parallel.Pmap().prefetch(loader.train_batches(Photos(images), transform, batch_size=job["batch"], seed=0), 2)
 
 
@@ -61,7 +62,7 @@ def pil(job: dict[str, Any]) -> Iterator[dict]:
 
     from PIL import Image
 
-    from vit_jax.data.host.preprocess import inception_box
+    from vit_jax.data.host.crop import inception_box
     from vit_jax.optimize import parallel
 
     jpegs, rng, executor = _jpegs(job), np.random.default_rng(0), ThreadPoolExecutor(2)

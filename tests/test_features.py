@@ -12,6 +12,7 @@ from tests.models import small
 from vit_jax import checkpoint, features, models
 from vit_jax.checkpoint import describe
 from vit_jax.checkpoint.resize import resize
+from vit_jax.data.host.resize import resize as resized
 from vit_jax.errors import UserError
 
 SIZE = (16, 24)
@@ -143,7 +144,7 @@ def test_another_size_resamples_the_positions_by_the_familys_rule(variant, rule,
     grown = resize(table[0, first:].reshape(*GRID, 32), (5, 5), rule).reshape(1, 25, 32)
     grown = np.concatenate([table[:, :first], grown], axis=1).astype(np.float32)
     params = params | {"Transformer": params["Transformer"] | {"posembed_input": {"pos_embedding": grown}}}
-    images = np.stack([features.preprocess.resize(image, (20, 40)) for image in PIXELS])
+    images = np.stack([resized(image, (20, 40)) for image in PIXELS])
     cls, patches = by_hand(model, params, images)
     assert patches.shape == (5, 5, 5, 32)
     assert_same(arrays["cls"], cls)
@@ -153,7 +154,7 @@ def test_another_size_resamples_the_positions_by_the_familys_rule(variant, rule,
 def test_a_grid_with_as_many_patches_but_another_form_is_resampled_too(photos, tmp_path):
     model, params = write_model(tmp_path)
     run(f"--model={tmp_path}", f"--out={tmp_path / 'f.npz'}", "--size=12,32", photos)  # 3x4 in place of 4x3
-    images = np.stack([features.preprocess.resize(image, (12, 32)) for image in PIXELS])
+    images = np.stack([resized(image, (12, 32)) for image in PIXELS])
     assert np.abs(read(tmp_path / "f.npz")[1]["cls"] - by_hand(model, params, images)[0]).max() > 1e-3
 
 

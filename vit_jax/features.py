@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from vit_jax import checkpoint, models
 from vit_jax.data.device import augment
-from vit_jax.data.host import preprocess
+from vit_jax.data.host.decode import decode
+from vit_jax.data.host.view import eval_image
 from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
 from vit_jax.predict import find_images
@@ -38,7 +39,7 @@ class Extractor:
     """A model without its head, ready to use.
 
     `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel; `preprocessing` are keywords of
-    `preprocess.eval_image`.
+    `data.host.view.eval_image`.
     """
 
     model: nn.Module
@@ -66,9 +67,7 @@ class Extractor:
         """
         outputs = []
         for i in range(0, len(images), batch_size):
-            batch = [
-                preprocess.eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]
-            ]
+            batch = [eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]]
             padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
             result = jax.device_get(self._run(self.params, np.stack(batch + padding), kind))
             outputs.append({name: x[: len(batch)] for name, x in result.items()})
@@ -173,16 +172,16 @@ def _extract(
 def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Path, np.ndarray]]:
     """Images that can be decoded, in order, on several threads, `ahead` at a time."""
 
-    def decode(path: Path) -> np.ndarray | str:
+    def read(path: Path) -> np.ndarray | str:
         try:
-            return preprocess.decode(read_regular(path), exif_rotated=True)
+            return decode(read_regular(path), exif_rotated=True)
         except (UserError, OSError) as e:
             return str(e)
 
     with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
         for i in range(0, len(paths), ahead):
             part = paths[i : i + ahead]
-            for path, image in zip(part, pool.map(decode, part), strict=True):
+            for path, image in zip(part, pool.map(read, part), strict=True):
                 bar.update()
                 if isinstance(image, str):
                     tqdm.write(f"error: {path}: {image}", file=sys.stderr)

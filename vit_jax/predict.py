@@ -20,7 +20,8 @@ from vit_jax import checkpoint, models
 from vit_jax.checkpoint import describe
 from vit_jax.data import sources
 from vit_jax.data.device import augment
-from vit_jax.data.host import preprocess
+from vit_jax.data.host.decode import decode
+from vit_jax.data.host.view import eval_image
 from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular
 from vit_jax.models import zoo
@@ -32,7 +33,7 @@ class Classifier:
     """A trained model, ready to use.
 
     `image_size` is (h, w); mean and std are of the 0..255 pixels, by channel; `preprocessing` are keywords of
-    `preprocess.eval_image`.
+    `data.host.view.eval_image`.
     """
 
     model: nn.Module
@@ -55,9 +56,7 @@ class Classifier:
         """Probabilities of decoded uint8 images (h w 3) of any sizes. Batches are padded, so that one size compiles."""
         outputs = []
         for i in range(0, len(images), batch_size):
-            batch = [
-                preprocess.eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]
-            ]
+            batch = [eval_image(image, crop=self.image_size, **self.preprocessing) for image in images[i : i + batch_size]]
             padding = [np.zeros_like(batch[0])] * (batch_size - len(batch))
             outputs.append(np.asarray(self._probabilities(self.params, np.stack(batch + padding)))[: len(batch)])
         return np.concatenate(outputs)
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoded = []
         for path in paths[i : i + batch_size]:
             try:
-                decoded.append((path, preprocess.decode(read_regular(path), exif_rotated=True)))
+                decoded.append((path, decode(read_regular(path), exif_rotated=True)))
             except (UserError, OSError) as e:
                 failures += 1
                 print(f"error: {path}: {e}", file=sys.stderr)

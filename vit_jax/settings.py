@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax.data.host import preprocess
+from vit_jax.data.host import resize, view
 from vit_jax.errors import UserError, unknown
 from vit_jax.optimize import parallel
 from vit_jax.run import runtime
@@ -175,8 +175,8 @@ class Settings:
             "remat": ("none", "dots", "full"),
             "loss": ("softmax", "sigmoid"),
             "nonfinite": ("stop", "skip"),
-            "pp.crop_method": preprocess.CROP_METHODS,
-            "pp.interpolation": preprocess.INTERPOLATIONS,
+            "pp.crop_method": view.CROP_METHODS,
+            "pp.interpolation": resize.INTERPOLATIONS,
         }
         for name, allowed in choices.items():
             if (value := operator.attrgetter(name)(self)) not in allowed:

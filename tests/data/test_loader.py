@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import loader
-from vit_jax.data.host.preprocess import ImageError, decode
+from vit_jax.data.host.decode import ImageError, decode
 from vit_jax.errors import UserError
 
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import features, loader
-from vit_jax.data.host import preprocess
-from vit_jax.data.host.preprocess import ImageError
+from vit_jax.data.host import view
+from vit_jax.data.host.decode import ImageError
 from vit_jax.data.memory import InMemory, kept_in_memory
 from vit_jax.data.sources import DigitsSource
 
@@ -56,7 +56,7 @@ BYTES = SIZE * 40 * 50 * 3
 
 
 def batches(source, steps=15, **options):
-    transform = functools.partial(preprocess.train_image, crop=32)
+    transform = functools.partial(view.train_image, crop=32)
     with contextlib.closing(loader.train_batches(source, transform, batch_size=8, seed=1, **options)) as found:
         return list(itertools.islice(found, steps))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests import tiny
 from vit_jax.data import sources
-from vit_jax.data.host import preprocess
+from vit_jax.data.host.decode import decode
 from vit_jax.run import experiment as experiments
 from vit_jax.settings import Settings
 
@@ -29,7 +29,7 @@ def experiment(workdir: Path, **overrides) -> tuple[experiments.Experiment, Any]
 def images_and_labels(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
     """Normalised images and labels of all examples."""
     examples = [source[i] for i in range(len(source))]
-    images = np.stack([preprocess.decode(x["image"], exif_rotated=False) for x in examples]).astype(np.float32)
+    images = np.stack([decode(x["image"], exif_rotated=False) for x in examples]).astype(np.float32)
     return images / 127.5 - 1, np.array([x["label"] for x in examples])
 
 

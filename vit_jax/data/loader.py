@@ -18,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vit_jax.data.host import preprocess
+from vit_jax.data.host.decode import ImageError, decode
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -81,7 +81,7 @@ def eval_batches(
     return _batches(examples[process_index::process_count], batch_size // process_count)
 
 
-def load(source: Source, index: int, decode: Transform = preprocess.decode) -> tuple[np.ndarray, int]:
+def load(source: Source, index: int, decode: Transform = decode) -> tuple[np.ndarray, int]:
     """Example `index` as (uint8 image (h w 3), label); an error names the example.
 
     `decode`: (encoded image or array, exif_rotated=) → image.
@@ -99,11 +99,11 @@ def _checked_label(source: Source, index: int, label: int) -> int:
     return int(label)
 
 
-def _decode(source: Source, index: int, image: bytes | np.ndarray, decode: Transform = preprocess.decode) -> np.ndarray:
+def _decode(source: Source, index: int, image: bytes | np.ndarray, decode: Transform = decode) -> np.ndarray:
     try:
         return decode(image, exif_rotated=source.exif_rotated)
-    except preprocess.ImageError as e:
-        raise preprocess.ImageError(f"{source.where(index)}: {e}") from e
+    except ImageError as e:
+        raise ImageError(f"{source.where(index)}: {e}") from e
 
 
 class _TrainExample(grain.transforms.RandomMap):
@@ -124,7 +124,7 @@ class _TrainExample(grain.transforms.RandomMap):
         for candidate in ((index + i) % len(self.source) for i in range(len(self.source))):
             try:
                 return load(self.source, candidate, decode)
-            except preprocess.ImageError as e:
+            except ImageError as e:
                 rng.bit_generator.state = start  # whatever was drawn for a bad image
                 with self.lock:
                     if candidate not in self.bad:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.host import preprocess
+from vit_jax.data.host.decode import ImageError, decode, header_size
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -44,8 +44,8 @@ class InMemory:
         if self._examples[index] is None:
             example = self._source[index]
             try:
-                pixels = preprocess.decode(example["image"], exif_rotated=self.exif_rotated)
-            except preprocess.ImageError:  # the loader's to report: it knows what to do about it
+                pixels = decode(example["image"], exif_rotated=self.exif_rotated)
+            except ImageError:  # the loader's to report: it knows what to do about it
                 return example
             self._examples[index] = example | {"image": pixels}
         return self._examples[index]
@@ -59,7 +59,7 @@ def _decoded_bytes(source: Source) -> float | None:
             image = source[int(index)]["image"]
             if isinstance(image, np.ndarray):
                 return None
-            h, w = preprocess.header_size(image)
+            h, w = header_size(image)
         except UserError:  # training meets it again, or never
             continue
         sizes.append(3 * h * w)

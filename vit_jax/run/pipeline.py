@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vit_jax.data.device import augment, mix
-from vit_jax.data.host import preprocess
+from vit_jax.data.host import view
 from vit_jax.settings import Settings
 from vit_jax.tasks import classify
 
@@ -31,7 +31,7 @@ def train_transform(settings: Settings) -> Callable:
     """(encoded image or array, generator, exif_rotated=) → uint8 image of the model's size: what the host does in training."""
     pp = settings.pp
     return functools.partial(
-        preprocess.train_image,
+        view.train_image,
         crop=settings.image_size,
         resize_to=pp.resize,
         crop_method=pp.crop_method,
@@ -44,11 +44,11 @@ def train_transform(settings: Settings) -> Callable:
 
 def eval_transform(settings: Settings) -> Callable:
     """decoded image → float32 image of the model's size: what the host does in evaluation."""
-    return functools.partial(preprocess.eval_image, crop=settings.image_size, **preprocessing(settings))
+    return functools.partial(view.eval_image, crop=settings.image_size, **preprocessing(settings))
 
 
 def preprocessing(settings: Settings) -> dict[str, Any]:
-    """The keywords of `preprocess.eval_image` that do not follow from the model."""
+    """The keywords of `view.eval_image` that do not follow from the model."""
     return {
         "resize_to": settings.pp.eval_resize,
         "interpolation": settings.pp.interpolation,

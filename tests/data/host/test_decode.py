@@ -11,7 +11,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from vit_jax.data.host.preprocess import ImageError, decode
+from vit_jax.data.host.decode import ImageError, decode
 
 PHOTO = Image.fromarray(load_sample_images().images[1]).resize((61, 43))
 PIXELS = np.asarray(PHOTO)

@@ -1,5 +1,6 @@
 """Resizing that matches plain arithmetic, TensorFlow, Pillow and timm, and crops that keep their bounds."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -12,13 +13,16 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vit_jax.data.host import preprocess
-from vit_jax.data.host.preprocess import Box, Jpeg, cut, eval_image, inception_box, random_box, resize
+from vit_jax.data.host import view
+from vit_jax.data.host.crop import inception_box, random_box
+from vit_jax.data.host.decode import ImageError, Jpeg, decode
+from vit_jax.data.host.resize import Box, cut, resize
+from vit_jax.data.host.view import eval_image
 from vit_jax.errors import UserError
 
 PHOTO = Image.fromarray(load_sample_images().images[1]).resize((61, 43))
 PIXELS = np.asarray(PHOTO)
-train_image = functools.partial(preprocess.train_image, exif_rotated=True)
+train_image = functools.partial(view.train_image, exif_rotated=True)
 
 
 # Resizing
@@ -265,7 +269,7 @@ def test_a_scaled_crop_is_where_the_full_one_is_however_the_jpeg_is_turned(facto
 
 def test_scaled_decoding_notices_what_is_missing(factors):
     data = encode(PHOTO.resize((600, 400)))
-    with pytest.raises(preprocess.ImageError, match="the JPEG is cut off"):
+    with pytest.raises(ImageError, match="the JPEG is cut off"):
         train_image(data[: len(data) // 2], np.random.default_rng(0), crop=32, area=(0.9, 1.0))
     assert factors == [8]
 
@@ -273,7 +277,7 @@ def test_scaled_decoding_notices_what_is_missing(factors):
 def test_small_crops_and_other_formats_are_decoded_in_full(factors):
     data = encode(PHOTO.resize((600, 400)))
     pixels = train_image(data, np.random.default_rng(0), crop=224)
-    whole = preprocess.decode(data, exif_rotated=False)
+    whole = decode(data, exif_rotated=False)
     np.testing.assert_array_equal(pixels, train_image(whole, np.random.default_rng(0), crop=224))
     png = io.BytesIO()
     PHOTO.resize((600, 400)).save(png, "PNG")
@@ -322,3 +326,122 @@ def test_eval_image_needs_more_pixels_than_it_crops():
 def test_an_unknown_crop_method_names_the_near_ones():
     with pytest.raises(UserError, match="unknown crop_method 'random_resize': did you mean random_resized"):
         train_image(PIXELS, np.random.default_rng(0), crop=24, crop_method="random_resize")
+
+
+# Views: one geometry for pixels, boxes and class maps
+
+METHODS = [
+    {},
+    {"crop_method": "random_resized", "area": (0.3, 1.0)},
+    {"crop_method": "simple"},
+    {"resize_to": 48},
+    {"resize_to": (57, 44)},
+]
+
+
+def views(options, size, seeds=30):
+    for seed in range(seeds):
+        yield view.draw_view(size, np.random.default_rng(seed), crop=(40, 36), flip=True, **options)
+    yield view.eval_view(size, crop=(40, 36), resize_to=41)
+    yield view.eval_view(size, crop=(13, 90))
+
+
+@pytest.mark.parametrize("options", METHODS)
+def test_a_box_stays_around_what_it_is_around(options):
+    """A white rectangle on black, before and after: half of the white at an edge is where the box's edge is."""
+    seen, mirrored = 0, set()
+    for v in views(options, (83, 121)):
+        rng = np.random.default_rng(seen)
+        top, left = rng.integers(0, 60, 2)
+        bottom, right = top + rng.integers(8, 23), left + rng.integers(8, 61)
+        canvas = np.zeros((83, 121, 3), np.uint8)
+        canvas[top:bottom, left:right] = 255
+        boxes, kept = v.boxes(np.array([[left, top, right, bottom], [-9.0, -9, 0, 0], [0, 0, 121, 83]]))
+        assert boxes.dtype == np.float32 and not kept[1] and kept[2]
+        x0, y0, x1, y1 = boxes[0]
+        pixels = v.image(canvas, rounded=False)[..., 0]
+        assert pixels.shape == v.size
+        shown = np.zeros(v.size, bool)  # a border repeats what is inside: no box lies there
+        shown[tuple(slice(*np.rint(boxes[2, axis::2]).astype(int)) for axis in (1, 0))] = True
+        inside = np.argwhere((pixels > 127.5) & shown) + 0.5
+        assert bool(kept[0]) == bool((x1 > x0) and (y1 > y0))
+        if not kept[0] or min(x1 - x0, y1 - y0) < 3:
+            continue
+        np.testing.assert_allclose(inside.min(0), [y0, x0], atol=1.01)
+        np.testing.assert_allclose(inside.max(0), [y1, x1], atol=1.01)
+        assert len(inside) == pytest.approx((y1 - y0) * (x1 - x0), rel=0.3)
+        seen += 1
+        mirrored.add(v.mirrored)
+    assert seen > 10 and mirrored == {False, True}
+
+
+def test_boxes_by_hand():
+    """Window (y 10, x 20, 40 x 80) at 20 x 20, a border of 2, cut (y 3, x 1, 18 x 22): x → (x - 20) / 4 + 2 - 1."""
+    v = view.View((100, 200), Box(10, 20, 40, 80), (20, 20), border=2, cut=Box(3, 1, 18, 22))
+    boxes = np.array([[24, 14, 40, 30], [0, 0, 200, 100], [20, 10, 24, 11], [100, 10, 120, 50], [30, 20, 30, 40]])
+    got, kept = v.boxes(boxes)
+    np.testing.assert_allclose(got[:2], [[2, 1, 6, 9], [1, 0, 21, 18]])
+    assert kept.tolist() == [True, True, False, False, False]  # above the cut, beside the window, no area
+    mirrored, still = dataclasses.replace(v, mirrored=True).boxes(boxes)
+    np.testing.assert_allclose(mirrored[:2], [[16, 1, 20, 9], [1, 0, 21, 18]])
+    assert still.tolist() == kept.tolist()
+    assert v.boxes(np.zeros((0, 4)))[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("options", METHODS)
+def test_a_class_map_is_seen_where_the_pixels_are(options):
+    """Two ramps, which bilinear resizing keeps: the value at a pixel is where it looks, the class the pixel next to it."""
+    rows, columns = np.mgrid[:83, :121].astype(np.uint8)
+    borders = 0
+    for v in views(options, (83, 121)):
+        for ramp in (rows, columns):
+            looks_at = v.image(np.repeat(ramp[..., None], 3, axis=2), rounded=False)[..., 0]
+            labels = v.segmentation(ramp, ignored=255)
+            assert labels.shape == v.size and labels.dtype == np.uint8
+            known = labels != 255
+            borders += (~known).sum()
+            assert np.abs(labels.astype(float) - looks_at)[known].max() <= 0.5 + 1e-3
+        (box,), _ = v.boxes([[0, 0, 121, 83]])  # what is ignored is what no box reaches
+        assert known.sum() == (box[2] - box[0]) * (box[3] - box[1])
+    assert bool(borders) == (options.get("crop_method") == "simple")
+
+
+def test_a_class_map_is_the_nearest_of_a_one_hot_map():
+    classes = np.random.default_rng(0).integers(0, 3, (43, 61))
+    for v in views({}, (43, 61)):
+        top, left, h, w = v.window
+        index = [
+            np.floor(start + (np.arange(n) + 0.5) * extent / n).astype(int)
+            for start, extent, n in ((top, h, v.resized[0]), (left, w, v.resized[1]))
+        ]
+        one_hot = np.eye(3)[classes][index[0]][:, index[1]]
+        expected = one_hot.argmax(-1)
+        if v.cut:
+            expected = expected[v.cut.top : v.cut.top + 40, v.cut.left : v.cut.left + 36]
+        np.testing.assert_array_equal(v.segmentation(classes), expected[:, ::-1] if v.mirrored else expected)
+    with pytest.raises(ImageError, match=r"the class map is 61 x 43 \(h x w\), where the view was drawn for 43 x 61"):
+        v.segmentation(classes.T)
+
+
+def test_a_mirrored_view_is_the_view_mirrored():
+    for options in METHODS:
+        plain = view.draw_view((43, 61), np.random.default_rng(5), crop=24, **options)
+        drawn = {v.mirrored: v for v in views(options, (43, 61))}
+        assert set(drawn) == {False, True}
+        np.testing.assert_array_equal(dataclasses.replace(plain, mirrored=True).image(PIXELS), plain.image(PIXELS)[:, ::-1])
+
+
+def test_several_views_of_one_picture_are_decoded_once_as_the_largest_needs_it(factors):
+    data = encode(PHOTO.resize((600, 400)))
+    picture = view.Picture.read(data, exif_rotated=True)
+    assert picture.size == (400, 600) and not factors
+    rng = np.random.default_rng(0)
+    large = [view.draw_view(picture.size, rng, crop=96, area=(0.5, 1.0)) for _ in range(2)]
+    small = [view.draw_view(picture.size, rng, crop=32, area=(0.2, 0.4)) for _ in range(6)]
+    decoded = picture.decoded(large + small)
+    images = [v.image(decoded) for v in large + small]
+    assert factors == [2] and [image.shape[0] for image in images] == [96] * 2 + [32] * 6
+    np.testing.assert_array_equal(images[0], large[0].image(picture))  # which needs as much alone
+    full = picture.decoded([], scaled=False)
+    for v, image in zip(large + small, images, strict=True):
+        assert np.abs(v.image(full).astype(float) - image).mean() < 8

@@ -1,0 +1,195 @@
+"""From encoded bytes to upright pixels, in NumPy.
+
+The published checkpoints were trained with TensorFlow's decoder: `decode` equals `tf.io.decode_jpeg` bit for bit on grey
+and colour JPEGs. Every other format goes through Pillow.
+"""
+
+import dataclasses
+import io
+
+import cv2
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
+
+from vit_jax.data.host.resize import Box
+from vit_jax.errors import UserError
+
+# What Pillow may open: among its other formats are some that start external programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Pillow's own limit against decompression bombs; as 8-bit RGB an image of this size fills 537 MB.
+MAX_PIXELS = 178_956_970
+
+# EXIF orientation → what makes the stored pixels stand upright: (transpose, then mirror rows, then mirror columns).
+TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+class ImageError(UserError):
+    """An image that cannot be decoded. The message does not name the file: whoever knows it puts it in front."""
+
+
+def decode(image: bytes | np.ndarray, *, exif_rotated: bool) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the pixels of an encoded image, or of a uint8 array (h w), (h w 1) or (h w 3), as RGB.
+
+    Alpha is dropped, not blended, as TensorFlow and torchvision do; an animation gives its first frame; of 16 bits the
+    upper 8 are kept. With `exif_rotated` the image is turned upright as its EXIF tag says.
+    Raises ImageError where there is no complete image: a truncated file is never filled up with grey.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if not isinstance(image, bytes):
+        raise ImageError(f"an image must be bytes or a uint8 array, not {type(image).__name__}")
+    if jpeg := Jpeg.read(image, exif_rotated=exif_rotated):
+        return jpeg.decode()
+    with _open(image) as opened:
+        pixels = _decode_pillow(opened, image)
+        return _turn(pixels, _orientation(image, opened)) if exif_rotated else pixels
+
+
+def header_size(image: bytes) -> tuple[int, int]:
+    """(h, w) of an encoded image as its header has it. Raises ImageError where there is none."""
+    if jpeg := Jpeg.read(image, exif_rotated=False):
+        return jpeg.size
+    with _open(image) as opened:
+        return opened.height, opened.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Jpeg:
+    """A JPEG of which only the header has been read."""
+
+    data: bytes
+    size: tuple[int, int]  # (h, w) of the upright image
+    orientation: int  # a key of TURNS
+
+    @classmethod
+    def read(cls, image: bytes | np.ndarray, *, exif_rotated: bool) -> "Jpeg | None":
+        """None for other images, and for what simplejpeg leaves to Pillow."""
+        if not isinstance(image, bytes) or not image.startswith(b"\xff\xd8"):
+            return None
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        except ValueError:
+            return None
+        _check_size(width, height)
+        orientation = _orientation(image) if exif_rotated and _may_be_turned(image) else 1
+        return cls(image, (width, height) if TURNS[orientation][0] else (height, width), orientation)
+
+    def decode(self, factor: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+        """The upright pixels as TensorFlow decodes them (CMYK to 2 of 255), at 1 / `factor` of the size: 1, 2, 4 or 8.
+
+        A side that `factor` does not divide is rounded up: the last pixel reaches beyond the image.
+        """
+        h, w = self.size[::-1] if TURNS[self.orientation][0] else self.size
+        scale = {"min_factor": factor, "min_height": -(-h // factor), "min_width": -(-w // factor)} if factor > 1 else {}
+        # The fast DCT and the slow ("fancy") upsampling of colour are TensorFlow's defaults.
+        how = {"colorspace": "RGB", "fastdct": True, **scale}
+        try:
+            pixels = simplejpeg.decode_jpeg(self.data, **how)
+        except ValueError as error:
+            if "premature end" in str(error).lower():
+                raise _undecodable(self.data, "the JPEG is cut off") from error
+            # A warning of libjpeg, such as stray bytes, which TensorFlow and every viewer tolerate. It stopped the
+            # decoder, so that a missing end may have gone unseen: Pillow would tell.
+            with _open(self.data) as opened:
+                _load(opened, self.data)
+            pixels = simplejpeg.decode_jpeg(self.data, **how, strict=False)
+        return _turn(pixels, self.orientation)
+
+    def scaled(self, box: Box, factor: int) -> Box:
+        """Where a box of the upright image lies in `decode(factor)`: behind the pixel that reaches beyond, if mirrored."""
+        _, *mirrored = TURNS[self.orientation]
+        beyond = [(-n % factor) / factor if mirror else 0 for n, mirror in zip(self.size, mirrored, strict=True)]
+        return Box(*(x / factor + more for x, more in zip(box, (*beyond, 0, 0), strict=True)))
+
+
+def _turn(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    transpose, rows, columns = TURNS[orientation]
+    image = cv2.transpose(image) if transpose else image
+    return cv2.flip(image, -1 if rows and columns else int(columns)) if rows or columns else image
+
+
+def _from_array(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    shape = image.shape
+    if image.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)) or image.size == 0:
+        raise ImageError(f"an array of {image.dtype} {shape} is no image: expected uint8 (h w), (h w 1) or (h w 3)")
+    if shape[2:] == (3,):
+        return image
+    return np.repeat(image.reshape(*shape[:2], 1), 3, axis=2)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Opens bytes with Pillow; only the header is read."""
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise _undecodable(data, "not a known image") from error
+    except Exception as error:  # damaged headers raise nearly everything in Pillow's parsers
+        raise _undecodable(data, str(error)) from error
+    _check_size(*opened.size)
+    return opened
+
+
+def _load(opened: Image.Image, data: bytes) -> None:
+    try:
+        opened.load()
+    except Exception as error:  # as above, for damaged pixel data
+        raise _undecodable(data, str(error)) from error
+
+
+def _decode_pillow(opened: Image.Image, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    _load(opened, data)
+    if opened.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255. The upper byte is what TensorFlow keeps.
+        return _from_array((np.asarray(opened) >> 8).astype(np.uint8))
+    if opened.mode in ("I", "F"):
+        raise _undecodable(data, "32 bits a pixel, of which none says how bright white is")
+    opened.info.pop("transparency", None)  # otherwise converting a palette warns that it is dropped
+    try:
+        return np.array(opened.convert("RGB"))
+    except ValueError as error:
+        raise _undecodable(data, str(error)) from error
+
+
+def _orientation(data: bytes, opened: Image.Image | None = None) -> int:
+    """Returns the EXIF (or XMP) orientation, 1 to 8, and 1 where there is none or it is damaged, as viewers do."""
+    try:
+        orientation = (opened or _open(data)).getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged tag is no reason to lose a sound picture
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a segment before a JPEG's pixels may tell its orientation: most have none, and are spared Pillow's parser."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":  # where the pixels start
+        segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+        if marker == b"\xe1" and (b"Exif\0\0" in segment or b"tiff:Orientation" in segment):
+            return True
+        at += len(segment)
+    return data[at : at + 1] != b"\xff"
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"the image is {width} x {height} pixels: nothing to see")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"the image is {width} x {height} pixels, allowed are {MAX_PIXELS:,} in all: make it smaller")
+
+
+def _undecodable(data: bytes, why: str) -> ImageError:
+    start = f", which start with {data[:8].hex(' ')}" if data else ""
+    why = why.rstrip(".")
+    allowed = "allowed are JPEG, PNG, WebP, BMP, GIF and TIFF"
+    return ImageError(f"the image cannot be decoded: {why}. It has {len(data):,} bytes{start}; {allowed}")

@@ -25,7 +25,7 @@ EPOCH = 50_000
 class Photos:
     """A few examples that stand for a large dataset."""
 
-    num_classes, class_names, exif_rotated = 1000, tuple(map(str, range(1000))), True
+    num_classes, exif_rotated = 1000, True
 
     def __init__(self, images: list[bytes | np.ndarray]):
         self.images = images
@@ -44,7 +44,7 @@ def ours(job: dict[str, Any]) -> Iterator[dict]:
     """`loader.train_batches`, uint8, sent to the device ahead of time."""
     import functools
 
-    from vit_jax.data import loader
+    from vit_jax.data import features, loader
     from vit_jax.data.host.decode import decode
     from vit_jax.data.host.view import train_image
     from vit_jax.optimize import parallel
@@ -53,7 +53,9 @@ def ours(job: dict[str, Any]) -> Iterator[dict]:
     if job.get("kept"):
         images = [decode(image, exif_rotated=True) for image in images]
     transform = functools.partial(train_image, crop=SIZE, scaled_decoding=job.get("scaled", True))
-    return parallel.Pmap().prefetch(loader.train_batches(Photos(images), transform, batch_size=job["batch"], seed=0), 2)
+    photos = Photos(images)
+    photos.features = {"image": features.Image(), "label": features.Label(tuple(map(str, range(photos.num_classes))))}
+    return parallel.Pmap().prefetch(loader.train_batches(photos, transform, batch_size=job["batch"], seed=0), 2)
 
 
 def pil(job: dict[str, Any]) -> Iterator[dict]:

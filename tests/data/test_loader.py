@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 
 from vit_jax.data import loader
+from vit_jax.data.features import Image, Label, Labels, Source
 from vit_jax.data.host.decode import ImageError, decode
 from vit_jax.errors import UserError
 
 
-class Numbered:
+class Numbered(Source):
     """`size` images of 2x2 pixels, image i filled with the value i; those numbered in `bad` cannot be decoded."""
 
-    num_classes = 10
     exif_rotated = False
 
     def __init__(self, size, bad=(), labels=None, several=None):
         self.size, self.bad, self.labels, self.several = size, bad, labels or {}, several
+        names = tuple("0123456789")
+        self.features = {"image": Image()} | ({"labels": Labels(names)} if several else {"label": Label(names)})
 
     def __len__(self):
         return self.size

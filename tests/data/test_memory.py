@@ -21,11 +21,11 @@ from vit_jax.data.sources import DigitsSource
 SIZE = 20
 
 
-class Photos:
+class Photos(features.Source):
     """JPEGs of 50 x 40 (w x h) pixels of noise, all to be turned by 90°; those in `bad` end early. Counts what is read."""
 
-    num_classes, class_names, exif_rotated = 2, ("a", "b"), True
     features = {"image": features.Image(), "label": features.Label(("a", "b"))}
+    exif_rotated = True
 
     def __init__(self, bad=()):
         self.read = Counter()
@@ -65,6 +65,7 @@ def batches(source, steps=15, **options):
 def test_kept_if_all_of_it_is_small_enough_decoded(gigabytes, kept, caplog):
     with caplog.at_level(logging.INFO, logger="vit_jax"):
         source = kept_in_memory(Photos(bad=[3]), gigabytes)
+    assert source.features == Photos.features and source.class_names == ("a", "b") and source.num_classes == 2
     assert isinstance(source, InMemory) == kept
     expected = ["data     20 training images are kept in memory (0.0 GB)"] if kept else []
     assert [record.getMessage() for record in caplog.records] == expected

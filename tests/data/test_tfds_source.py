@@ -12,6 +12,7 @@ import pytest
 
 import vit_jax.data.tfds_source as tfds_source
 from tests.data.toy_tfds import NAMES, SIZES, build, png, to_tfrecord
+from vit_jax.data.features import Image, Label, Labels
 from vit_jax.data.tfds_source import TfdsSource
 from vit_jax.errors import UserError
 
@@ -76,6 +77,7 @@ def test_every_example_once_and_as_written(data_dir, split):
     assert len(source) == SIZES[split]
     assert sorted(contents(source)) == sorted((png(split, i), i % 3) for i in range(SIZES[split]))
     assert source.class_names == NAMES and source.num_classes == 3 and not source.exif_rotated
+    assert source.features == {"image": Image(), "label": Label(NAMES)}
     assert source.where(7) == f"flowers {split}, example 7"
     assert set(source[0]) == {"image", "label"} and type(source[0]["label"]) is int
     for index in (-1, len(source)):
@@ -89,6 +91,7 @@ def test_an_image_may_have_several_labels_or_none(data_dir):
     found = [(example["image"], example["labels"]) for example in (source[i] for i in range(len(source)))]
     assert sorted(found) == sorted((png("train", i), several(i)) for i in range(37))
     assert source.class_names == NAMES and set(source[0]) == {"image", "labels"}
+    assert source.features == {"image": Image(), "labels": Labels(NAMES)}
     assert all(type(label) is int for _, labels in found for label in labels)
 
 

@@ -1,6 +1,8 @@
-"""What the examples of a source offer, by field: `source.features = {"image": Image(), "label": Label(names)}`."""
+"""A source of examples, and what it offers: `source.features` describes each field of its examples."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """`segmentation`: uint8 (h w), the number of a class for each pixel; 255 is ignored."""
+    """`segmentation`: uint8 (h w), the number of a class for each pixel of the upright image; 255 is ignored."""
 
     names: tuple[str, ...]
 
@@ -42,3 +44,27 @@ class Text:
 
 
 Feature = Image | Label | Labels | Boxes | Segmentation | Text
+
+
+class Source(Protocol):
+    """Examples by number: `source[i]` is a dict of what `features` describes, such as {"image": bytes, "label": 3}."""
+
+    features: Mapping[str, Feature]  # by field
+    exif_rotated: bool  # whether images are to be turned upright as their EXIF tag says
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the examples have, in the order of their numbers; () where there are none."""
+        return next((feature.names for feature in self.features.values() if hasattr(feature, "names")), ())
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def where(self, index: int) -> str:
+        """Returns how an error names the example: the path of its file, or 'digits train, example 17'."""
+        ...

@@ -18,8 +18,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from vit_jax.data.features import Source
 from vit_jax.data.host.decode import ImageError, decode
-from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]

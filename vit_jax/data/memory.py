@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.features import Source
 from vit_jax.data.host.decode import ImageError, decode, header_size
-from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 SAMPLE = 64
@@ -28,12 +28,12 @@ def kept_in_memory(source: Source, gigabytes: float) -> Source:
     return InMemory(source)
 
 
-class InMemory:
+class InMemory(Source):
     """A source whose images are decoded when they are first asked for, and kept. Those that cannot be decoded stay encoded."""
 
     def __init__(self, source: Source):
-        self.num_classes, self.class_names, self.exif_rotated = source.num_classes, source.class_names, source.exif_rotated
-        self.features, self.where = source.features, source.where
+        self.features, self.exif_rotated = source.features, source.exif_rotated
+        self.where = source.where
         self._source = source
         self._examples: list[dict[str, Any] | None] = [None] * len(source)  # threads that meet here write the same
 

@@ -8,11 +8,10 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 
-from vit_jax.data.features import Feature, Image, Label
+from vit_jax.data.features import Image, Label, Source
 from vit_jax.errors import UserError
 from vit_jax.files import read_regular
 
@@ -23,23 +22,6 @@ HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder it
 TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
 # Where these stand for classes, splits were meant: training must not take them for its classes.
 SPLIT_LIKE = (*TEST_NAMES, "train", "training", "testing")
-
-
-class Source(Protocol):
-    """Examples by number: `source[i]` is {"image": uint8 array (h w c) or encoded bytes, "label": int}."""
-
-    num_classes: int
-    class_names: tuple[str, ...]
-    features: Mapping[str, Feature]  # what the examples offer, by field
-    exif_rotated: bool  # whether images are to be turned upright as their EXIF tag says
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict: ...
-
-    def where(self, index: int) -> str:
-        """Returns how an error names the example: the path of its file, or 'digits train, example 17'."""
-        ...
 
 
 def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tfds_manual_dir: str | None = None) -> Source:
@@ -101,7 +83,7 @@ def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:
     return name, part
 
 
-class DigitsSource:
+class DigitsSource(Source):
     """Handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 for training, 360 for testing, stratified.
 
     `digits_0to4` keeps the classes 0 to 4 only. Images are uint8 (8 8 1), 0..255. Their order is fixed and mixed.
@@ -110,12 +92,11 @@ class DigitsSource:
     exif_rotated = False
 
     def __init__(self, dataset: str, split: str):
-        self.num_classes = 5 if dataset == "digits_0to4" else 10
-        self.class_names = tuple(str(digit) for digit in range(self.num_classes))
-        self.features = {"image": Image(), "label": Label(self.class_names)}
+        names = tuple("01234" if dataset == "digits_0to4" else "0123456789")
+        self.features = {"image": Image(), "label": Label(names)}
         splits = {}
         for name, (images, labels) in _digits().items():
-            kept = labels < self.num_classes
+            kept = labels < len(names)
             splits[name] = images[kept], labels[kept]
         name, part = split_range(split, {name: len(labels) for name, (_, labels) in splits.items()})
         self._images, self._labels = (array[part.start : part.stop] for array in splits[name])
@@ -144,7 +125,7 @@ def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": (train_images, train_labels), "test": (test_images, test_labels)}
 
 
-class FolderSource:
+class FolderSource(Source):
     """A folder of images, as {train,test}/{class}/image or only {class}/image; the class folders may have sub-folders.
 
     `test` may also be called `val` or `validation`, and each of these names finds whichever there is. Where there is
@@ -165,9 +146,7 @@ class FolderSource:
         tests = [name for name in TEST_NAMES if name in folders]
         asked = re.match(r"[\w-]*", split)[0]
         self._root = path
-        self.class_names = _training_classes(path, train)
-        self.num_classes = len(self.class_names)
-        self.features = {"image": Image(), "label": Label(self.class_names)}
+        self.features = {"image": Image(), "label": Label(_training_classes(path, train))}
 
         if train and tests:
             test = asked if asked in tests else tests[0]

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.features import Image, Label, Labels
+from vit_jax.data.features import Image, Label, Labels, Source
 from vit_jax.errors import UserError
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
 _RESTORE = "Restore that file, or delete the folder and prepare the dataset again."
 
 
-class TfdsSource:
+class TfdsSource(Source):
     """The images and labels of one split of a prepared tfds dataset, in the order of its record files.
 
     `name` is `dataset`, `dataset/config` or either with `:version` (the newest prepared version otherwise). `split` is
@@ -50,14 +50,12 @@ class TfdsSource:
             raise UserError(f"{folder} is not a readable tfds dataset: {error}. Prepare it again.") from error
 
         self._name, self._split = name, split
-        self._features, self._label = _image_and_label(builder.info)
+        self._tfds_features, self._label = _image_and_label(builder.info)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
-        feature = self._features[self._label]
+        feature = self._tfds_features[self._label]
         self._multi_label = isinstance(feature, tfds.features.Sequence)
-        self.class_names: tuple[str, ...] = tuple(feature.feature.names if self._multi_label else feature.names)
-        self.num_classes: int = len(self.class_names)
-        label = {"labels": Labels(self.class_names)} if self._multi_label else {"label": Label(self.class_names)}
-        self.features = {"image": Image()} | label
+        classes = Labels(tuple(feature.feature.names)) if self._multi_label else Label(tuple(feature.names))
+        self.features = {"image": Image(), "labels" if self._multi_label else "label": classes}
         file_format = _choose_format(builder)
         instructions = _file_instructions(builder.info, split)
         self._files = [os.fspath(i.filename) for i in instructions]
@@ -84,7 +82,7 @@ class TfdsSource:
             raise IndexError(f"{self.where(index)}: there are {len(self)} examples")
         try:
             record = self._records[int(index)]
-            example = self._features.deserialize_example_np(record, decoders=self._decoders)
+            example = self._tfds_features.deserialize_example_np(record, decoders=self._decoders)
             image, label = bytes(example["image"]), example[self._label]
             if self._multi_label:
                 return {"image": image, "labels": tuple(int(x) for x in label)}

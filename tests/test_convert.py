@@ -30,7 +30,8 @@ def workdir(tmp_path_factory) -> Path:
     checkpoint.save(small.random_params(models.build("ViT", FIELDS), small.random_images(*SIZE)), folder / "model.npz")
     description = {"model_name": "mine", "model_type": "ViT", "model": FIELDS, "image_size": SIZE, "grid": (4, 3)}
     pixels = {"mean": [110.0, 120.0, 130.0], "std": [50.0, 60.0, 70.0]}
-    describe.write(folder / "model.npz", description | pixels | {"class_names": peers.NAMES})
+    description |= pixels | {"class_names": peers.NAMES}
+    describe.write(folder / "model.npz", describe.Description(**description))
     return folder
 
 
@@ -50,7 +51,7 @@ def test_convert_tells_what_it_read_and_checks_what_it_wrote(capsys, tmp_path, w
     assert lines["classes"] == "5: ape, bear, cat, dög, …"
     assert float(lines["checked"].split()[-1]) < 1e-6
     again = checkpoint.open_checkpoint(lines["wrote"])
-    assert again.description["class_names"] == peers.NAMES
+    assert list(again.description.class_names) == peers.NAMES
     for name, x in np.load(workdir / "model.npz").items():
         np.testing.assert_array_equal(again.flat[name], x)
 

@@ -44,7 +44,8 @@ def write_model(folder, variant="token", resize="bicubic_antialias"):
     params = small.random_params(model, small.random_images(*SIZE))
     description = {"model_type": "ViT", "model": fields, "image_size": SIZE, "grid": GRID, "mean": MEAN, "std": STD}
     checkpoint.save(params, folder / "model.npz")
-    describe.write(folder / "model.npz", description | {"resize": resize, "class_names": list("abcde")})
+    description |= {"resize": resize, "class_names": list("abcde")}
+    describe.write(folder / "model.npz", describe.Description(**description))
     return model, params
 
 
@@ -164,7 +165,8 @@ def test_a_mixer_has_one_size_only(photos, tmp_path):
     params = small.random_params(model, small.random_images(*SIZE))
     checkpoint.save(params, tmp_path / "mixer.npz")
     description = {"model_type": "Mixer", "model": fields, "image_size": SIZE, "grid": (2, 3), "mean": MEAN, "std": STD}
-    describe.write(tmp_path / "mixer.npz", description | {"class_names": list("abcdefg")})
+    description |= {"class_names": list("abcdefg")}
+    describe.write(tmp_path / "mixer.npz", describe.Description(**description))
     arguments = f"--model={tmp_path / 'mixer.npz'}", f"--out={tmp_path / 'f.npz'}", "--kind=both", photos
     run(*arguments)
     cls, patches = by_hand(model, params, PIXELS)

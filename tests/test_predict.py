@@ -39,7 +39,7 @@ def write_model(path, **changes):
     """A model with random parameters at `path`, and its description; returns the parameters."""
     params = small.random_params(models.build("ViT", FIELDS), small.random_images(*SIZE))
     checkpoint.save(params, path)
-    describe.write(path, DESCRIPTION | changes)
+    describe.write(path, describe.Description(**DESCRIPTION | changes))
     return params
 
 

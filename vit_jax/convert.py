@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = checkpoint.write_checkpoint(opened, args.destination, args.to)
     print(f"wrote       {written}")
     again = checkpoint.open_checkpoint(written)
-    if opened.description["image_size"] is None:
+    if opened.description.image_size is None:
         print("unchecked   the grid of its patches is unknown, so that no image can be run through it")
         return 0
     difference = compare(opened, again)
@@ -40,18 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(opened: checkpoint.Opened) -> list[str]:
     """A few lines on what is inside a checkpoint."""
     d = opened.description
-    model, names = d["model"], d["class_names"]
+    model, names = d.model, d.class_names
     count = sum(math.prod(x.shape) for x in opened.flat.values())
-    size = "x".join(map(str, d["image_size"])) if d["image_size"] else "unknown"
-    grid = "x".join(map(str, d["grid"])) if d["grid"] else "unknown"
+    size = "x".join(map(str, d.image_size)) if d.image_size else "unknown"
+    grid = "x".join(map(str, d.grid)) if d.grid else "unknown"
     fields = {k: v for k, v in model.items() if k not in ("model_name", "transformer", "num_classes")}
     told = {k: v for k, v in (fields | model.get("transformer", {})).items() if v not in (None, False, 0)}
     lines = [
         f"source      {opened.path}",
         f"family      {opened.family}",
-        f"model       {d['model_type']}: {', '.join(f'{k}={v}' for k, v in told.items())}",
+        f"model       {d.model_type}: {', '.join(f'{k}={v}' for k, v in told.items())}",
         f"parameters  {count:,}",
-        f"image       {size} px, patches {grid}, mean {_short(d['mean'])}, std {_short(d['std'])} of 255",
+        f"image       {size} px, patches {grid}, mean {_short(d.mean)}, std {_short(d.std)} of 255",
     ]
     classes = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return [*lines, f"classes     {f'{len(names)}: {classes}' if names else 'none, features only'}"]
@@ -62,11 +62,11 @@ def compare(a: checkpoint.Opened, b: checkpoint.Opened) -> float:
     results = []
     for opened in (a, b):
         d = opened.description
-        model = models.build(d["model_type"], d["model"])
-        image = np.random.default_rng(0).normal(size=(1, *a.description["image_size"], 3)).astype(np.float32)
+        model = models.build(d.model_type, d.model)
+        image = np.random.default_rng(0).normal(size=(1, *a.description.image_size, 3)).astype(np.float32)
         wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
         checkpoint.check_fit(opened.params, wanted, opened.path)
-        method = "__call__" if d["model"].get("num_classes") else "features"
+        method = "__call__" if d.model.get("num_classes") else "features"
         output = jax.jit(functools.partial(model.apply, method=method))({"params": opened.params}, image)
         parts = [output] if method == "__call__" else [output["patches"], output["cls"]]
         results.append(np.concatenate([np.ravel(part) for part in parts if part is not None]))

@@ -101,15 +101,15 @@ def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = 
     """
     opened = checkpoint.open_checkpoint(workdir.find_npz(source))
     description = opened.description
-    fields = {**description["model"], "num_classes": None}
+    fields = {**description.model, "num_classes": None}
     if "representation_size" in fields:
         fields["representation_size"] = None
-    model = models.build(description["model_type"], fields)
-    if size is None and description["image_size"] is None:
+    model = models.build(description.model_type, fields)
+    if size is None and description.image_size is None:
         raise UserError(f"{source} does not tell the size of its images: give --size=H,W in pixels")
     if size is not None and isinstance(model, models.VisionTransformer) and model.resnet is None:
         _check_whole_patches(size, tuple(model.patches["size"]))
-    image_size = tuple(size or description["image_size"])
+    image_size = tuple(size or description.image_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_size, 3)))["params"]
     params = checkpoint.load_pretrained(
         pretrained_path=opened,
@@ -117,10 +117,10 @@ def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = 
         model_config=fields,
         grid=patch_grid(model, image_size),
     )
-    how = dict(description.get("preprocessing", {}))
+    how = dict(description.preprocessing)
     if how.get("resize_to"):  # the same part of the image, at any size
-        how["resize_to"] = round(how["resize_to"] * min(image_size) / min(description["image_size"]))
-    mean, std, has_cls = description["mean"], description["std"], "cls" in params
+        how["resize_to"] = round(how["resize_to"] * min(image_size) / min(description.image_size))
+    mean, std, has_cls = description.mean, description.std, "cls" in params
     return Extractor(model, jax.tree.map(jnp.asarray, params), image_size, mean, std, has_cls, how)
 
 

@@ -70,25 +70,25 @@ def load_classifier(source: str | os.PathLike, *, model_name: str | None = None)
     """
     opened = checkpoint.open_checkpoint(workdir.find_npz(source))
     description = opened.description
-    if not description["model"].get("num_classes"):
+    if not description.model.get("num_classes"):
         raise UserError(f"{source} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
-    if description["image_size"] is None:
+    if description.image_size is None:
         raise UserError(f"{source} has position embeddings that are no square, and no model.json tells their grid")
-    if "unpooled" in description["model"].get("classifier", ""):
-        raise UserError(f"{source} scores every token ({known['model']['classifier']}), not the image as a whole")
-    model = models.build(description["model_type"], description["model"])
+    if "unpooled" in description.model.get("classifier", ""):
+        raise UserError(f"{source} scores every token ({description.model['classifier']}), not the image as a whole")
+    model = models.build(description.model_type, description.model)
     if model_name:
-        representation = {"representation_size": description["model"].get("representation_size")}
+        representation = {"representation_size": description.model.get("representation_size")}
         overrides = representation if model_name in zoo.VIT else {}
-        model = models.get_model(model_name, num_classes=description["model"]["num_classes"], **overrides)
+        model = models.get_model(model_name, num_classes=description.model["num_classes"], **overrides)
     classifier = Classifier(
         model,
         opened.params,
-        description["class_names"],
-        tuple(description["image_size"]),
-        description["mean"],
-        description["std"],
-        description.get("preprocessing", {}),
+        description.class_names,
+        tuple(description.image_size),
+        description.mean,
+        description.std,
+        description.preprocessing,
     )
     _check_fits(classifier, opened.path)
     return classifier

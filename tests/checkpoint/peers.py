@@ -112,7 +112,7 @@ def timm(name: str, folder: Path, **changes):
 
 def ours(opened, images) -> tuple:
     """(logits or None, class token or None, patch tokens) of an opened checkpoint."""
-    model = models.build(opened.description["model_type"], opened.description["model"])
+    model = models.build(opened.description.model_type, opened.description.model)
 
     def run(params, x):
         logits = model.apply({"params": params}, x) if model.num_classes else None
@@ -154,4 +154,4 @@ def assert_same(opened, model, images) -> float:
 
 def images(opened, seed: int = 1) -> np.ndarray:
     """Random images of the checkpoint's own size."""
-    return small.random_images(*opened.description["image_size"])
+    return small.random_images(*opened.description.image_size)

@@ -25,9 +25,9 @@ DESCRIPTION = {
 def test_a_description_comes_back_as_it_was(tmp_path):
     path = tmp_path / "Ti_16-i21k-lr_0.001-sd_0.0.npz"
     assert describe.read(path) is None
-    describe.write(path, DESCRIPTION)
+    describe.write(path, describe.Description(**DESCRIPTION))
     assert (tmp_path / "Ti_16-i21k-lr_0.001-sd_0.0.json").exists()
-    assert describe.read(path) == DESCRIPTION
+    assert describe.read(path) == describe.Description(**DESCRIPTION)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_description_belongs_to_one_file(tmp_path, files, described_by):
     for name in files:
         (tmp_path / name).write_text(json.dumps(DESCRIPTION | {"dataset": name}))
     found = describe.read(tmp_path / "a.npz")
-    assert (found and found["dataset"]) == described_by
+    assert (found and found.dataset) == described_by
 
 
 @pytest.mark.parametrize(

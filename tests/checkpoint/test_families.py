@@ -1,5 +1,6 @@
 """Every family of checkpoints against the library that it belongs to, there and back."""
 
+import dataclasses
 import json
 import re
 
@@ -47,7 +48,7 @@ def random_vit(folder, *, size=peers.SIZE, **fields):
         "std": [50.0, 60.0, 70.0],
         "class_names": NAMES if model.num_classes else [],
     }
-    describe.write(path, description)
+    describe.write(path, describe.Description(**description))
     return checkpoint.open_checkpoint(path)
 
 
@@ -59,7 +60,7 @@ def test_a_model_of_transformers_is_the_same_here(tmp_path, name):
     model = peers.hf(name, tmp_path)
     opened = checkpoint.open_checkpoint(tmp_path)
     peers.assert_same(opened, model, peers.images(opened))
-    assert opened.description["class_names"] == (NAMES if "Classification" in name else [])
+    assert list(opened.description.class_names) == (NAMES if "Classification" in name else [])
     if name == "DeiTForImageClassification":
         return  # its unread distillation token has become a register, for which transformers' ViT has no place
     assert_bits_equal(readers.read(checkpoint.write_checkpoint(opened, tmp_path / "back", "hf")), readers.read(tmp_path))
@@ -69,7 +70,7 @@ def test_the_pooler_of_transformers_is_the_representation(tmp_path):
     model = peers.hf("ViTModel", tmp_path)
     opened = checkpoint.open_checkpoint(tmp_path)
     x = peers.images(opened)
-    mine = small.apply(models.build("ViT", opened.description["model"]), opened.params, x)
+    mine = small.apply(models.build("ViT", opened.description.model), opened.params, x)
     np.testing.assert_allclose(mine, peers.torch_peer().run(model, x).pooler_output, atol=1e-5, rtol=0)
 
 
@@ -127,11 +128,11 @@ def test_dinov2_at_another_size_is_that_of_transformers(tmp_path, name, size):
     model = peers.hf(name, tmp_path)
     opened = checkpoint.open_checkpoint(tmp_path)
     registers = "Registers" in name
-    assert opened.description["resize"] == ("bicubic_antialias" if registers else "bicubic_offset")
-    if not registers:
-        opened.description["resize"] = "bicubic"  # transformers' port lacks the official offset of 0.1
+    assert opened.description.resize == ("bicubic_antialias" if registers else "bicubic_offset")
+    if not registers:  # transformers' port lacks the official offset of 0.1
+        opened = dataclasses.replace(opened, description=dataclasses.replace(opened.description, resize="bicubic"))
     x = small.random_images(*size)
-    fields = opened.description["model"]
+    fields = opened.description.model
     params = small.shapes(models.build("ViT", fields), x)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     grid = size[0] // 8, size[1] // 8
@@ -182,8 +183,8 @@ def test_a_file_of_big_vision_is_the_same_here(tmp_path, fields, form):
     checkpoint.save(big_vision(flat, **form) | other, tmp_path / "bv.npz")
     opened = checkpoint.open_checkpoint(tmp_path / "bv.npz")
     assert_bits_equal(opened.flat, flat)
-    assert opened.description["image_size"] == [side, side]
-    reopened_model = models.build("ViT", opened.description["model"])
+    assert list(opened.description.image_size) == [side, side]
+    reopened_model = models.build("ViT", opened.description.model)
     np.testing.assert_array_equal(small.apply(reopened_model, opened.params, x), small.apply(model, params, x))
 
 
@@ -251,9 +252,9 @@ def test_what_is_written_opens_in_transformers_and_comes_back(tmp_path, case):
     lost = {n: x for n, x in reopened(again, tmp_path, "npz").flat.items() if n != "extras/mask_token"}
     assert_bits_equal(opened.flat, lost)
     for key in ("image_size", "grid", "class_names"):
-        assert list(again.description[key]) == list(opened.description[key])
+        assert list(getattr(again.description, key)) == list(getattr(opened.description, key))
     for key in ("mean", "std"):
-        np.testing.assert_allclose(again.description[key], opened.description[key], rtol=1e-12)
+        np.testing.assert_allclose(getattr(again.description, key), getattr(opened.description, key), rtol=1e-12)
 
 
 @pytest.mark.parametrize("case", TO_TIMM)
@@ -264,12 +265,12 @@ def test_what_is_written_opens_in_timm_and_comes_back(tmp_path, case):
     again = reopened(opened, tmp_path, "timm")
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     peers.assert_same(opened, model, peers.images(opened))
-    assert model.pretrained_cfg["label_names"] == opened.description["class_names"]
+    assert model.pretrained_cfg["label_names"] == list(opened.description.class_names)
     assert tuple(model.pretrained_cfg["input_size"]) == (3, *peers.SIZE)
     assert again.family == "timm ViT"
     assert_bits_equal(opened.flat, reopened(again, tmp_path, "npz").flat)
-    assert again.description["class_names"] == opened.description["class_names"]
-    np.testing.assert_allclose(again.description["std"], opened.description["std"], rtol=1e-12)
+    assert again.description.class_names == opened.description.class_names
+    np.testing.assert_allclose(again.description.std, opened.description.std, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +379,8 @@ def test_full_size_layouts_fit_by_names_and_shapes(monkeypatch, tmp_path, case):
     (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(readers, "read", lambda path: {name: nothing(shape) for name, shape in shapes.items()})
     opened = checkpoint.open_checkpoint(tmp_path)
-    assert tuple(opened.description["image_size"]) == size
-    wanted = small.shapes(models.build("ViT", opened.description["model"]), nothing((1, *size, 3)))
+    assert tuple(opened.description.image_size) == size
+    wanted = small.shapes(models.build("ViT", opened.description.model), nothing((1, *size, 3)))
     checkpoint.check_fit(opened.params, wanted, case)
     total = sum(x.size for x in opened.flat.values())
     assert total == count if isinstance(count, int) else abs(total - count) < 5e-4 * count

@@ -31,8 +31,8 @@ def saved(folder, model, grid=(4, 4), *, described=False):
     path = folder / "file.npz"
     checkpoint.save(params_of(model, grid), path)
     if described:
-        rest = ("model_type", "model", "image_size", "mean", "std", "class_names")
-        describe.write(path, dict.fromkeys(rest) | {"grid": grid})
+        rest = {"model_type": "ViT", "model": {}, "image_size": None, "mean": (), "std": (), "class_names": ()}
+        describe.write(path, describe.Description(**rest, grid=grid))
     return path
 
 

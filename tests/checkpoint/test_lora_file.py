@@ -21,7 +21,8 @@ FIELDS = {"model_type": "ViT", "model": {}, "mean": [127.5] * 3, "std": [127.5] 
 def write_base(path, model):
     params = small.random_params(model, small.random_images(16, 16))
     checkpoint.save(params, path)
-    describe.write(path, FIELDS | {"image_size": [16, 16], "grid": [2, 2], "class_names": list("abcdefg")})
+    described = FIELDS | {"image_size": [16, 16], "grid": [2, 2], "class_names": list("abcdefg")}
+    describe.write(path, describe.Description(**described))
 
 
 def train(folder, train=("head/.*",), targets=TARGETS):
@@ -36,13 +37,15 @@ def train(folder, train=("head/.*",), targets=TARGETS):
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: np.asarray(x + rng.normal(size=x.shape), np.float32), trained)
     description = FIELDS | {"image_size": [24, 24], "grid": [3, 3], "class_names": list("xyz"), "step": 10}
+    description = describe.Description(**description)
     save = {"base": base, "alpha": 3, "targets": targets, "description": description}
     lora_file.save_adapter(folder / "run" / "adapter.npz", trained, frozen, **save)
     return trainable.merge(trained, frozen), description
 
 
 def opened(folder):
-    return lora_file.open_adapter(folder / "run" / "adapter.npz", checkpoint.open_checkpoint)
+    found = checkpoint.open_checkpoint(folder / "run" / "adapter.npz")
+    return found.flat, found.description
 
 
 def facts(folder, **changes):
@@ -72,7 +75,7 @@ def test_base_and_adapter_give_the_trained_model_bit_for_bit(tmp_path, own, targ
     assert set(flat) == set(expected) and not any(name.startswith("pre_logits") for name in flat)
     for name, x in expected.items():
         assert flat[name].dtype == np.float32 and flat[name].tobytes() == np.asarray(x).tobytes(), name
-    assert found == json.loads(json.dumps(description))
+    assert found == description
 
 
 def test_only_what_the_base_does_not_hold_is_stored_under_published_names(tmp_path):
@@ -82,11 +85,10 @@ def test_only_what_the_base_does_not_hold_is_stored_under_published_names(tmp_pa
     assert set(stored) == lora | {"head/kernel", "head/bias", POSITIONS}
     assert stored[f"lora/{QUERY.format(0)}/a"].shape == (32, 2)
     assert lora_file.is_adapter(stored) and not lora_file.is_adapter(dict(np.load(tmp_path / "base.npz")))
-    kept, description = lora_file.load_adapter(tmp_path / "run" / "adapter.npz")
-    np.testing.assert_array_equal(kept["head"]["kernel"], stored["head/kernel"])
-    told = description["adapter"]
-    assert told["base"] == str((tmp_path / "base.npz").resolve()) and told["targets"] == TARGETS
-    assert (told["rank"], told["alpha"]) == (2, 3)
+    told = lora_file.read_adapter(tmp_path / "run" / "adapter.npz", stored)
+    np.testing.assert_array_equal(told.stored["head/kernel"], stored["head/kernel"])
+    assert told.base == str((tmp_path / "base.npz").resolve()) and told.targets == TARGETS
+    assert (told.rank, told.alpha) == (2, 3)
 
 
 def test_a_base_that_is_gone_is_named_and_may_move(tmp_path):

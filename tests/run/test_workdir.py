@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from vit_jax.checkpoint.describe import Description
 from vit_jax.errors import UserError
 from vit_jax.run.workdir import check_classes, claim, find_npz, origin
 from vit_jax.settings import Preprocessing, Settings
@@ -120,11 +121,13 @@ def test_find_npz_takes_a_file_as_it_is_and_looks_into_a_workdir(tmp_path, monke
 
 
 def test_other_classes_or_another_order_are_refused_and_an_origin_is_remembered(tmp_path):
-    claim(tmp_path, SETTINGS, CLASSES, {"mean": [1.0]})
+    rest = {"model_type": "ViT", "model": {}, "image_size": (8, 8), "grid": (1, 1), "std": (2.0,), "class_names": ("a",)}
+    start = Description(mean=(1.0,), **rest)
+    claim(tmp_path, SETTINGS, CLASSES, start)
     assert origin(tmp_path) is None  # there are no results yet: whoever comes next starts anew
     check_classes(tmp_path, ("cow",))
     (tmp_path / "model.npz").touch()
-    assert origin(tmp_path) == {"mean": [1.0]}
+    assert origin(tmp_path) == start
     check_classes(tmp_path, CLASSES)
     with pytest.raises(UserError, match="knows the classes cat, dog, the dataset has dog, cat"):
         check_classes(tmp_path, ("dog", "cat"))

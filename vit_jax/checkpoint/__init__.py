@@ -1,11 +1,14 @@
 """Parameter files: read them, write them, fit them to a new task."""
 
+from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.export import write_checkpoint
 from vit_jax.checkpoint.fit import augreg_filename, check_fit, interpolate_posembed, load_pretrained
 from vit_jax.checkpoint.npz import load, save
-from vit_jax.checkpoint.opening import Opened, open_checkpoint
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.checkpoint.opening import open_checkpoint
 
 __all__ = [
+    "Description",
     "Opened",
     "augreg_filename",
     "check_fit",

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.numpy import save as to_safetensors
 
 from vit_jax.checkpoint import describe, huggingface, npz, rules, timm
-from vit_jax.checkpoint.opening import Opened
+from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import write_atomically
 
@@ -37,11 +37,11 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         npz.save(opened.flat, path)
         describe.write(path, opened.description)
         return path
-    if opened.description["model_type"] != "ViT":
-        raise UserError(f"{to} has no layout for a {opened.description['model_type']} here: use --to=npz")
-    if opened.description["image_size"] is None:
+    if opened.description.model_type != "ViT":
+        raise UserError(f"{to} has no layout for a {opened.description.model_type} here: use --to=npz")
+    if opened.description.image_size is None:
         raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
-    transformer = opened.description["model"]["transformer"]
+    transformer = opened.description.model["transformer"]
     layer_scale = bool(transformer.get("layer_scale"))
     family = {"hf": huggingface.DINOV2 if layer_scale else huggingface.VIT, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
     table = family.rules(transformer.get("activation") == "swiglu")

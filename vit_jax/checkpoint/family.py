@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.rules import Flat, Rule
 from vit_jax.errors import UserError
 
@@ -27,6 +28,7 @@ class Facts:
     mean: tuple[float, ...] = HALF[0]
     std: tuple[float, ...] = HALF[1]
     class_names: tuple[str, ...] | None = None
+    model_type: str = "ViT"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Family:
     normalize: Callable[[Flat], Flat] = dict
     fold: Callable[[Flat, Facts], Flat] = lambda flat, facts: flat
     unfold: Callable[[Flat], Flat] = dict
-    export: Callable[[Mapping[str, Any], Flat], dict[str, Any]] | None = None
+    export: Callable[[Description, Flat], dict[str, Any]] | None = None
     rename: Callable[[str, Flat], str] = lambda name, ours: name
 
 

@@ -12,9 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from vit_jax.checkpoint import describe, npz
+from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import POSITIONS
 from vit_jax.checkpoint.hub import fetch
-from vit_jax.checkpoint.opening import Opened, open_checkpoint
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.checkpoint.opening import open_checkpoint
 from vit_jax.checkpoint.resize import resize
 from vit_jax.errors import UserError, unknown
 
@@ -136,7 +138,7 @@ def _architecture(row: Mapping[str, str]) -> str:
     return row["filename"].split("-")[0]
 
 
-def _adapt_positions(loaded: dict, wanted: dict, description: Mapping[str, Any], grid: Grid | None) -> None:
+def _adapt_positions(loaded: dict, wanted: dict, description: Description, grid: Grid | None) -> None:
     """Changes `loaded` in place: its tokens in front and position embeddings become those that `wanted` has room for."""
     old, new = np.asarray(loaded[POSITIONS]), wanted[POSITIONS]
     if old.ndim != 3 or old.shape[-1] != new.shape[-1]:
@@ -153,12 +155,12 @@ def _adapt_positions(loaded: dict, wanted: dict, description: Mapping[str, Any],
     count, first = patches.shape[1], len(in_model)
     grid = tuple(grid or _square(new.shape[1] - first))
     same = grid[0] * grid[1] == count  # an unknown grid that is not square is taken for the model's own, if it fits
-    old_grid = tuple(description["grid"] or (grid if same else _square(count)))
+    old_grid = tuple(description.grid or (grid if same else _square(count)))
     if old_grid[0] * old_grid[1] != count:
         raise UserError(f"{count} position embeddings of patches do not fit the grid of {old_grid[0]}x{old_grid[1]}")
     table = np.concatenate([*(np.asarray(slots[name], old.dtype) for name in in_model), patches], axis=1)
     if old_grid != grid:
-        rule = description.get("resize", "bilinear")
+        rule = description.resize
         log.info("position embeddings: %dx%d → %dx%d, %s", *old_grid, *grid, rule)
         table = interpolate_posembed(
             table, new.shape[1], bool(first), old_grid=old_grid, grid=grid, num_prefix=first, rule=rule

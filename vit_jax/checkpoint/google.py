@@ -82,7 +82,7 @@ def _mixer_facts(flat: Flat, classes: int | None) -> Facts:
         "tokens_mlp_dim": tokens_mlp_dim,
         "channels_mlp_dim": flat["MixerBlock_0/channel_mixing/Dense_0/kernel"].shape[-1],
     }
-    return Facts(model, (side * p, side * q), "bilinear")
+    return Facts(model, (side * p, side * q), "bilinear", model_type="Mixer")
 
 
 def _unstack(flat: Flat) -> Flat:

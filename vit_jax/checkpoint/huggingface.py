@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax.checkpoint import rules
+from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import (
     ATTENTION,
     BLOCK,
@@ -141,15 +142,15 @@ def _number_or_list(size: Sequence[int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
-def _export(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
+def _export(description: Description, ours: Flat) -> dict[str, Any]:
     """config.json and preprocessor_config.json of transformers. Raises UserError for what its ViT cannot express."""
-    model, transformer = description["model"], description["model"]["transformer"]
+    model, transformer = description.model, description.model["transformer"]
     dinov2 = bool(transformer.get("layer_scale"))
     distilled = "dist" in ours
     kind = ("dinov2_with_registers" if model.get("num_registers") else "dinov2") if dinov2 else "deit" if distilled else "vit"
-    _check_expressible(model, description["grid"], kind)
-    names, head = description["class_names"], "head/kernel" in ours
-    size = description["image_size"]
+    _check_expressible(model, description.grid, kind)
+    names, head = description.class_names, "head/kernel" in ours
+    size = description.image_size
     config = {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind][head]],
@@ -186,8 +187,8 @@ def _export(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [x / 255 for x in description["mean"]],
-        "image_std": [x / 255 for x in description["std"]],
+        "image_mean": [x / 255 for x in description.mean],
+        "image_std": [x / 255 for x in description.std],
     }
     return {"config.json": config, "preprocessor_config.json": preprocessor}
 

@@ -3,20 +3,20 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoint import describe, npz, readers
+from vit_jax.checkpoint import describe, npz
+from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError
 from vit_jax.optimize import trainable
-
-if TYPE_CHECKING:  # it imports this module
-    from vit_jax.checkpoint.opening import Opened
 
 FAMILY = "LoRA adapter"
 FILE = "adapter.npz"
@@ -40,7 +40,25 @@ class Base(NamedTuple):
     without: tuple[str, ...]
 
 
-def base_of(source: str | os.PathLike, opened: "Opened", params: Mapping[str, Any]) -> Base:
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA run's file as it is stored: `path`, its flat arrays, the description of the merged model, and its facts.
+
+    `base` and `fingerprint` tell the checkpoint that it belongs to, `without` which of its parameters are not wanted.
+    """
+
+    path: Path
+    stored: Flat
+    description: Description
+    base: str
+    fingerprint: str
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    without: Sequence[str]
+
+
+def base_of(source: str | os.PathLike, opened: Opened, params: Mapping[str, Any]) -> Base:
     """What a model with `params`, made from `opened`, takes from it. UserError if that is an adapter itself."""
     if opened.family == FAMILY:
         raise no_base(opened.path)
@@ -76,7 +94,7 @@ def save_adapter(
     base: Base,
     alpha: float,
     targets: Sequence[str],
-    description: Mapping[str, Any],
+    description: Description,
 ) -> None:
     """Writes what `adapters.add_lora` gave and training changed: `path`, an .npz, and its .json.
 
@@ -87,15 +105,14 @@ def save_adapter(
     rank = next(x.shape[-1] for name, x in trained.items() if name.startswith("lora/") and name.endswith("/a"))
     facts = {"base": base.source, "fingerprint": base.fingerprint, "rank": rank, "alpha": alpha}
     facts |= {"targets": list(targets), "without": list(base.without)}
-    describe.write(path, {**description, "adapter": facts})
+    describe.write(path, description, adapter=facts)
     npz.save(trained | {name: x for name, x in frozen.items() if name in base.changed}, path)
 
 
-def load_adapter(path: str | os.PathLike) -> tuple[npz.Params, dict[str, Any]]:
-    """(what is stored, nested; its description with the entry "adapter")."""
-    flat = readers.read_npz(path)
-    description = describe.read(path) or {}
-    facts = description.get("adapter")
+def read_adapter(path: Path, flat: Flat) -> Adapter:
+    """An adapter from its arrays and the JSON beside it. Raises UserError for a description that makes no sense."""
+    content = describe.read_json(path) or {}
+    facts = content.get("adapter")
     where = Path(path).with_suffix(".json")
     if not isinstance(facts, dict):
         raise UserError(f"{path} is a LoRA adapter, and {where.name} beside it must tell its base: bring both files")
@@ -103,7 +120,8 @@ def load_adapter(path: str | os.PathLike) -> tuple[npz.Params, dict[str, Any]]:
         raise UserError(f'{where}: "adapter" lacks {", ".join(wrong)}, or has another type there')
     if facts["rank"] < 1 or not 0 < facts["alpha"] < math.inf:
         raise UserError(f'{where}: "adapter" has rank={facts["rank"]}, alpha={facts["alpha"]}; both must be above 0')
-    return unflatten_dict(flat, sep="/"), description
+    description = describe.Description.from_json(content, where)
+    return Adapter(path=path, stored=flat, description=description, **{name: facts[name] for name in _FACTS})
 
 
 def is_adapter(flat: Mapping[str, Any]) -> bool:
@@ -111,22 +129,16 @@ def is_adapter(flat: Mapping[str, Any]) -> bool:
     return any(name.startswith("lora/") for name in flat)
 
 
-def open_adapter(path: Path, open_base: Callable[[str], "Opened"]) -> tuple[Flat, dict[str, Any]]:
-    """(flat parameters of the merged model, in float32; its description). UserError if the base is gone or another."""
-    stored, description = load_adapter(path)
-    facts = description.pop("adapter")
-    try:
-        base = open_base(facts["base"])
-    except UserError as e:
-        moved = f'If it has moved, say where to in "base" of {Path(path).with_suffix(".json")}'
-        raise UserError(f"{path} belongs to {facts['base']}, which cannot be opened: {e}\n{moved}") from e
-    if fingerprint(base.flat) != facts["fingerprint"]:
-        raise UserError(f"{path} was trained on other parameters than {facts['base']} holds now: bring back the old file")
-    frozen = {name: np.asarray(x, np.float32) for name, x in base.flat.items() if name not in facts["without"]}
-    own = flatten_dict(stored, sep="/")
-    _check_lora(path, own, frozen | own, facts["rank"])
-    frozen["lora/scale"] = trainable.scale(facts["alpha"], facts["rank"])
-    return flatten_dict(trainable.merge(stored, unflatten_dict(frozen, sep="/")), sep="/"), description
+def merge(adapter: Adapter, base: Flat) -> Flat:
+    """The flat parameters of the model that an adapter and its base make, in float32. UserError for another base."""
+    path, stored = adapter.path, adapter.stored
+    if fingerprint(base) != adapter.fingerprint:
+        raise UserError(f"{path} was trained on other parameters than {adapter.base} holds now: bring back the old file")
+    frozen = {name: np.asarray(x, np.float32) for name, x in base.items() if name not in adapter.without}
+    _check_lora(path, stored, frozen | stored, adapter.rank)
+    frozen["lora/scale"] = trainable.scale(adapter.alpha, adapter.rank)
+    nested = (unflatten_dict(flat, sep="/") for flat in (stored, frozen))
+    return flatten_dict(trainable.merge(*nested), sep="/")
 
 
 def _check_lora(path: Path, stored: Flat, model: Flat, rank: int) -> None:

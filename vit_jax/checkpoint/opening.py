@@ -4,44 +4,21 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from vit_jax.checkpoint import describe, google, huggingface, lora_file, readers, rules, timm
+from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import Facts, Family
 from vit_jax.checkpoint.hub import fetch
-from vit_jax.checkpoint.npz import Params
+from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError
 
 GOOGLE = Family("Google npz", lambda swiglu: (), google.facts, normalize=google.normalize)
 log = logging.getLogger("vit_jax")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint under our names.
-
-    Attributes:
-      path: the local file or folder.
-      family: what it was.
-      flat: our flat names and arrays, `extras/…` (which no model here uses) included.
-      description: as in `model.json`, see `describe.read`; `resize` is the rule for position embeddings.
-    """
-
-    path: Path
-    family: str
-    flat: Flat
-    description: dict[str, Any]
-
-    @property
-    def params(self) -> Params:
-        """The model's parameters, nested."""
-        return unflatten_dict({n: x for n, x in self.flat.items() if not n.startswith("extras/")}, sep="/")
 
 
 def open_checkpoint(source: str | os.PathLike) -> Opened:
@@ -50,16 +27,22 @@ def open_checkpoint(source: str | os.PathLike) -> Opened:
     Raises UserError for all others.
     """
     path, arrays = _read(source)
-    if lora_file.is_adapter(arrays):
-        return Opened(path, lora_file.FAMILY, *lora_file.open_adapter(path, _open_base))
-    return _open(path, arrays)
+    if not lora_file.is_adapter(arrays):
+        return _open(path, arrays)
+    adapter = lora_file.read_adapter(path, arrays)
+    return Opened(path, lora_file.FAMILY, lora_file.merge(adapter, _open_base(adapter)), adapter.description)
 
 
-def _open_base(source: str) -> Opened:
-    path, arrays = _read(source)
-    if lora_file.is_adapter(arrays):
-        raise lora_file.no_base(path)
-    return _open(path, arrays)
+def _open_base(adapter: lora_file.Adapter) -> Flat:
+    """The parameters of an adapter's base."""
+    try:
+        path, arrays = _read(adapter.base)
+        if lora_file.is_adapter(arrays):
+            raise lora_file.no_base(path)
+        return _open(path, arrays).flat
+    except UserError as e:
+        moved = f'If it has moved, say where to in "base" of {adapter.path.with_suffix(".json")}'
+        raise UserError(f"{adapter.path} belongs to {adapter.base}, which cannot be opened: {e}\n{moved}") from e
 
 
 def _read(source: str | os.PathLike) -> tuple[Path, Flat]:
@@ -139,7 +122,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _description(facts: Facts, path: Path) -> dict[str, Any]:
+def _description(facts: Facts, path: Path) -> Description:
     model, classes = facts.model, facts.model["num_classes"]
     names = facts.class_names
     if classes and names is None:
@@ -147,14 +130,14 @@ def _description(facts: Facts, path: Path) -> dict[str, Any]:
     stride = 4 * 2 ** max(0, len(model["resnet"]["num_layers"]) - 1) if model.get("resnet") else 1
     size = facts.image_size
     grid = [length // (patch * stride) for length, patch in zip(size, model["patches"]["size"], strict=True)] if size else None
-    return {
-        "model_name": path.stem,
-        "model_type": "Mixer" if "num_blocks" in model else "ViT",
-        "model": model,
-        "image_size": list(size) if size else None,
-        "grid": grid,
-        "resize": facts.resize,
-        "mean": list(facts.mean),
-        "std": list(facts.std),
-        "class_names": list(names or []),
-    }
+    return Description(
+        model_name=path.stem,
+        model_type=facts.model_type,
+        model=model,
+        image_size=size,
+        grid=grid,
+        resize=facts.resize,
+        mean=facts.mean,
+        std=facts.std,
+        class_names=names or (),
+    )

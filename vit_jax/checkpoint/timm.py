@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoint import rules
+from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import (
     ATTENTION,
     BLOCK,
@@ -160,9 +161,9 @@ def _unchunk(flat: Flat) -> Flat:
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): x for name, x in kept.items()}
 
 
-def _export_timm(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
+def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
     """config.json as on the hub, for `timm.create_model("local-dir:FOLDER")`."""
-    model, transformer = description["model"], description["model"]["transformer"]
+    model, transformer = description.model, description.model["transformer"]
     classifier = model.get("classifier", "token")
     faults = {
         f"classifier={classifier}": classifier not in ("token", "gap", "distilled", "cls_mean"),
@@ -178,7 +179,7 @@ def _export_timm(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
     if wrong := [name for name, fault in faults.items() if fault]:
         raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
     p = model["patches"]["size"]
-    size, d = tuple(description["image_size"]), model["hidden_size"]
+    size, d = tuple(description.image_size), model["hidden_size"]
     pool = "avg" if classifier == "gap" else "token"
     activation = transformer.get("activation", "gelu_tanh")
     architecture = {"swiglu": "vit_giant_patch14_dinov2"}.get(activation, "vit_base_patch16_224")
@@ -199,8 +200,8 @@ def _export_timm(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
     } | ({} if activation == "swiglu" else {"act_layer": activation})
     cfg = {
         "input_size": (3, *size),
-        "mean": [x / 255 for x in description["mean"]],
-        "std": [x / 255 for x in description["std"]],
+        "mean": [x / 255 for x in description.mean],
+        "std": [x / 255 for x in description.std],
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "num_classes": model.get("num_classes") or 0,
@@ -214,7 +215,7 @@ def _export_timm(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
             "num_classes": model.get("num_classes") or 0,
             "num_features": d,
             "global_pool": pool,
-            "label_names": list(description["class_names"]),
+            "label_names": list(description.class_names),
             "model_args": args,
             "pretrained_cfg": cfg,
         }
@@ -232,9 +233,9 @@ def _unfold(ours: Flat) -> Flat:
     return ours
 
 
-def _export_dinov2(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]:
+def _export_dinov2(description: Description, ours: Flat) -> dict[str, Any]:
     """The official files tell nothing of themselves; heads that are not of width 64 are told by a config.json beside."""
-    model, transformer = description["model"], description["model"]["transformer"]
+    model, transformer = description.model, description.model["transformer"]
     faults = {
         "no class token": "cls" not in ours,
         "no LayerScale": not transformer.get("layer_scale"),
@@ -243,7 +244,7 @@ def _export_dinov2(description: Mapping[str, Any], ours: Flat) -> dict[str, Any]
         "q/k norm": transformer.get("qk_norm"),
         "fc_norm": model.get("fc_norm"),
         "a LayerNorm epsilon that is not 1e-6": transformer.get("norm_eps", 1e-6) != 1e-6,
-        "a grid that is not square": len(set(description["grid"])) > 1,
+        "a grid that is not square": len(set(description.grid)) > 1,
         "patches that are not square": len(set(model["patches"]["size"])) > 1,
     }
     if wrong := [name for name, fault in faults.items() if fault]:

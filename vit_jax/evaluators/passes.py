@@ -50,7 +50,7 @@ def check_classes(class_source: sources.Source, source: sources.Source) -> None:
     if tuple(class_source.class_names) != tuple(source.class_names):
         raise UserError(
             f"an evaluator's images, such as {source.where(0)}, have the classes {', '.join(source.class_names[:10])}, known "
-            f"are {', '.join(known.class_names[:10])}: they must be the same, in the same order"
+            f"are {', '.join(class_source.class_names[:10])}: they must be the same, in the same order"
         )
 
 

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Experiment:
     """What is trained and measured, on what, at which image size, and how it is optimised."""
 
     settings: Settings
-    origin: dict[str, Any] | None  # the description of the parameters it starts from, if `config.pretrained` names some
+    origin: checkpoint.Description | None  # the description of the parameters it starts from, if `config.pretrained` names some
     model_fields: dict[str, Any]
     model: nn.Module
     task: classify.Task
@@ -71,7 +71,7 @@ def build(settings: Settings, directory: Path, get_source: Callable[..., sources
         origin = checkpoint.open_checkpoint(workdir.find_npz(settings.pretrained)).description
     if not settings.model and origin is None:
         raise UserError(f"config.model is empty, and the run in {directory} began from nothing: repeat its --config")
-    fields, model_type = (settings.model, settings.model_type) if settings.model else (origin["model"], origin["model_type"])
+    fields, model_type = (settings.model, settings.model_type) if settings.model else (origin.model, origin.model_type)
     fields = {**fields, "num_classes": train_source.num_classes}
     if origin:
         fields = _with_numerics_of(origin, fields)
@@ -139,7 +139,7 @@ def _make_task(
     model: nn.Module,
     teacher: checkpoint.Opened | None,
     source: sources.Source,
-    mean_and_std: tuple[list[float], list[float]],
+    mean_and_std: tuple[Sequence[float], Sequence[float]],
 ) -> classify.Task:
     pixels = dict(zip(("mean", "std"), mean_and_std, strict=True))
     prepare = pipeline.make_prepare(settings, source.num_classes, **pixels)
@@ -149,28 +149,28 @@ def _make_task(
     _check_classes(teacher, source)
     return distill.make_task(
         model,
-        models.build(description["model_type"], description["model"] | {"dtype": settings.dtype}),
+        models.build(description.model_type, description.model | {"dtype": settings.dtype}),
         prepare,
         kind=settings.distill.kind,
         temperature=settings.distill.temperature,
         alpha=settings.distill.alpha,
-        teacher_mean=description["mean"],
-        teacher_std=description["std"],
+        teacher_mean=description.mean,
+        teacher_std=description.std,
         **pixels,
     )
 
 
-def _with_numerics_of(origin: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def _with_numerics_of(origin: checkpoint.Description, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields with the activation and epsilon that the parameters were trained with, whatever a recipe's table says."""
     transformer = dict(fields.get("transformer", {}))
     for name in ("activation", "norm_eps"):
-        theirs = origin["model"].get("transformer", {}).get(name)
+        theirs = origin.model.get("transformer", {}).get(name)
         if theirs is not None and transformer.get(name) != theirs:
             log.info("model    %s=%s, as in the checkpoint", name, theirs)
             transformer[name] = theirs
     if transformer:
         fields = fields | {"transformer": transformer}
-    return fields | {"model_name": fields.get("model_name") or origin["model_name"]}
+    return fields | {"model_name": fields.get("model_name") or origin.model_name}
 
 
 def _with_memory_options(fields: dict[str, Any], settings: Settings, parallelism: parallel.Parallelism) -> dict[str, Any]:
@@ -192,9 +192,9 @@ def make_parallelism(settings: Settings) -> parallel.Parallelism:
     return parallel.Mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, rules)
 
 
-def normalisation(origin: dict[str, Any] | None) -> tuple[list[float], list[float]]:
+def normalisation(origin: checkpoint.Description | None) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation, by channel of the 0..255 pixels, that parameters of this origin expect."""
-    return (origin["mean"], origin["std"]) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
+    return (origin.mean, origin.std) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
 
 
 def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -237,12 +237,12 @@ def _with_teacher(experiment: Experiment, state: State) -> State:
     if experiment.teacher is None:
         return state
     description = experiment.teacher.description
-    teacher = models.build(description["model_type"], description["model"])
+    teacher = models.build(description.model_type, description.model)
     shapes = jax.eval_shape(teacher.init, jax.random.key(0), jnp.zeros((1, *experiment.image_size, 3)))["params"]
     params = checkpoint.load_pretrained(
         pretrained_path=experiment.teacher,
         init_params=jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes),  # takes no memory
-        model_config=description["model"],
+        model_config=description.model,
         grid=patch_grid(teacher, experiment.image_size),
         keep_head=True,
     )
@@ -377,9 +377,9 @@ def pretrained_path(settings: Settings) -> str | Path | None:
 
 def _check_classes(opened: checkpoint.Opened, source: sources.Source) -> None:
     """A head of our own making must know the classes of the dataset; published ones call them by other names."""
-    description = opened.description["class_names"]
-    if "dataset" in opened.description and tuple(description) != tuple(source.class_names):
+    names, is_ours = opened.description.class_names, opened.description.dataset is not None
+    if is_ours and names != tuple(source.class_names):
         raise UserError(
-            f"{opened.path} knows the classes {', '.join(description[:10])}, "
+            f"{opened.path} knows the classes {', '.join(names[:10])}, "
             f"the dataset has {', '.join(source.class_names[:10])}: they must be the same, in the same order"
         )

@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vit_jax import checkpoint
+from vit_jax import checkpoint, models
 from vit_jax.checkpoint import describe, lora_file
+from vit_jax.checkpoint.describe import Description
 from vit_jax.optimize import parallel, trainable
 from vit_jax.optimize.step import State
 from vit_jax.run import pipeline
@@ -37,29 +38,30 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
         log.info("use it   python -m vit_jax.predict --model=%s IMAGE…", path.parent)
 
 
-def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any, described: dict[str, Any]) -> None:
+def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any, described: Description) -> None:
     lora, source = experiment.settings.lora, pretrained_path(experiment.settings)
     model = {name: tree for name, tree in frozen.items() if name != "lora"}
     base = lora_file.base_of(source, checkpoint.open_checkpoint(source), model)
     lora_file.save_adapter(path, trained, model, base=base, alpha=lora.alpha, targets=lora.targets, description=described)
 
 
-def description(experiment: Experiment, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+def description(experiment: Experiment, step: int, metrics: dict[str, float]) -> Description:
     """What `predict` and others need to know of the trained parameters: the content of `model.json`."""
-    settings = experiment.settings
-    mean, std = normalisation(experiment.origin)
-    return {
-        "model_name": experiment.model_fields.get("model_name"),
-        "model_type": "Mixer" if "num_blocks" in experiment.model_fields else "ViT",
-        "model": experiment.model_fields,
-        "image_size": experiment.image_size,
-        "grid": experiment.grid,
-        "resize": (experiment.origin or {}).get("resize", "bilinear"),
-        "mean": mean,
-        "std": std,
-        "preprocessing": pipeline.preprocessing(settings),
-        "class_names": experiment.train_source.class_names,
-        "dataset": settings.dataset,
-        "step": step,
-        "metrics": metrics,
-    }
+    settings, origin = experiment.settings, experiment.origin
+    mean, std = normalisation(origin)
+    return Description(
+        model_name=experiment.model_fields.get("model_name"),
+        model_type=next(name for name, cls in models.MODEL_TYPES.items() if isinstance(experiment.model, cls)),
+        model=experiment.model_fields,
+        image_size=experiment.image_size,
+        grid=experiment.grid,
+        resize=origin.resize if origin else "bilinear",
+        mean=mean,
+        std=std,
+        preprocessing=pipeline.preprocessing(settings),
+        class_names=experiment.train_source.class_names,
+        head="sigmoid" if settings.loss == "sigmoid" else "softmax",
+        dataset=settings.dataset,
+        step=step,
+        metrics=metrics,
+    )

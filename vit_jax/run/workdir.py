@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoint import lora_file, state
+from vit_jax.checkpoint.describe import Description
 from vit_jax.errors import UserError
 from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel
@@ -35,7 +36,7 @@ def make(workdir: str | os.PathLike) -> Path:
     return path
 
 
-def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin: dict[str, Any] | None = None) -> None:
+def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin: Description | None = None) -> None:
     """Makes `workdir` and writes the run's `config.json`; UserError if it holds results of a run with another config."""
     path = workdir / "config.json"
     config = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -57,12 +58,14 @@ def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin:
     if not parallel.is_main():
         return
     write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
-    _write_notes(workdir, _notes(workdir) | {"class_names": list(class_names), "origin": origin})
+    known = {"class_names": list(class_names), "origin": origin and origin.to_json()}
+    _write_notes(workdir, _notes(workdir) | known)
 
 
-def origin(workdir: Path) -> dict[str, Any] | None:
+def origin(workdir: Path) -> Description | None:
     """What the run that `workdir` holds started from, as `claim` noted it, so that it goes on without that file."""
-    return _notes(workdir).get("origin")
+    content = _notes(workdir).get("origin")
+    return content and Description.from_json(content, workdir / "start.json")
 
 
 def check_frozen(workdir: Path, fingerprints: dict[str, str]) -> None:

@@ -118,6 +118,12 @@ def test_variants_in_the_wild_give_the_published_tree(tmp_path, changes):
     chex.assert_trees_all_equal(checkpoint.load(tmp_path / "variant.npz"), params, strict=True)
 
 
+def test_two_names_of_one_parameter_are_refused(tmp_path):
+    block = "Transformer/encoderblock_0"
+    np.savez(tmp_path / "x.npz", **{f"{block}/LayerNorm_{i}/scale": np.full(2, i) for i in (1, 2)})
+    refused(tmp_path / "x.npz", f"{block}/LayerNorm_1/scale and {block}/LayerNorm_2/scale are two names of one parameter")
+
+
 def test_bfloat16_is_widened_and_other_types_are_kept(tmp_path):
     exact = np.array([1.5, 3.140625, -(2.0**-130)], np.float32)  # all of them bfloat16 numbers
     loaded = checkpoint.load(saved(tmp_path / "x.npz", {"a": jnp.asarray(exact, jnp.bfloat16), "b": exact.astype(np.float16)}))

@@ -1,9 +1,11 @@
 """Every format is read as its own library wrote it, without torch and within memory; what could do harm is refused by name."""
 
+import collections
 import json
 import pickle
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -265,6 +267,42 @@ def test_a_pickle_cannot_claim_memory(tmp_path):
         assert peak < 1 << 24
 
 
+GLOBAL = b"ctorch._utils\n_rebuild_tensor_v2\n"
+GREEDY = {
+    "a key whose hash takes for ever": (b"}K\x01" + b"q\x00h\x00\x86" * 60 + b"K\x01s.", "a tuple as key"),
+    "a key too deep to hash": (b"})" + b"\x85" * 300_000 + b"K\x01s.", "a tuple as key"),
+    "keys that are slow to compare": (b"}X" + (5000).to_bytes(4, "little") + b"k" * 5000 + b"Ns.", "a str as key"),
+    "a huge number as key": (b"}L0x" + b"f" * 100_000 + b"L\nNs.", "a int as key"),
+    "huge numbers as sizes": (GLOBAL + b"(K\x01K\x00(" + (b"L0x" + b"f" * 5000 + b"L\n") * 20 + b"t(t\x89NtR.", "a tensor of"),
+    "a call of many arguments": (GLOBAL + b"(" + b"N" * 100_000 + b"tR.", "a call that no tensor needs"),
+    "a copy of a list": (b"ccollections\nOrderedDict\n]\x85R.", "a call that no tensor needs"),
+    "many marks": (b"(" * 200_000 + b".", "truncated or damaged"),
+    "many lists": (b"]" * 200_000 + b".", "list; wanted: a dict of tensors"),
+    "many lists in a list": (b"](" + b"]" * 200_000 + b"e.", "list; wanted: a dict of tensors"),
+    "a list in itself": (b"]q\x00h\x00a.", "list; wanted: a dict of tensors"),
+    "a deep list": (b"]q\x00" + b"h\x00]q\x00a" * 1000 + b".", "list; wanted: a dict of tensors"),
+    "a deep tuple": (b")" + b"\x85" * 300_000 + b".", "tuple; wanted: a dict of tensors"),
+    "a set": (b"\x8f(K\x01\x90.", r"operation b'\x8f'"),
+    "a number of many digits": (b"\x8b\xff\xff\xff\x7f\x01.", r"operation b'\x8b'"),
+    "more than two megabytes": (b"N" * (2 << 20) + b".", "2,097,153 bytes of pickle beside its tensors"),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_a_small_pickle_cannot_take_the_machine(tmp_path, case):
+    pickled, said = GREEDY[case]
+    start = time.process_time()
+    refused(torch_file(tmp_path / "x.pth", b"\x80\x02" + pickled), said)
+    assert time.process_time() - start < 5
+
+
+def test_attributes_of_a_state_dict_are_passed_over(tmp_path):
+    state = collections.OrderedDict(tensors())
+    state._metadata = {"": {"version": 1}}
+    torch.save(state, tmp_path / "x.pth")
+    assert_same(readers.read(tmp_path / "x.pth"), arrays())
+
+
 def test_torch_files_of_other_forms_are_refused(tmp_path):
     torch.save(tensors(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     refused(tmp_path / "old.pth", "is no zip archive", "since 1.6")
@@ -341,6 +379,21 @@ def test_an_archive_that_holds_far_more_than_its_file_is_refused(tmp_path, monke
     assert readers.read(tmp_path / "plain.npz")["x"].size == 1 << 19
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".safetensors"])
+def test_a_list_of_contents_that_is_too_long_is_refused(tmp_path, monkeypatch, suffix):
+    path = write(tmp_path / f"x{suffix}")
+    monkeypatch.setattr(readers, "_HEADER", 100)
+    refused(path, "bytes, allowed are 100: that is no parameter file")
+
+
+def test_a_header_that_cannot_be_parsed_is_refused(tmp_path):
+    for text in ("(" * 5000, "-" * 9000 + "1", "{" * 300 + "}" * 300):
+        header = text.encode() + b"\n"
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+            archive.writestr("good.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+        refused(tmp_path / "x.npz", "truncated or damaged")
+
+
 @pytest.mark.parametrize("shape", ["(1000000000000,)", "(10000000000000000000000, 5)", "(-3,)", "(3, 2)", "()"])
 def test_an_array_whose_shape_is_not_that_of_its_bytes_is_refused(tmp_path, shape):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
@@ -385,8 +438,28 @@ def test_values_that_are_not_finite_are_refused(tmp_path, suffix, value, dtype):
     refused(path, "2 of the 50 values of bad are not finite")
 
 
+def test_all_parameters_that_are_not_finite_are_counted(tmp_path):
+    bad = {f"b{i}\x1b[2J": np.array([np.nan, 1.0]) for i in range(6)}
+    said = (
+        r"1 of the 2 values of b0\x1b[2J are not finite, nor are all of 5 more parameters (b1\x1b[2J, b2\x1b[2J, b3\x1b[2J, …)"
+    )
+    refused(write(tmp_path / "x.npz", {"good": np.ones(2)} | bad), said)
+
+
+def test_numbers_that_are_infinite_as_float32_are_refused(tmp_path):
+    largest = float(np.finfo(np.float32).max)
+    np.testing.assert_array_equal(readers.read(write(tmp_path / "x.npz", {"x": np.array([largest])}))["x"], [largest])
+    refused(write(tmp_path / "x.npz", {"x": np.array([0, -1e39])}), "1 of the 2 values of x are not finite")
+
+
+def test_a_parameter_that_holds_others_is_refused(tmp_path):
+    refused(write(tmp_path / "x.npz", {"a/b/c": np.ones(1), "a/b": np.ones(1)}), "a/b is a parameter and holds others")
+
+
 @pytest.mark.parametrize(
-    "x", [np.array(["text"]), np.ones(2, np.complex64), np.zeros(2, "f4,i4"), np.zeros(2, "M8[s]")], ids=str
+    "x",
+    [np.ones(2, np.longdouble), np.array(["text"]), np.ones(2, np.complex64), np.zeros(2, "f4,i4"), np.zeros(2, "M8[s]")],
+    ids=str,
 )
 def test_arrays_of_other_things_are_refused(tmp_path, x):
     refused(write(tmp_path / "x.npz", {"odd": x}), "odd is of type", "floats, integers or booleans")

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoint import readers
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 from vit_jax.files import write_atomically
 
 Params = dict[str, Any]
@@ -35,12 +35,26 @@ def load(path: str | os.PathLike) -> Params:
     flat = _read(path)
     if any(name.startswith("opt/target/") for name in flat):
         flat = {name.removeprefix("opt/target/"): x for name, x in flat.items() if name.startswith("opt/target/")}
-    return unflatten_dict(canonical(flat), sep="/")
+    try:
+        return unflatten_dict(canonical(flat), sep="/")
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
 
 
 def canonical(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Flat names and arrays with the layer names of old flax, and group norms of shape (c,)."""
-    return {_old_name(name): _squeeze_group_norm(name, x) for name, x in flat.items()}
+    """Flat names and arrays with the layer names of old flax, and group norms of shape (c,).
+
+    Raises UserError if two names would become one.
+    """
+    result, names = {}, {}
+    for name, x in flat.items():
+        old = _old_name(name)
+        if old in result:
+            raise UserError(
+                f"{printable(names[old])} and {printable(name)} are two names of one parameter: only one may be there"
+            )
+        result[old], names[old] = _squeeze_group_norm(name, x), name
+    return result
 
 
 def save(params: Mapping[str, Any], path: str | os.PathLike) -> None:

@@ -9,17 +9,21 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from vit_jax.checkpoint.unpickle import Storage, Tensor, state_dict
-from vit_jax.errors import UserError
+from vit_jax.checkpoint.unpickle import MOST, Storage, Tensor, state_dict
+from vit_jax.errors import UserError, printable
+from vit_jax.files import read_regular
+from vit_jax.finite import check_parameters
 
 Arrays = dict[str, np.ndarray]
 
-_BOMB = 20, 1 << 30  # refused: more than 20 times the file and more than 1 GiB
+_BOMB = 3, 1 << 28  # refused: more than 3 times the file and more than 256 MiB
+_HEADER = 16 << 20  # bytes of what lists the parameters: the directory of a zip, the header of .safetensors, an index
 _TORCH = (".pth", ".pt", ".bin", ".ckpt")
 _FIRST = ("model.safetensors", "model.safetensors.index.json", "model.npz")
 _THEN = ("*.safetensors", "*.npz", "*.pth", "*.pt", "pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin")
@@ -47,20 +51,22 @@ def read_npz(path: str | os.PathLike) -> Arrays:
     path = _existing(path)
     flat = {}
     with _reading(path), open(path, "rb") as file:
+        if file.read(6) == np.lib.format.MAGIC_PREFIX:
+            raise UserError(f"{path} is a single array, not an .npz with one array a parameter: save it with checkpoint.save")
+        _check_directory(path, file)
         try:
             archive = np.load(file, allow_pickle=False)
         except ValueError as e:
             if "pickle" in str(e):
                 raise _pickled(path) from e
             raise
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} is a single array, not an .npz with one array a parameter: save it with checkpoint.save")
         with archive:
             _check_archive(path, archive.zip)
             for entry in archive.zip.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if name == entry.filename:
-                    raise UserError(f"{path} holds {name!r}, which is no array: a checkpoint must be an .npz, no .pt file")
+                    shown = printable(repr(name))
+                    raise UserError(f"{path} holds {shown}, which is no array: a checkpoint must be an .npz, no .pt file")
                 with archive.zip.open(entry) as f:
                     flat[name] = _read_npy(path, name, f, entry.file_size)
     return _checked(path, flat)
@@ -85,7 +91,7 @@ def _existing(path: str | os.PathLike) -> Path:
     folder = path.parent
     if not folder.is_dir():
         raise UserError(f"no such checkpoint: {path} (the folder {folder} does not exist)")
-    found = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".npz", ".safetensors", *_TORCH)]
+    found = [printable(p.name) for p in sorted(folder.iterdir()) if p.suffix in (".npz", ".safetensors", *_TORCH)]
     raise UserError(f"no such checkpoint: {path} (the folder holds {', '.join(found[:10]) or 'no parameter file'})")
 
 
@@ -96,7 +102,7 @@ def _choose(folder: Path) -> Path:
     for pattern in _THEN:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            names = ", ".join(p.name for p in found[:10])
+            names = ", ".join(printable(p.name) for p in found[:10])
             raise UserError(f"{folder} holds {len(found)} parameter files: name one of {names}, or call it {_FIRST[0]}")
         if found:
             return found[0]
@@ -107,15 +113,15 @@ def _choose(folder: Path) -> Path:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError as e:
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) does not fit into the memory of this machine") from e
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     except Exception as e:  # damaged bytes raise nearly everything in zipfile, zlib, NumPy, pickle and safetensors
-        size = path.stat().st_size
-        raise UserError(
-            f"{path} is truncated or damaged ({size:,} bytes: {e}). Fetch or write it again, after deleting this copy."
-        ) from e
+        what = f"{path} is truncated or damaged ({path.stat().st_size:,} bytes: {printable(e)})"
+        raise UserError(f"{what}. Fetch or write it again, after deleting this copy.") from e
 
 
 def _pickled(path: Path) -> UserError:
@@ -125,12 +131,21 @@ def _pickled(path: Path) -> UserError:
     )
 
 
+def _check_directory(path: Path, file: BinaryIO) -> None:
+    """Refuses a zip archive whose directory is too long, before all of it becomes objects; `file` is back at its start."""
+    size = zipfile._EndRecData(file)[zipfile._ECD_SIZE] if zipfile.is_zipfile(file) else 0
+    if size > _HEADER:
+        raise UserError(f"{path} lists its contents in {size:,} bytes, allowed are {_HEADER:,}: that is no parameter file")
+    file.seek(0)
+
+
 def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
     names = collections.Counter(archive.namelist())
     for name, count in names.items():
         _check_name(path, name.removesuffix(".npy"))
         if count > 1:
-            raise UserError(f"{path} holds {name!r} {count} times, and only one can be meant. Fetch or write it again.")
+            shown = printable(repr(name))
+            raise UserError(f"{path} holds {shown} {count} times, and only one can be meant. Fetch or write it again.")
     _check_size(path, sum(entry.file_size for entry in archive.infolist()))
 
 
@@ -142,38 +157,38 @@ def _check_size(path: Path, total: int) -> None:
 
 def _check_name(path: Path, name: str) -> None:
     if not name or name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
-        raise UserError(f"{path} holds a parameter {name!r}: a name must not be empty or absolute, nor lead elsewhere by '..'")
+        shown = printable(repr(name))
+        raise UserError(f"{path} holds a parameter {shown}: a name must not be empty or absolute, nor lead elsewhere by '..'")
 
 
 def _checked(path: Path, flat: Arrays) -> Arrays:
     if not flat:
         raise UserError(f"{path} holds no parameters")
+    folders = {name[: m.start()] for name in flat for m in re.finditer("/", name)}
     for name, x in flat.items():
         _check_name(path, name)
-        is_float = x.dtype.kind == "f" or x.dtype == ml_dtypes.bfloat16
+        if name in folders:
+            raise UserError(f"{path}: {printable(name)} is a parameter and holds others: only one can be meant")
+        is_float = x.dtype.kind == "f" and x.itemsize <= 8 or x.dtype == ml_dtypes.bfloat16
         if not is_float and x.dtype.kind not in "biu":
-            raise UserError(f"{path}: {name} is of type {x.dtype}; a parameter must be of floats, integers or booleans")
-        if is_float and not _is_finite(x):
-            count = x.size - np.count_nonzero(np.isfinite(x))
-            raise UserError(f"{path}: {count:,} of the {x.size:,} values of {name} are not finite; use an earlier checkpoint")
+            allowed = "a parameter must be of floats, integers or booleans, of 64 bits at most"
+            raise UserError(f"{path}: {printable(name)} is of type {printable(x.dtype)}; {allowed}")
+    check_parameters(flat, str(path))
     return flat
-
-
-def _is_finite(x: np.ndarray) -> bool:
-    """A minimum or maximum of anything with a NaN is one; unlike `np.isfinite(x)`, they take no memory."""
-    with np.errstate(invalid="ignore"):
-        return not x.size or bool(np.isfinite(x.min()) and np.isfinite(x.max()))
 
 
 def _read_npy(path: Path, name: str, f: zipfile.ZipExtFile, size: int) -> np.ndarray:
     header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, is_fortran, dtype = header[np.lib.format.read_magic(f)](f)
+    try:
+        shape, is_fortran, dtype = header[np.lib.format.read_magic(f)](f)
+    except MemoryError as e:  # of Python's parser, at too many parentheses
+        raise ValueError(f"the header of {name} cannot be parsed") from e
     if dtype.hasobject:
         raise _pickled(path)
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size - f.tell():
         raise UserError(
-            f"{path} is damaged: {name} claims the shape {shape} of {dtype} and has {size - f.tell():,} bytes. "
-            "Fetch or write it again."
+            f"{path} is damaged: {printable(name)} claims the shape {printable(shape)} of {printable(dtype)} and has "
+            f"{size - f.tell():,} bytes. Fetch or write it again."
         )
     dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "V2" else dtype
     return _take(f, size - f.tell()).view(dtype).reshape(shape, order="F" if is_fortran else "C")
@@ -192,32 +207,39 @@ def _take(f: zipfile.ZipExtFile, size: int) -> np.ndarray:
 
 
 def _read_safetensors(path: Path) -> Arrays:
+    with _reading(_existing(path)), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if _HEADER < length < path.stat().st_size:
+            raise UserError(f"{path} has a header of {length:,} bytes, allowed are {_HEADER:,}: that is no parameter file")
     flat = {}
     # "pread": a memory map would count beside the arrays, and take twice the file
     with _reading(_existing(path)), safe_open(path, framework="np", backend="pread") as f:
         for name in f.keys():  # the file is no dict
             dtype = f.get_slice(name).get_dtype()
             if dtype not in _SAFETENSORS_TYPES:
-                raise UserError(f"{path}: {name} is of type {dtype}; use {', '.join(_SAFETENSORS_TYPES)}")
+                raise UserError(f"{path}: {printable(name)} is of type {dtype}; use {', '.join(_SAFETENSORS_TYPES)}")
             flat[name] = f.get_tensor(name)
     return _checked(path, flat)
 
 
 def _read_shards(index: Path) -> Arrays:
     with _reading(_existing(index)):
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(map(str, weight_map.values())))
-    for shard in shards:
+        weight_map = json.loads(read_regular(index, _HEADER))["weight_map"]
+        inside: dict[str, list[str]] = {}
+        for name, shard in sorted(weight_map.items()):
+            inside.setdefault(str(shard), []).append(name)
+    for shard in inside:
         if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard):
-            raise UserError(f"{index} names the shard {shard!r}: it must be a .safetensors or .bin file beside it")
-    if missing := [shard for shard in shards if not index.with_name(shard).is_file()]:
-        raise UserError(f"{index}: {len(missing)} of {len(shards)} shards are missing beside it: {', '.join(missing[:10])}")
+            shown = printable(repr(shard))
+            raise UserError(f"{index} names the shard {shown}: it must be a .safetensors or .bin file beside it")
+    if missing := [shard for shard in inside if not index.with_name(shard).is_file()]:
+        raise UserError(f"{index}: {len(missing)} of {len(inside)} shards are missing beside it: {', '.join(missing[:10])}")
     flat = {}
-    for shard in shards:
+    for shard, names in inside.items():
         arrays = _read_file(index.with_name(shard))
-        for name in (name for name, place in weight_map.items() if place == shard):
+        for name in names:
             if name not in arrays:
-                raise UserError(f"{index} says that {shard} holds {name}, and it does not. Fetch both again.")
+                raise UserError(f"{index} says that {shard} holds {printable(name)}, and it does not. Fetch both again.")
             flat[name] = arrays[name]
     return _checked(index, flat)
 
@@ -229,19 +251,26 @@ def _read_torch(path: Path) -> Arrays:
                 f"{path} is no zip archive, as torch has written since 1.6, but an older file or a plain pickle, which can run "
                 "code, or it is damaged. If you trust its source, load it with torch and save the state dict with torch.save."
             )
+        _check_directory(path, f)
         with zipfile.ZipFile(f) as archive:
             _check_archive(path, archive)
             mains = [name for name in archive.namelist() if re.fullmatch(r"([^/]*/)?data\.pkl", name)]
             if len(mains) != 1:
                 raise UserError(f"{path} is a zip archive with {len(mains)} data.pkl, no torch file: is the suffix right?")
             root = mains[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            if f"{root}byteorder" in archive.namelist() and _start(archive, f"{root}byteorder", 7) != b"little":
                 raise UserError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
-            tensors = state_dict(path, archive.read(mains[0]))
+            tensors = state_dict(path, _start(archive, mains[0], MOST + 1))
             _check_size(path, sum(math.prod(t.size) * np.dtype(t.storage.dtype).itemsize for t in tensors.values()))
             storages: dict[Storage, np.ndarray] = {}
             flat = {name: _array(path, name, t, archive, root, storages) for name, t in tensors.items()}
     return _checked(path, flat)
+
+
+def _start(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """The first `most` bytes of an entry: what it unpacks to may be far larger than the file."""
+    with archive.open(name) as f:
+        return f.read(most)
 
 
 def _array(path: Path, name: str, t: Tensor, archive: zipfile.ZipFile, root: str, storages: dict) -> np.ndarray:
@@ -253,8 +282,8 @@ def _array(path: Path, name: str, t: Tensor, archive: zipfile.ZipFile, root: str
     is_inside = offset >= 0 and min((*size, *stride), default=0) >= 0 and (0 in size or last < storage.numel)
     if not is_inside or entry.file_size != storage.numel * dtype.itemsize:
         raise UserError(
-            f"{path} is damaged: {name} claims the shape {size} with strides {stride} from {offset} of {storage.numel:,} "
-            f"{dtype}, and has {entry.file_size:,} bytes. Fetch or write it again."
+            f"{path} is damaged: {printable(name)} claims the shape {size} with strides {stride} from {offset} of "
+            f"{storage.numel:,} {dtype}, and has {entry.file_size:,} bytes. Fetch or write it again."
         )
     if storage not in storages:
         with archive.open(entry) as f:

@@ -69,8 +69,8 @@ class AddPositionEmbs(nn.Module):
 class MlpBlock(nn.Module):
     """Dense → activation → Dense, each followed by dropout; the width is kept.
 
-    `activation`: "gelu_tanh" as in all Google ViTs, "gelu" (the erf form, as in torch's), or "swiglu", where Dense_0 makes
-    a gate and a value of `mlp_dim` each: silu(gate) · value.
+    `activation`: "gelu_tanh" as in all Google ViTs, "gelu" (the erf form, as in torch's), "relu", or "swiglu", where
+    Dense_0 makes a gate and a value of `mlp_dim` each: silu(gate) · value.
     """
 
     mlp_dim: int

@@ -1,4 +1,4 @@
-"""Linear maps and the GELUs before them, with backward passes that keep and move less than what autodiff makes of flax's.
+"""Linear maps and the activations before them, with backward passes that keep and move less than what autodiff makes of flax's.
 
 Derivatives are of first order and in reverse mode, which is what training needs.
 """
@@ -93,7 +93,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
-    """GELU as `ACTIVATIONS` names it; nothing but x is kept for the backward pass."""
+    """One of `ACTIVATIONS`; nothing but x is kept for the backward pass."""
     return ACTIVATIONS[name][0](x)
 
 
@@ -120,8 +120,13 @@ def _gelu_and_slope(x):
     return x * share, share + x * jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
+def _relu_and_slope(x):
+    return nn.relu(x), (x > 0).astype(x.dtype)
+
+
 # By name: the function, and x → (it, its derivative), of float32. "gelu_tanh" as in all Google ViTs, "gelu" as in torch's.
 ACTIVATIONS = {
     "gelu_tanh": (nn.gelu, _gelu_tanh_and_slope),
     "gelu": (functools.partial(nn.gelu, approximate=False), _gelu_and_slope),
+    "relu": (nn.relu, _relu_and_slope),
 }

@@ -4,7 +4,7 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def load_pretrained(
     model_config: Mapping[str, Any],
     grid: Grid | None = None,
     keep_head: bool = False,
+    columns: Sequence[int] | None = None,
 ) -> npz.Params:
     """Parameters of `pretrained_path`, adapted to a model whose fresh parameters are `init_params`.
 
@@ -47,6 +48,7 @@ def load_pretrained(
       init_params: nested dict of arrays, not modified.
       model_config: the model's fields; `representation_size` is read.
       grid: (h, w) of the model's patches; None for a square grid.
+      columns: of a kept head, in the order of the model's classes, see `classes.match_classes`; None for all as they stand.
 
     Raises:
       UserError: with a -/+ list of names and shapes when the file does not fit.
@@ -61,6 +63,9 @@ def load_pretrained(
     if not keep_head:
         loaded = {name: x for name, x in loaded.items() if not name.startswith(_HEADS)}
         loaded |= {name: np.asarray(x) for name, x in wanted.items() if name.startswith(_HEADS)}
+    elif columns is not None:
+        picked = {name: np.asarray(x)[..., list(columns)] for name, x in loaded.items() if name.startswith(_HEADS)}
+        loaded |= picked
     if POSITIONS in loaded and POSITIONS in wanted:
         try:
             _adapt_positions(loaded, wanted, opened.description, grid)

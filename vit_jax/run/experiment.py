@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax import checkpoint, models
 from vit_jax.checkpoint import lora_file
+from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.data import sources
 from vit_jax.data.device import augment
@@ -146,7 +147,6 @@ def _make_task(
     if teacher is None:
         return classify.make_task(model, prepare, loss=settings.loss, **pixels)
     description = teacher.description
-    _check_classes(teacher, source)
     return distill.make_task(
         model,
         models.build(description.model_type, description.model | {"dtype": settings.dtype}),
@@ -245,6 +245,7 @@ def _with_teacher(experiment: Experiment, state: State) -> State:
         model_config=description.model,
         grid=patch_grid(teacher, experiment.image_size),
         keep_head=True,
+        columns=match_classes(description.class_names, experiment.train_source.class_names, where=str(experiment.teacher.path)),
     )
     return state.replace(frozen=state.frozen | {"teacher": experiment.parallelism.place(params, "frozen/teacher")})
 
@@ -277,14 +278,16 @@ def _pretrained_params(experiment: Experiment, path: str | Path, keep_head: bool
     opened = checkpoint.open_checkpoint(path)
     if experiment.settings.lora.rank and opened.family == lora_file.FAMILY:
         raise lora_file.no_base(opened.path)
+    columns = None
     if keep_head:
-        _check_classes(opened, experiment.test_source)
+        columns = match_classes(opened.description.class_names, experiment.test_source.class_names, where=str(opened.path))
     return checkpoint.load_pretrained(
         pretrained_path=opened,
         init_params=experiment.init_params(),
         model_config=experiment.model_fields,
         grid=experiment.grid,
         keep_head=keep_head,
+        columns=columns,
     )
 
 
@@ -373,13 +376,3 @@ def pretrained_path(settings: Settings) -> str | Path | None:
     if settings.model_or_filename:
         name = checkpoint.augreg_filename(settings.model_or_filename, settings.pretrained_dir)
     return os.path.join(settings.pretrained_dir, f"{name}.npz")
-
-
-def _check_classes(opened: checkpoint.Opened, source: sources.Source) -> None:
-    """A head of our own making must know the classes of the dataset; published ones call them by other names."""
-    names, is_ours = opened.description.class_names, opened.description.dataset is not None
-    if is_ours and names != tuple(source.class_names):
-        raise UserError(
-            f"{opened.path} knows the classes {', '.join(names[:10])}, "
-            f"the dataset has {', '.join(source.class_names[:10])}: they must be the same, in the same order"
-        )

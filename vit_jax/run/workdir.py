@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint import lora_file, state
+from vit_jax.checkpoint import classes, lora_file, state
 from vit_jax.checkpoint.describe import Description
 from vit_jax.errors import UserError
 from vit_jax.files import write_atomically
@@ -86,11 +86,7 @@ def check_frozen(workdir: Path, fingerprints: dict[str, str]) -> None:
 def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
     """Raises UserError if the run that `workdir` holds learnt other classes, or the same ones in another order."""
     known = _notes(workdir).get("class_names", list(class_names))
-    if known != list(class_names):
-        raise UserError(
-            f"the run in {workdir} knows the classes {', '.join(known[:10])}, "
-            f"the dataset has {', '.join(class_names[:10])}: they must be the same, in the same order"
-        )
+    classes.check_same(known, class_names, where=f"the run in {workdir}")
 
 
 def _notes(workdir: Path) -> dict[str, Any]:

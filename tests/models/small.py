@@ -41,6 +41,11 @@ def shapes(model: nn.Module, images: Any) -> Any:
 
 
 def random_params(model: nn.Module, images: np.ndarray, faint: float = 1.0) -> Any:
+    """`random_values` for the parameters of a model of images."""
+    return random_values(shapes(model, images), faint)
+
+
+def random_values(wanted: Any, faint: float = 1.0) -> Any:
     """Parameters none of which is 0 or 1, so that every one matters, scaled to keep activations of order 1.
 
     With images as faint, `faint` shrinks all that enters the residual stream, so that the epsilons of the norms show.
@@ -59,7 +64,7 @@ def random_params(model: nn.Module, images: np.ndarray, faint: float = 1.0) -> A
             x = 0.2 * x
         return (faint * x if FAINT.search("/".join(names)) else x).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes(model, images))
+    return jax.tree_util.tree_map_with_path(draw, wanted)
 
 
 def initial_params(model: nn.Module, images: np.ndarray) -> dict[str, Any]:

@@ -74,6 +74,33 @@ MIXER = dict(
     ]
 )
 
+_BERT = {"tokenizer_name": "bert", "size": 224, "max_len": 16}
+_SENTENCEPIECE = {"tokenizer_name": "sentencepiece", "size": 224, "max_len": 16}
+
+
+def _lit(name: str, image: str, text: Fields | str, out_dim: tuple[int | None, int]) -> tuple[str, Fields]:
+    """`text` is the size of a BERT, or that of a plain text tower with its vocabulary of 16,000."""
+    bert = isinstance(text, str)
+    fields = {"config": text} if bert else {"vocab_size": 16_000, **text}
+    towers = {"image": VIT[image], "text_model": "bert" if bert else "text_transformer", "text": fields}
+    return name, {"model_name": name, **towers, "out_dim": out_dim, "pp": _BERT if bert else _SENTENCEPIECE}
+
+
+def _text(size: str) -> Fields:
+    fields = dict(_SIZES[size])
+    return {"width": fields.pop("hidden_size"), **fields}
+
+
+LIT = dict(
+    [
+        _lit("LiT-B16B", "ViT-B_16", "base", (768, 768)),
+        _lit("LiT-B16B_2", "ViT-B_16", "base", (None, 768)),
+        _lit("LiT-L16L", "ViT-L_16", "large", (None, 1024)),
+        _lit("LiT-L16S", "ViT-L_16", _text("S"), (None, 1024)),
+        _lit("LiT-L16Ti", "ViT-L_16", _text("Ti"), (None, 1024)),
+    ]
+)
+
 AUGREG = ("Ti_16", "S_32", "S_16", "B_32", "B_16", "B_8", "L_16", "R_Ti_16", "R26_S_32", "R50_L_32")
 """Architectures of "How to train your ViT?" (https://arxiv.org/abs/2106.10270), as its checkpoints spell them."""
 

@@ -1,0 +1,310 @@
+"""From texts to tokens of a fixed length, as the text towers were trained with them.
+
+WordPiece equals TensorFlow Text's `BertTokenizer`, which LiT was trained with: it differs from Hugging Face's in rare
+characters (ligatures, ß, control characters, words of more than 100 bytes). SentencePiece runs in Google's own library,
+byte-pair encoding in Hugging Face's `tokenizers`.
+"""
+
+import functools
+import gzip
+import logging
+import re
+import string
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from vit_jax.errors import UserError, unknown
+
+log = logging.getLogger("vit_jax")
+
+_LONGEST_WORD = 100
+"""In bytes of UTF-8: TensorFlow Text takes longer words for unknown ones."""
+_REMEMBERED = 100_000
+"""Words of which the pieces are kept."""
+# What Unicode calls default-ignorable, which folding the case removes: joiners, soft hyphens, variation selectors, fillers.
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff"
+    "\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+_CHINESE = (
+    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f\U0002b820-\U0002ceaf"
+    "\uf900-\ufaff\U0002f800-\U0002fa1f"
+)
+"""What BERT takes for characters that are words of their own."""
+_CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What all tokenizers have in common: `tokenizer(texts)` are tokens (b, max_len), too long a text is cut.
+
+    Attributes:
+      vocab_path: a local file.
+      max_len: how many tokens a text becomes.
+    """
+
+    vocab_path: Path
+    max_len: int
+    _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        path = Path(self.vocab_path).expanduser()
+        object.__setattr__(self, "vocab_path", path)
+        if self.max_len < 2:
+            raise UserError(f"max_len={self.max_len} leaves no room for words: use at least 2")
+        if not path.is_file():
+            raise UserError(f"no vocabulary at {path}")
+        try:
+            self._read(path)
+        except UserError:
+            raise
+        except Exception as e:  # of each library's own kinds
+            raise UserError(f"{path} is no vocabulary for {type(self).__name__}: {e}") from e
+
+    def __call__(self, texts: Sequence[str | bytes]) -> Int32[np.ndarray, "b n"]:
+        """The tokens of each text. Raises UserError for what is no text, or no UTF-8."""
+        if isinstance(texts, str | bytes):
+            raise UserError("a tokenizer takes a list of texts, not a single one")
+        result = np.empty((len(texts), self.max_len), np.int32)
+        for row, text in zip(result, texts, strict=True):
+            row[:] = self._fit(self._encode(_decoded(text)))
+        return result
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are: a model needs an embedding for each."""
+        return self._state["size"]
+
+    def _read(self, path: Path) -> None:
+        """Fills `_state`: "size", and what `_encode` needs."""
+        raise NotImplementedError
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text, of any number, with what stands in front."""
+        raise NotImplementedError
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        """Exactly `max_len` tokens."""
+        raise NotImplementedError
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) > room and not self._state.get("cut"):
+            self._state["cut"] = True
+            log.warning("text     %d tokens are cut to %d, the most that the model reads (said once)", len(ids), room)
+        return ids[:room]
+
+
+@dataclass(frozen=True)
+class BertTokenizer(_Tokenizer):
+    """WordPiece in lower case: [CLS] in front, no [SEP], zeros behind. `vocab_path`: one token a line."""
+
+    @property
+    def cls_token(self) -> int:
+        return self._state["cls"]
+
+    def _read(self, path: Path) -> None:
+        words = path.read_text(encoding="utf-8").split("\n")
+        words = words[:-1] if words[-1] == "" else words
+        vocab = {word.rstrip("\r"): i for i, word in enumerate(words)}
+        if "[CLS]" not in vocab:
+            raise UserError(f"{path} is no vocabulary of BERT, which has a line [CLS]")
+        vocab.setdefault("[UNK]", len(words))  # a row more, as TensorFlow does it
+        pieces = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
+        self._state.update(cls=vocab["[CLS]"], unknown=vocab["[UNK]"], size=max(vocab.values()) + 1, pieces=pieces, known={})
+
+    def _encode(self, text: str) -> list[int]:
+        return [self.cls_token, *(i for word in _bert_words(text) for i in self._pieces(word))]
+
+    def _pieces(self, word: str) -> list[int]:
+        known = self._state["known"]
+        if word not in known:
+            too_long = len(word.encode()) > _LONGEST_WORD
+            ids = [self._state["unknown"]] if too_long else [token.id for token in self._state["pieces"].tokenize(word)]
+            if len(known) >= _REMEMBERED:
+                return ids
+            known[word] = ids
+        return known[word]
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        ids = self._cut(ids, self.max_len)
+        return ids + [0] * (self.max_len - len(ids))
+
+
+@dataclass(frozen=True)
+class SentencepieceTokenizer(_Tokenizer):
+    """SentencePiece with a sticky end: the last token is always </s>, or padding.
+
+    `vocab_path`: a `.model`, or a `tokenizer.json` of Hugging Face.
+
+    Attributes:
+      lower: whether texts are lower-cased (SigLIP).
+      strip_punctuation: whether ASCII punctuation is left out, too, and white space made single (SigLIP, not SigLIP 2).
+      pad_token: what follows the end; None takes the end itself, as LiT and SigLIP do (SigLIP 2: 0).
+    """
+
+    lower: bool = False
+    strip_punctuation: bool = False
+    pad_token: int | None = None
+
+    @property
+    def eos_token(self) -> int:
+        return self._state["eos"]
+
+    def _read(self, path: Path) -> None:
+        if path.suffix == ".json":
+            model = tokenizers.Tokenizer.from_file(str(path))
+            model.no_padding()
+            model.no_truncation()
+            ends = [i for i in (model.token_to_id(name) for name in ("</s>", "<eos>")) if i is not None]
+            size = model.get_vocab_size(with_added_tokens=True)
+            encode = lambda text: model.encode(text, add_special_tokens=False).ids  # noqa: E731
+        else:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            names = [name for name in ("</s>", "<eos>") if model.piece_to_id(name) != model.unk_id()]
+            ends, size, encode = [model.piece_to_id(name) for name in names], model.vocab_size(), model.encode
+        if not ends:
+            raise UserError(f"{path} has no token </s> or <eos> for the end of a text")
+        self._state.update(eos=ends[0], size=size, encode=encode)
+
+    def _encode(self, text: str) -> list[int]:
+        if self.strip_punctuation:
+            text = " ".join(text.translate(_NO_PUNCTUATION).split())
+        return self._state["encode"](text.lower() if self.lower else text)
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        ids = [*self._cut(ids, self.max_len - 1), self.eos_token]
+        return ids + [self.eos_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
+
+
+@dataclass(frozen=True)
+class ClipTokenizer(_Tokenizer):
+    """CLIP's byte-pair encoding in lower case, between <|startoftext|> and <|endoftext|>, which a cut text keeps.
+
+    `vocab_path`: `tokenizer.json`, or `vocab.json` with `merges.txt` beside it, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+
+    Attributes:
+      pad_token: what follows the end; None takes the end itself, as OpenAI's models on Hugging Face do (OpenCLIP: 0).
+    """
+
+    pad_token: int | None = None
+
+    @property
+    def eot_token(self) -> int:
+        return self._state["end"]
+
+    def _read(self, path: Path) -> None:
+        if path.name.endswith((".txt", ".gz")):
+            model = _clip_model(*_openai_vocabulary(path))
+        elif path.name == "vocab.json":
+            model = _clip_model(*models.BPE.read_file(str(path), str(path.with_name("merges.txt"))))
+        else:
+            model = tokenizers.Tokenizer.from_file(str(path))
+            model.no_padding()
+            model.no_truncation()
+        start, end = (model.token_to_id(name) for name in (_CLIP_START, _CLIP_END))
+        if start is None or end is None:
+            raise UserError(f"{path} is no vocabulary of CLIP: it lacks {_CLIP_START} or {_CLIP_END}")
+        self._state.update(start=start, end=end, size=model.get_vocab_size(with_added_tokens=True), model=model)
+
+    def _encode(self, text: str) -> list[int]:
+        return [self._state["start"], *self._state["model"].encode(text.strip(), add_special_tokens=False).ids]
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        ids = [*self._cut(ids, self.max_len - 1), self.eot_token]
+        return ids + [self.eot_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
+
+
+TOKENIZERS = {"bert": BertTokenizer, "sentencepiece": SentencepieceTokenizer, "clip": ClipTokenizer}
+
+
+def make(tokenizer_name: str, vocab_path: str | Path, max_len: int, **options: Any) -> _Tokenizer:
+    """The tokenizer of this name. Raises UserError for another name, or an option that it does not have."""
+    if tokenizer_name not in TOKENIZERS:
+        raise unknown("tokenizer", tokenizer_name, TOKENIZERS)
+    cls = TOKENIZERS[tokenizer_name]
+    known = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of the {tokenizer_name} tokenizer", name, known)
+    return cls(vocab_path, max_len, **options)
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _decoded(text: str | bytes) -> str:
+    if isinstance(text, bytes):
+        try:
+            return text.decode()
+        except UnicodeDecodeError as e:
+            raise UserError(f"a text is no UTF-8: {text[:40]!r} …") from e
+    if not isinstance(text, str):
+        raise UserError(f"a text must be a string, not {type(text).__name__}: {text!r}")
+    return text.encode(errors="replace").decode()  # a lone surrogate is no character
+
+
+def _bert_words(text: str) -> list[str]:
+    """Lower-cased words, punctuation marks and Chinese characters, without accents."""
+    marks, controls, words = _bert_patterns()
+    text = text.lower() if text.isascii() else marks.sub("", unicodedata.normalize("NFD", _casefold(text)))
+    return words.findall(controls.sub(" ", text))
+
+
+@functools.cache
+def _bert_patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern]:
+    """Accents; control characters; words. Unicode knows their characters by category."""
+    found: dict[str, list[str]] = {"Mn": [], "C": [], "P": []}
+    for char in map(chr, range(sys.maxunicode + 1)):
+        category = unicodedata.category(char)
+        kind = "C" if category in ("Cc", "Cf") else "P" if category[0] == "P" else category
+        if kind in found:
+            found[kind].append(re.escape(char))
+    marks, controls, punctuation = ("".join(chars) for chars in found.values())
+    alone = rf"!-/:-@\[-`{{-~{punctuation}{_CHINESE}"
+    return re.compile(f"[{marks}]"), re.compile(f"[{controls}]"), re.compile(rf"[{alone}]|[^ \t\n\r\f{alone}]+")
+
+
+def _casefold(text: str) -> str:
+    """Unicode's NFKC_Casefold."""
+    for _ in range(2):
+        text = _IGNORABLE.sub("", unicodedata.normalize("NFKC", text).casefold())
+    return unicodedata.normalize("NFC", text)
+
+
+def _openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Words and merges from the file of OpenAI's release, which holds the merges alone."""
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49_152 - 256 - 2 + 1] if line]
+    letters = _byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _CLIP_START, _CLIP_END]
+    return {word: i for i, word in enumerate(words)}, merges
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte, printable bytes first, as GPT-2 numbers them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    pieces = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=_CLIP_END)
+    model = tokenizers.Tokenizer(pieces)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    model.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(_CLIP_WORD), "removed", invert=True)
+    model.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model.add_special_tokens([_CLIP_START, _CLIP_END])
+    return model

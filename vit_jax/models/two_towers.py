@@ -1,0 +1,86 @@
+"""Images and texts in one space: LiT (https://arxiv.org/abs/2111.07991), SigLIP (https://arxiv.org/abs/2303.15343), CLIP.
+
+An image tower and a text tower each make one vector of length 1; the dot product of two says how well they go together.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vit_jax.errors import UserError, unknown
+from vit_jax.models.bert import BertModel
+from vit_jax.models.text import TextTransformer
+from vit_jax.models.vit import VisionTransformer
+
+TEXT_MODELS = {"bert": BertModel, "text_transformer": TextTransformer}
+
+
+class TwoTowers(nn.Module):
+    """Embeds images (`img`) and texts (`txt`), and holds the temperature (`t`) and perhaps a bias (`b`) of their scores.
+
+    Attributes:
+      image: fields of `vit.VisionTransformer`; its num_classes is out_dim's first.
+      text: fields of the text tower; its num_classes is out_dim's second.
+      text_model: "bert" or "text_transformer".
+      out_dim: width of the embeddings, or one for each tower; None leaves out that tower's head.
+      temperature_init, bias_init: exp(t) and b of fresh parameters; without bias_init there is no b. With b the model's
+        scores are those of a sigmoid (SigLIP), without of a softmax (LiT, CLIP).
+      pp: what the texts and images go through first: tokenizer_name, max_len, size, see `vit_jax.preprocess`.
+      model_name: name of the architecture; of its published files, too.
+      dtype: what every layer computes in; parameters stay float32.
+    """
+
+    image: Mapping[str, Any]
+    text: Mapping[str, Any]
+    text_model: str = "text_transformer"
+    out_dim: int | tuple[int | None, int | None] = 128
+    temperature_init: float = 1.0
+    bias_init: float | None = None
+    pp: Mapping[str, Any] | None = None
+    model_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        *,
+        images: Float[Array, "b H W c"] | None = None,
+        tokens: Int[Array, "b n"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b d"] | None, Float[Array, "b d"] | None, dict[str, Array]]:
+        """(zimg, ztxt, out): the embeddings, None for what is not given, and "t", perhaps "b", and the vectors' lengths."""
+        out: dict[str, Array] = {}
+        dim_image, dim_text = self.out_dim if isinstance(self.out_dim, list | tuple) else (self.out_dim,) * 2
+        zimg = ztxt = None
+        if tokens is not None:
+            if self.text_model not in TEXT_MODELS:
+                raise unknown("text_model", self.text_model, TEXT_MODELS)
+            fields = {"dtype": self.dtype, **self.text, "num_classes": dim_text}
+            text = TEXT_MODELS[self.text_model](**fields, name="txt")
+            ztxt, out["txt/norm"] = _normalized(text(tokens, train=train))
+        if images is not None:
+            fields = {"dtype": self.dtype, **self.image, "num_classes": dim_image}
+            image = VisionTransformer(**fields, name="img")
+            zimg, out["img/norm"] = _normalized(image(images, train=train))
+        if zimg is not None and ztxt is not None and zimg.shape[-1] != ztxt.shape[-1]:
+            raise UserError(f"images become {zimg.shape[-1]} numbers, texts {ztxt.shape[-1]}: out_dim must make them equal")
+        log_t = nn.initializers.constant(jnp.log(self.temperature_init))
+        out["t"] = jnp.exp(self.param("t", log_t, (1,)))
+        if self.bias_init is not None:
+            out["b"] = self.param("b", nn.initializers.constant(self.bias_init), (1,))
+        return zimg, ztxt, out
+
+
+def _normalized(z: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, "b 1"]]:
+    """Vectors of length 1 in float32, and how long they were."""
+    z = z.astype(jnp.float32)
+    norm = jnp.linalg.norm(z, axis=1, keepdims=True)
+    return z / (norm + 1e-8), norm
+
+
+def scores(zimg: Float[Array, "n d"], ztxt: Float[Array, "m d"], out: Mapping[str, Float[Array, "1"]]) -> Float[Array, "n m"]:
+    """How well every image goes with every text, before the softmax over either, or the sigmoid where `out` has a "b"."""
+    return out["t"] * jnp.einsum("nd,md->nm", zimg, ztxt) + out.get("b", 0.0)

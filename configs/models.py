@@ -3,44 +3,23 @@
 import ml_collections
 from ml_collections import config_dict
 
+from vit_jax import models
 from vit_jax.errors import unknown
-from vit_jax.models import MlpMixer, VisionTransformer, zoo
-from vit_jax.models.layers import Encoder
-
-_VIT_FIELDS = ("head_bias_init", "fc_norm", "position_embedding", "num_registers")
-_ENCODER_FIELDS = (
-    "activation",
-    "norm_eps",
-    "layer_scale",
-    "layer_scale_init",
-    "qk_norm",
-    "stochastic_depth",
-    "stochastic_depth_uniform",
-    "stochastic_depth_mode",
-)
-_MIXER_FIELDS = ("stochastic_depth",)
+from vit_jax.models import zoo
 
 
-def _default(module: type, name: str):
-    return module.__dataclass_fields__[name].default
-
-
-def _config(fields: dict) -> ml_collections.ConfigDict:
+def _config(name: str) -> ml_collections.ConfigDict:
     # every field that the model knows, so that the command line can set it
-    if "transformer" in fields:
-        vit = {name: _default(VisionTransformer, name) for name in _VIT_FIELDS}
-        encoder = {name: _default(Encoder, name) for name in _ENCODER_FIELDS}
-        fields = vit | fields | {"transformer": encoder | fields["transformer"]}
-    else:
-        fields = {name: _default(MlpMixer, name) for name in _MIXER_FIELDS} | fields
+    architecture = models.architecture_of(models.model_type_of(name))
+    fields = architecture.with_options(architecture.sizes[name])
     config = ml_collections.ConfigDict(fields)
     if fields.get("representation_size", 0) is None:
         config.representation_size = config_dict.placeholder(int)
     return config
 
 
-MODEL_CONFIGS = {name: _config(fields) for name, fields in (zoo.VIT | zoo.MIXER).items()}
-AUGREG_CONFIGS = {name: _config(zoo.VIT[zoo.augreg_to_model_name(name)]) for name in zoo.AUGREG}
+MODEL_CONFIGS = {name: _config(name) for kind in models.ARCHITECTURES.values() for name in kind.sizes}
+AUGREG_CONFIGS = {name: _config(zoo.augreg_to_model_name(name)) for name in zoo.AUGREG}
 
 SHORT_NAMES = {
     "testing": "testing",
@@ -74,5 +53,5 @@ def use(config: ml_collections.ConfigDict, name: str) -> None:
     full = SHORT_NAMES.get(name, name)
     if full not in MODEL_CONFIGS:
         raise unknown("model", name, [*SHORT_NAMES, *MODEL_CONFIGS])
-    config.model = _config((zoo.VIT | zoo.MIXER)[full])
-    config.model_type = "Mixer" if full in zoo.MIXER else "ViT"
+    config.model = _config(full)
+    config.model_type = models.model_type_of(full)

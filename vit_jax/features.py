@@ -28,7 +28,6 @@ from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
 from vit_jax.predict import find_images
 from vit_jax.run import runtime, workdir
-from vit_jax.run.experiment import patch_grid
 
 KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
 SUFFIXES = (".npz", ".safetensors")
@@ -104,18 +103,19 @@ def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = 
     fields = {**description.model, "num_classes": None}
     if "representation_size" in fields:
         fields["representation_size"] = None
-    model = models.build(description.model_type, fields)
+    architecture = models.architecture_of(description.model_type)
+    model = architecture.build(fields)
     if size is None and description.image_size is None:
         raise UserError(f"{source} does not tell the size of its images: give --size=H,W in pixels")
-    if size is not None and isinstance(model, models.VisionTransformer) and model.resnet is None:
-        _check_whole_patches(size, tuple(model.patches["size"]))
+    if size is not None and (patch := architecture.cut(fields)):
+        _check_whole_patches(size, patch)
     image_size = tuple(size or description.image_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_size, 3)))["params"]
     params = checkpoint.load_pretrained(
         pretrained_path=opened,
         init_params=jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes),  # takes no memory
         model_config=fields,
-        grid=patch_grid(model, image_size),
+        grid=architecture.grid(fields, image_size),
     )
     how = dict(description.preprocessing)
     if how.get("resize_to"):  # the same part of the image, at any size

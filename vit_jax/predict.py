@@ -24,7 +24,6 @@ from vit_jax.data.host.decode import decode
 from vit_jax.data.host.view import eval_image
 from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular
-from vit_jax.models import zoo
 from vit_jax.run import runtime, workdir
 
 
@@ -79,7 +78,8 @@ def load_classifier(source: str | os.PathLike, *, model_name: str | None = None)
     model = models.build(description.model_type, description.model)
     if model_name:
         representation = {"representation_size": description.model.get("representation_size")}
-        overrides = representation if model_name in zoo.VIT else {}
+        has = models.architecture_of(models.model_type_of(model_name)).cls.__dataclass_fields__
+        overrides = representation if "representation_size" in has else {}
         model = models.get_model(model_name, num_classes=description.model["num_classes"], **overrides)
     classifier = Classifier(
         model,

@@ -1,10 +1,12 @@
 """Every named architecture against the published table, parameter names and shapes, and what get_model refuses."""
 
+from functools import partial
+
 import jax
 import pytest
 
 from tests.models import small
-from vit_jax.models import build, get_model, zoo
+from vit_jax.models import ARCHITECTURES, build, get_model, zoo
 from vit_jax.models.layers import Encoder
 from vit_jax.models.vit import ClassifierHead
 
@@ -126,6 +128,31 @@ def test_mixer_layout_is_the_published_one():
     assert names_and_shapes(small.mixer(), 40, 24) == layout
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_a_hybrid_has_the_widths_of_the_reference_for_any_factor(factor):
+    """int(64 * factor) channels after the stem, and the map's grid."""
+    model = small.hybrid(resnet={"num_layers": (1, 2), "width_factor": factor}, patches={"size": (1, 1)})
+    shapes, width = names_and_shapes(model, 40, 24), int(64 * factor)
+    assert shapes["conv_root/kernel"] == (7, 7, 3, width)
+    assert shapes["block1/unit1/conv_proj/kernel"] == (1, 1, width, 4 * width)
+    assert shapes["block2/unit2/conv2/kernel"] == (3, 3, 2 * width, 2 * width)
+    assert shapes["embedding/kernel"] == (1, 1, 8 * width, 32)
+
+
+@pytest.mark.parametrize("kind", small.MODELS)
+@pytest.mark.parametrize("size", [(64, 64), (79, 41)])
+def test_an_architecture_knows_the_grid_and_the_place_of_every_parameter(kind, size):
+    model = small.MODELS[kind]()
+    architecture = ARCHITECTURES["Mixer" if kind == "mixer" else "ViT"]
+    fields = {name: getattr(model, name) for name in architecture.cls.__dataclass_fields__}
+    outputs, variables = jax.eval_shape(partial(model.init_with_output, method="features"), jax.random.key(0), image_of(*size))
+    assert architecture.grid(fields, size) == outputs["map"].shape[1:3]
+    assert (architecture.cut(fields) is None) == (kind != "vit")
+    assert architecture.num_layers(fields) == 2
+    names = list(small.flat(variables["params"])) + list(names_and_shapes(model, *size))
+    assert {architecture.layer_of(name, 2) for name in names} == {0, 1, 2, 3}
+
+
 def test_override_replaces_a_field_and_merges_nested_ones():
     model = get_model("R50+ViT-B_16", num_classes=10, transformer={"dropout_rate": 0.3}, resnet={"width_factor": 2})
     assert model.num_classes == 10 and model.hidden_size == 768
@@ -159,6 +186,10 @@ def test_override_replaces_a_field_and_merges_nested_ones():
         (lambda: build("Vit", {}), "unknown model_type 'Vit'.*ViT"),
         (lambda: build("Mixer", {"num_blocks": 2}), "lacks patches, hidden_dim, tokens_mlp_dim, channels_mlp_dim"),
         (lambda: get_model("ViT-B_16", resnet={"width_factor": 2}), "model.resnet lacks num_layers"),
+        (
+            lambda: count(small.hybrid(resnet={"num_layers": (1,), "width_factor": 0.4})),
+            "width_factor=0.4 makes 25 channels, which must be a multiple of 32",
+        ),
         (lambda: ClassifierHead(7, classifier="max").init(jax.random.key(0), image_of(4)), "unknown classifier 'max'"),
         (lambda: count(small.vit(transformer={"num_heads": 5})), "32 cannot be shared out to 5 heads"),
         (lambda: count(small.vit(), size=7), "7x7 holds no patch of 8x8"),

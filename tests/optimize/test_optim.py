@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import chex
 import jax
@@ -287,6 +288,41 @@ def test_muon_finds_the_blocks_of_a_real_model(model):
         assert 0.15 < rms < 0.25 if of_block else abs(rms - 1) < 1e-3, (name, rms)
 
 
+def test_muon_finds_the_blocks_of_towers_under_prefixes_and_names_what_no_rule_knows(caplog):
+    images = jnp.zeros((1, 16, 16, 3))
+    params = {"img": small.shapes(small.vit(), images), "neck": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
+    params["model"] = {"txt": small.shapes(small.mixer(num_blocks=1), images)}
+    state = jax.eval_shape(optim.make_optimizer("muon", 1.0).init, params)
+    assert "no architecture's rules know neck: Adam trains them, not Muon" in caplog.text
+    moments = {name.partition("muon/")[2] for name in small.flat(state) if "muon/" in name}
+    found = {name for name in small.flat(params) if any(moment.endswith(f"mu/{name}") for moment in moments)}
+    of_blocks = re.compile(r"(img/Transformer/encoderblock|model/txt/MixerBlock)_\d/.*/kernel")
+    assert found == {name for name in small.flat(params) if of_blocks.fullmatch(name)} and len(found) == 2 * 6 + 4
+
+
+def test_layer_decay_knows_every_tower_by_its_prefix():
+    params = {"img": small.shapes(small.vit(), jnp.zeros((1, 16, 16, 3))), "t": jax.ShapeDtypeStruct((1,), jnp.float32)}
+    params["mix"] = {"er": small.shapes(small.mixer(num_blocks=1), jnp.zeros((1, 16, 16, 3)))}
+    factors = small.flat(optim.group_factors(params, layer_decay=0.5, num_layers={"img": 2, "mix/er": 1}))
+    assert (
+        factors["img/cls"]
+        == factors["img/embedding/kernel"]
+        == factors["img/Transformer/posembed_input/pos_embedding"]
+        == 1 / 8
+    )
+    assert {x for name, x in factors.items() if "img/Transformer/encoderblock_1/" in name} == {1 / 2}
+    assert factors["mix/er/stem/kernel"] == 1 / 4 and factors["mix/er/MixerBlock_0/LayerNorm_0/bias"] == 1 / 2
+    assert factors["img/head/kernel"] == factors["mix/er/head/kernel"] == factors["t"] == 1
+    assert optim.group_factors(params, layer_decay=0.5, num_layers={"img": 2})["mix"]["er"]["stem"]["bias"] == 1
+    one = small.flat(optim.group_factors({"model": params["img"]}, layer_decay=0.5, num_layers=2))
+    assert one["model/cls"] == 1 / 8, "one tower needs no name"
+    table = optim.factor_table(params, layer_decay=0.5, num_layers={"img": 2, "mix/er": 1}).splitlines()
+    assert [line.split("  ")[-1] for line in table[1:3]] == [
+        "img/Transformer/posembed_input, img/cls, img/embedding",
+        "img/Transformer/encoderblock_0, mix/er/stem",
+    ]
+
+
 def test_lamb_lets_a_head_of_zeros_leave_zero():
     params, grads = ({"head": {"kernel": f((3, 4), np.float32)}} for f in (np.zeros, np.ones))
     (after, _) = run(optim.make_optimizer("lamb", 0.1), params, [grads])
@@ -428,6 +464,11 @@ def test_the_table_of_factors_counts_tensors_and_parameters():
         (lambda: optim.group_factors(draw(0), ["head/.*"]), "'head/..' must be a pair"),
         (lambda: optim.group_factors(draw(0), layer_decay=1.5, num_layers=1), "layer_decay=1.5 must be above 0"),
         (lambda: optim.group_factors({"head": PARAMS}, layer_decay=0.5, num_layers=1), "finds no block"),
+        (
+            lambda: optim.group_factors({"a": draw(0), "b": draw(0)}, layer_decay=0.5, num_layers=1),
+            "needs the number of blocks by tower, not 1, for a/, b/",
+        ),
+        (lambda: optim.group_factors(draw(0), layer_decay=0.5, num_layers=0), "lies in block 0 of a model of 0 blocks"),
     ],
 )
 def test_what_does_not_exist_is_refused(make, message):

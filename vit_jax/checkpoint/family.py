@@ -20,7 +20,7 @@ IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file says of its model; `image_size` is None if unknown, `resize` the rule for position embeddings."""
+    """What a file says of its model, a `model_type`; `image_size` is None if unknown, `resize` the rule for positions."""
 
     model: dict[str, Any]
     image_size: tuple[int, int] | None

@@ -14,6 +14,7 @@ import numpy as np
 from vit_jax.checkpoint.family import POSITIONS, Facts, square_side, vit_fields
 from vit_jax.checkpoint.npz import canonical
 from vit_jax.checkpoint.rules import Flat
+from vit_jax.models import resnet
 
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
 
@@ -42,16 +43,16 @@ def facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
     for match in filter(None, (re.match(r"block(\d+)/(unit\d+)/", name) for name in flat)):
         units.setdefault(int(match[1]), set()).add(match[2])
     hybrid = "conv_root/kernel" in flat
-    resnet = {
+    backbone = {
         "num_layers": tuple(len(units[i]) for i in sorted(units)),
-        "width_factor": flat["conv_root/kernel"].shape[-1] // 64 if hybrid else 1,
+        "width_factor": _whole(flat["conv_root/kernel"].shape[-1] / 64) if hybrid else 1,
     }
     pooled = "map" if "MAPHead_0/probe" in flat else "token" if "cls" in flat else "gap"
     model = vit_fields(
         num_classes=classes,
         hidden_size=d,
         patches={"size": (p, q)},
-        resnet=resnet if hybrid else None,
+        resnet=backbone if hybrid else None,
         representation_size=flat["pre_logits/kernel"].shape[-1] if "pre_logits/kernel" in flat else None,
         classifier=pooled,
         position_embedding="learned" if POSITIONS in flat else "sincos2d",
@@ -61,12 +62,16 @@ def facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
             "num_heads": query.shape[1],
         },
     )
-    stride = 4 * 2 ** max(0, len(units) - 1) if hybrid else 1
+    stride = resnet.stride(units) if hybrid else 1
     if POSITIONS not in flat:
         return Facts(model, (224, 224), "bilinear")
     n = flat[POSITIONS].shape[1] - ("cls" in flat)
     side = math.isqrt(n)
     return Facts(model, (side * p * stride, side * q * stride) if side * side == n else None, "bilinear")
+
+
+def _whole(x: float) -> float:
+    return int(x) if x == int(x) else x
 
 
 def _mixer_facts(flat: Flat, classes: int | None) -> Facts:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import models
 from vit_jax.checkpoint import describe, google, huggingface, lora_file, readers, rules, timm
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import Facts, Family
@@ -127,9 +128,8 @@ def _description(facts: Facts, path: Path) -> Description:
     names = facts.class_names
     if classes and names is None:
         names = describe.imagenet_class_names() if classes == 1000 else [f"class {i}" for i in range(classes)]
-    stride = 4 * 2 ** max(0, len(model["resnet"]["num_layers"]) - 1) if model.get("resnet") else 1
     size = facts.image_size
-    grid = [length // (patch * stride) for length, patch in zip(size, model["patches"]["size"], strict=True)] if size else None
+    grid = models.architecture_of(facts.model_type).grid(model, size) if size else None
     return Description(
         model_name=path.stem,
         model_type=facts.model_type,

@@ -139,16 +139,22 @@ class EncoderBlock(nn.Module):
 
         def attend(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
             y = MultiHeadDotProductAttention(
-                self.num_heads,
-                self.attention_dropout_rate,
-                self.norm_eps if self.qk_norm else None,
-                self.dtype,
+                num_heads=self.num_heads,
+                dropout_rate=self.attention_dropout_rate,
+                qk_norm_eps=self.norm_eps if self.qk_norm else None,
+                dtype=self.dtype,
                 name="MultiHeadDotProductAttention_1",
             )(norm(x, "LayerNorm_0"), train=train)
             return scale(nn.Dropout(self.dropout_rate, deterministic=not train)(y), "ls1")
 
         def transform(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-            mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.activation, self.dtype, name="MlpBlock_3")
+            mlp = MlpBlock(
+                mlp_dim=self.mlp_dim,
+                dropout_rate=self.dropout_rate,
+                activation=self.activation,
+                dtype=self.dtype,
+                name="MlpBlock_3",
+            )
             return scale(mlp(norm(x, "LayerNorm_2"), train=train), "ls2")
 
         x = residual.add(x, attend, kept[0])
@@ -243,16 +249,16 @@ class Encoder(nn.Module):
 
     def _block(self, **kwargs: Any) -> EncoderBlock:
         return rematerialised(EncoderBlock, self.remat, in_scan=self.scan)(
-            self.mlp_dim,
-            self.num_heads,
-            self.dropout_rate,
-            self.attention_dropout_rate,
-            self.activation,
-            self.norm_eps,
-            self.layer_scale,
-            self.layer_scale_init,
-            self.qk_norm,
-            self.dtype,
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            dropout_rate=self.dropout_rate,
+            attention_dropout_rate=self.attention_dropout_rate,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            layer_scale=self.layer_scale,
+            layer_scale_init=self.layer_scale_init,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
             **kwargs,
         )
 

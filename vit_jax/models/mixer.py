@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.models import residual
-from vit_jax.models.layers import MlpBlock, PatchEmbed, rematerialised
+from vit_jax.models import residual, zoo
+from vit_jax.models.architecture import Architecture
+from vit_jax.models.layers import REMAT, MlpBlock, PatchEmbed, rematerialised
 
 
 class MixerBlock(nn.Module):
@@ -26,11 +27,11 @@ class MixerBlock(nn.Module):
 
         def mix_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
             y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x).swapaxes(1, 2)
-            return MlpBlock(self.tokens_mlp_dim, dtype=self.dtype, name="token_mixing")(y).swapaxes(1, 2)
+            return MlpBlock(mlp_dim=self.tokens_mlp_dim, dtype=self.dtype, name="token_mixing")(y).swapaxes(1, 2)
 
         def mix_channels(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
             y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_1")(x)
-            return MlpBlock(self.channels_mlp_dim, dtype=self.dtype, name="channel_mixing")(y)
+            return MlpBlock(mlp_dim=self.channels_mlp_dim, dtype=self.dtype, name="channel_mixing")(y)
 
         x = residual.add(x, mix_tokens, kept[0])
         return residual.add(x, mix_channels, kept[1])
@@ -61,10 +62,13 @@ class MlpMixer(nn.Module):
     model_name: str | None = None
 
     def setup(self):
-        self.stem = PatchEmbed(self.hidden_dim, tuple(self.patches["size"]), padding="SAME", dtype=self.dtype)
+        self.stem = PatchEmbed(width=self.hidden_dim, patch_size=tuple(self.patches["size"]), padding="SAME", dtype=self.dtype)
         self.blocks = [
             rematerialised(MixerBlock, self.remat)(
-                self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f"MixerBlock_{i}"
+                tokens_mlp_dim=self.tokens_mlp_dim,
+                channels_mlp_dim=self.channels_mlp_dim,
+                dtype=self.dtype,
+                name=f"MixerBlock_{i}",
             )
             for i in range(self.num_blocks)
         ]
@@ -90,3 +94,17 @@ class MlpMixer(nn.Module):
             layers.append(x)
         x = self.pre_head_layer_norm(x)
         return {"cls": None, "registers": x[:, :0], "patches": x, "map": x.reshape(b, h, w, d), "layers": tuple(layers)}
+
+
+ARCHITECTURE = Architecture(
+    cls=MlpMixer,
+    sizes=zoo.MIXER,
+    num_layers=lambda fields: fields["num_blocks"],
+    first=r"stem/.*",
+    block=r"MixerBlock_(\d+)/.*",
+    last=r"(pre_head_layer_norm|head)/.*",
+    choices={"remat": REMAT},
+    options=("stochastic_depth",),
+    cut=lambda fields: None,
+    grid=lambda fields, image_size: tuple(-(-n // p) for n, p in zip(image_size, fields["patches"]["size"], strict=True)),
+)

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vit_jax.errors import UserError
+
 Dtype = Any
+_GROUPS = 32
+"""Of channels, for every group norm."""
 
 
 class StdConv(nn.Module):
@@ -36,7 +40,7 @@ class StdConv(nn.Module):
 
 
 def _group_norm(dtype: Dtype, name: str, **kwargs) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, epsilon=1e-6, dtype=dtype, name=name, **kwargs)
+    return nn.GroupNorm(num_groups=_GROUPS, epsilon=1e-6, dtype=dtype, name=name, **kwargs)
 
 
 class ResidualUnit(nn.Module):
@@ -76,19 +80,30 @@ class ResNetStage(nn.Module):
         return x
 
 
+def stride(num_layers: Sequence[int]) -> int:
+    """How many pixels of an image a cell of the map stands for, along each side."""
+    return 4 * 2 ** max(0, len(num_layers) - 1)
+
+
 class ResNet(nn.Module):
     """Stem and stages: a feature map at 1/4 of the image's resolution, halved again by every stage but the first.
 
-    `num_layers` counts the units of each stage; () leaves the stem alone. `width_factor` multiplies all widths.
+    `num_layers` counts the units of each stage; () leaves the stem alone. `width_factor` multiplies all widths, the first of
+    which is int(64 · width_factor).
     """
 
     num_layers: Sequence[int]
-    width_factor: int = 1
+    width_factor: float = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
-        width = 64 * self.width_factor
+        width = int(64 * self.width_factor)
+        if width < _GROUPS or width % _GROUPS:
+            raise UserError(
+                f"resnet.width_factor={self.width_factor} makes {width} channels, which must be a multiple of {_GROUPS}: "
+                "use a multiple of 0.5"
+            )
         x = StdConv(width, (7, 7), 2, self.dtype, name="conv_root")(x)
         x = nn.relu(_group_norm(self.dtype, "gn_root")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")

@@ -8,8 +8,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.models import residual, resnet, zoo
+from vit_jax.models.architecture import Architecture, Fields
 from vit_jax.models.attention import MultiHeadDotProductAttention
-from vit_jax.models.layers import Encoder, MlpBlock, PatchEmbed
+from vit_jax.models.layers import ACTIVATIONS, REMAT, Encoder, MlpBlock, PatchEmbed
 from vit_jax.models.resnet import ResNet
 
 CLASSIFIERS = ("token", "gap", "map", "distilled", "cls_mean", "unpooled", "token_unpooled")
@@ -29,10 +31,12 @@ class MapHead(nn.Module):
         b, _, d = tokens.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
         probe = jnp.broadcast_to(probe.astype(tokens.dtype), (b, 1, d))
-        attention = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype, name="MultiHeadDotProductAttention_0")
+        attention = MultiHeadDotProductAttention(
+            num_heads=self.num_heads, dtype=self.dtype, name="MultiHeadDotProductAttention_0"
+        )
         x = attention(probe, tokens)
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
-        return (x + MlpBlock(self.mlp_dim, dtype=self.dtype, name="MlpBlock_0")(y))[:, 0]
+        return (x + MlpBlock(mlp_dim=self.mlp_dim, dtype=self.dtype, name="MlpBlock_0")(y))[:, 0]
 
 
 class ClassifierHead(nn.Module):
@@ -81,7 +85,7 @@ class ClassifierHead(nn.Module):
             case "distilled":
                 return tokens[:, :2]
             case "map":
-                return MapHead(self.num_heads, self.mlp_dim, self.dtype, name="MAPHead_0")(tokens)
+                return MapHead(num_heads=self.num_heads, mlp_dim=self.mlp_dim, dtype=self.dtype, name="MAPHead_0")(tokens)
             case "unpooled" | "token_unpooled":
                 return tokens
         raise unknown("classifier", self.classifier, CLASSIFIERS)
@@ -127,7 +131,7 @@ class VisionTransformer(nn.Module):
         if self.resnet is not None:
             self.backbone = ResNet(**self.resnet, dtype=self.dtype)
             nn.share_scope(self, self.backbone)
-        self.embedding = PatchEmbed(self.hidden_size, tuple(self.patches["size"]), dtype=self.dtype)
+        self.embedding = PatchEmbed(width=self.hidden_size, patch_size=tuple(self.patches["size"]), dtype=self.dtype)
         zeros, small = nn.initializers.zeros, nn.initializers.normal(0.02)
         if self.classifier in _WITH_CLS:
             self.cls = self.param("cls", zeros, (1, 1, self.hidden_size))
@@ -142,15 +146,15 @@ class VisionTransformer(nn.Module):
             **self.transformer, add_position_embedding=learned, final_norm=not self.fc_norm, dtype=self.dtype
         )
         self.classifier_head = ClassifierHead(
-            self.num_classes,
-            self.representation_size,
-            self.classifier,
-            self.head_bias_init,
-            self.fc_norm,
-            self.Transformer.norm_eps,
-            self.Transformer.num_heads,
-            self.Transformer.mlp_dim,
-            self.dtype,
+            num_classes=self.num_classes,
+            representation_size=self.representation_size,
+            classifier=self.classifier,
+            bias_init=self.head_bias_init,
+            fc_norm=self.fc_norm,
+            norm_eps=self.Transformer.norm_eps,
+            num_heads=self.Transformer.num_heads,
+            mlp_dim=self.Transformer.mlp_dim,
+            dtype=self.dtype,
         )
         nn.share_scope(self, self.classifier_head)
 
@@ -218,3 +222,48 @@ def sincos2d(h: int, w: int, d: int, temperature: float = 10_000.0) -> Float[Arr
     omega = temperature ** -(jnp.arange(d // 4) / max(1, d // 4 - 1))
     y, x = (jnp.einsum("n,d->nd", place.reshape(-1).astype(jnp.float32), omega) for place in (y, x))
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]
+
+
+def _cut(fields: Fields) -> tuple[int, int] | None:
+    return None if fields.get("resnet") else tuple(fields["patches"]["size"])
+
+
+def _grid(fields: Fields, image_size: tuple[int, int]) -> tuple[int, int]:
+    """A ResNet pads to whole cells of its map, the patches of which are cut."""
+    stride = resnet.stride(fields["resnet"]["num_layers"]) if fields.get("resnet") else 1
+    return tuple(-(-length // stride) // p for length, p in zip(image_size, fields["patches"]["size"], strict=True))
+
+
+ARCHITECTURE = Architecture(
+    cls=VisionTransformer,
+    sizes=zoo.VIT,
+    num_layers=lambda fields: fields["transformer"]["num_layers"],
+    first=r"(embedding|cls|dist|register_tokens|conv_root|gn_root|block\d+|Transformer/posembed_input)(/.*)?",
+    block=r"Transformer/encoderblock_(\d+)/.*",
+    last=r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist)/.*",
+    nested={"transformer": Encoder, "resnet": ResNet},
+    blocks="transformer",
+    choices={
+        "classifier": CLASSIFIERS,
+        "position_embedding": POSITION_EMBEDDINGS,
+        "transformer.activation": ACTIVATIONS,
+        "transformer.stochastic_depth_mode": residual.MODES,
+        "transformer.remat": REMAT,
+    },
+    options=(
+        "head_bias_init",
+        "fc_norm",
+        "position_embedding",
+        "num_registers",
+        "transformer.activation",
+        "transformer.norm_eps",
+        "transformer.layer_scale",
+        "transformer.layer_scale_init",
+        "transformer.qk_norm",
+        "transformer.stochastic_depth",
+        "transformer.stochastic_depth_uniform",
+        "transformer.stochastic_depth_mode",
+    ),
+    cut=_cut,
+    grid=_grid,
+)

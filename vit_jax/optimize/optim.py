@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.optimize import towers
 
 Tree = Any
 Steps = list[optax.GradientTransformation]
@@ -80,7 +81,7 @@ def make_optimizer(
     dtype: Any = jnp.float32,
     lr_factors: Sequence[tuple[str, float]] = (),
     layer_decay: float | None = None,
-    num_layers: int | None = None,
+    num_layers: towers.NumLayers | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformation:
     """Clipping by the global norm, one of `OPTIMIZERS`, decay of the matrices, the rate, and a factor for every group.
@@ -194,21 +195,24 @@ def _decay(weight_decay: float) -> optax.GradientTransformation:
     return optax.add_decayed_weights(weight_decay, matrices)
 
 
-# Names of parameters: which are matrices, and to which layer they belong
-
-
-_FIRST = re.compile(r"(embedding|stem|cls|dist|register_tokens|conv_root|gn_root|block\d+|Transformer/posembed_input)(/.*)?")
-_BLOCK = re.compile(r"(?:lora/)?(?:Transformer/encoderblock|MixerBlock)_(\d+)/.*")  # LoRA's belong to the block they change
+# Names of parameters: which are matrices, and which of those Muon's
 
 
 def matrices(params: Tree) -> Tree:
     """A tree of booleans: True for the kernels of linear maps and convolutions, False for all else."""
-    return _map_with_names(lambda name, _: name.rsplit("/", 1)[-1] == "kernel", params)
+    return towers.map_with_names(lambda name, _: name.rsplit("/", 1)[-1] == "kernel", params)
 
 
 def _muon_or_adam(params: Tree) -> Tree:
-    """A tree of "muon" for the kernels of blocks, "adam" for all else."""
-    return _map_with_names(lambda name, _: "muon" if _BLOCK.fullmatch(name) and name.endswith("/kernel") else "adam", params)
+    """A tree of "muon" for the kernels of blocks, "adam" for all else; a warning names the kernels that no rule knows."""
+    names = towers.flat(params)
+    found = towers.find(names)
+    towers.warn_of_unknown_kernels(names, found, "Adam trains them, not Muon")
+
+    def label(name: str, _: Any) -> str:
+        return "muon" if name.endswith("/kernel") and towers.in_block(name, found) else "adam"
+
+    return towers.map_with_names(label, params)
 
 
 def _inputs_and_outputs(kernels: Tree) -> Tree:
@@ -221,7 +225,7 @@ def _inputs_and_outputs(kernels: Tree) -> Tree:
         inputs = x.ndim - 1 if name.endswith("/out/kernel") else 1
         return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
 
-    return _map_with_names(axes, kernels)
+    return towers.map_with_names(axes, kernels)
 
 
 def _scale_by_size(updates: Tree, params: Tree) -> Tree:
@@ -232,18 +236,6 @@ def _scale_by_size(updates: Tree, params: Tree) -> Tree:
     return jax.tree.map(scale, updates, _inputs_and_outputs(updates))
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _map_with_names(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(lambda path, x: function(_name(path), x), tree)
-
-
-def _flat(tree: Tree) -> dict[str, Any]:
-    return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
 # Factors on the updates of groups of parameters
 
 
@@ -251,7 +243,7 @@ def group_factors(
     params: Tree,
     lr_factors: Sequence[tuple[str, float]] = (),
     layer_decay: float | None = None,
-    num_layers: int | None = None,
+    num_layers: towers.NumLayers | None = None,
 ) -> Tree:
     """What the update of every parameter is multiplied by: a tree of floats, in the structure of `params`.
 
@@ -262,10 +254,12 @@ def group_factors(
         matches has the factor 1. One that is never the first to match is a UserError.
       layer_decay: multiplies by layer_decay^(num_layers + 1 − layer), where layer is 0 for the embeddings of patches and
         positions, class tokens and a hybrid's ResNet, i + 1 for block i, num_layers + 1 for what follows the blocks
-        (BEiT, https://arxiv.org/abs/2106.08254; timm counts the last norm to the last block).
-      num_layers: of the model, for `layer_decay`.
+        (BEiT, https://arxiv.org/abs/2106.08254; timm counts the last norm to the last block). What no architecture's rules
+        know counts as what follows the blocks, and a warning names it.
+      num_layers: of the model, for `layer_decay`: its number of blocks, or for several towers that number by the prefix of
+        each, such as {"img": 12}; other towers, and what lies in none, have the factor 1.
     """
-    names = list(_flat(params))
+    names = list(towers.flat(params))
     patterns = [_checked(pair) for pair in lr_factors]
     first = {name: next((i for i, p in enumerate(patterns) if p.fullmatch(name)), None) for name in names}
     for i, pattern in enumerate(patterns):
@@ -275,44 +269,44 @@ def group_factors(
         assert num_layers is not None, "layer_decay needs num_layers"
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay={layer_decay} must be above 0 and at most 1, such as 0.75")
-        if not any(map(_BLOCK.fullmatch, names)):
-            raise UserError(
-                f"layer_decay={layer_decay} finds no block such as Transformer/encoderblock_0 among what is trained"
-            )
+        layers_behind = towers.layers_behind(names, num_layers)
 
     def factor(name: str, _: Any) -> float:
         by_pattern = 1.0 if first[name] is None else lr_factors[first[name]][1]
-        return by_pattern if layer_decay is None else by_pattern * layer_decay ** (num_layers + 1 - _layer(name, num_layers))
+        return by_pattern if layer_decay is None else by_pattern * layer_decay ** layers_behind[name]
 
-    return _map_with_names(factor, params)
+    return towers.map_with_names(factor, params)
 
 
 def factor_table(
     params: Tree,
     lr_factors: Sequence[tuple[str, float]] = (),
     layer_decay: float | None = None,
-    num_layers: int | None = None,
+    num_layers: towers.NumLayers | None = None,
     *,
     frozen: Tree = None,
 ) -> str:
     """`group_factors` as a table: a line for every factor, with its tensors and parameters; those of `frozen` have 0."""
-    shapes = _flat(params)
+    shapes = towers.flat(params)
+    found = towers.find(shapes)
     factors = jax.tree.leaves(group_factors(params, lr_factors, layer_decay, num_layers))
     members: dict[float, dict[str, Any]] = {}
     for (name, x), factor in zip(shapes.items(), factors, strict=True):
         members.setdefault(factor, {})[name] = x
-    if kept := {name: x for name, x in _flat(frozen).items() if x.shape}:  # LoRA's scale is no parameter
+    if kept := {name: x for name, x in towers.flat(frozen).items() if x.shape}:  # LoRA's scale is no parameter
         members[0.0] = kept
     lines = [f"{'factor':>8} {'tensors':>8} {'parameters':>13}  of"]
     for factor, group in sorted(members.items()):
         size = sum(math.prod(x.shape) for x in group.values())
-        parts = list(dict.fromkeys(map(_part, group)))
+        parts = towers.parts(group, found)
         of = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
         lines.append(f"{factor:>8.4g} {len(group):>8,} {size:>13,}  {of}")
     return "\n".join(lines)
 
 
-def _scale_groups(lr_factors: Sequence, layer_decay: float | None, num_layers: int | None) -> optax.GradientTransformation:
+def _scale_groups(
+    lr_factors: Sequence, layer_decay: float | None, num_layers: towers.NumLayers | None
+) -> optax.GradientTransformation:
     def factors(tree: Tree) -> Tree:
         return group_factors(tree, lr_factors, layer_decay, num_layers)
 
@@ -324,18 +318,6 @@ def _scale_groups(lr_factors: Sequence, layer_decay: float | None, num_layers: i
         return jax.tree.map(lambda u, factor: u if factor == 1 else u * factor, updates, factors(updates)), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _layer(name: str, num_layers: int) -> int:
-    if _FIRST.fullmatch(name):
-        return 0
-    block = _BLOCK.fullmatch(name)
-    return int(block[1]) + 1 if block else num_layers + 1
-
-
-def _part(name: str) -> str:
-    """The block or other part of the model that a parameter belongs to."""
-    return re.match("(lora/)?(Transformer/)?[^/]+", name)[0]
 
 
 def _checked(pair: tuple[str, float]) -> re.Pattern:
@@ -353,7 +335,7 @@ def _checked(pair: tuple[str, float]) -> re.Pattern:
 
 
 def _matches_nothing(pattern: str, names: list[str]) -> UserError:
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(dict.fromkeys(map(_part, names)))[:5]
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or towers.parts(names, towers.find(names))[:5]
     return UserError(
         f"lr_factors: {pattern!r} matches no trained parameter that no pattern before it matches; "
         f"a pattern matches whole names, near ones are {', '.join(near)}"

@@ -38,6 +38,7 @@ class Experiment:
 
     settings: Settings
     origin: checkpoint.Description | None  # the description of the parameters it starts from, if `config.pretrained` names some
+    model_type: str
     model_fields: dict[str, Any]
     model: nn.Module
     task: classify.Task
@@ -78,7 +79,16 @@ def build(settings: Settings, directory: Path, get_source: Callable[..., sources
         fields = _with_numerics_of(origin, fields)
     workdir.check_classes(directory, train_source.class_names)
     parallelism = make_parallelism(settings)
-    model = models.build(model_type, _with_memory_options(fields, settings, parallelism))
+    architecture = models.architecture_of(model_type)
+    model = architecture.build(
+        architecture.with_memory_options(
+            fields,
+            dtype=settings.dtype,
+            remat=settings.remat,
+            scan=settings.scan,
+            constrain=parallelism.constrain_examples,
+        )
+    )
     if "unpooled" in fields.get("classifier", ""):
         raise UserError(f"classifier {fields['classifier']!r} scores every token; images are classified by token or gap")
     schedule = make_schedule(settings)
@@ -88,18 +98,19 @@ def build(settings: Settings, directory: Path, get_source: Callable[..., sources
     return Experiment(
         settings=settings,
         origin=origin,
+        model_type=model_type,
         model_fields=fields,
         model=model,
         task=_make_task(settings, model, teacher, train_source, normalisation(origin)),
         train_source=train_source,
         test_source=test_source,
         image_size=settings.image_size,
-        grid=patch_grid(model, settings.image_size),
+        grid=architecture.grid(fields, settings.image_size),
         parallelism=parallelism,
         join=parallelism.jit(trainable.join, "params"),
         teacher=teacher,
         schedule=schedule,
-        optimizer=make_optimizer(settings, model, schedule),
+        optimizer=make_optimizer(settings, architecture.num_layers(fields), schedule),
         sharpness=_make_sharpness(settings, schedule),
     )
 
@@ -117,22 +128,19 @@ def make_schedule(settings: Settings) -> optax.Schedule:
     )
 
 
-def make_optimizer(settings: Settings, model: nn.Module, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimiser of a recipe."""
+def make_optimizer(settings: Settings, num_layers: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimiser of a recipe; `num_layers` is as in `optim.group_factors`."""
     return optim.make_optimizer(
         settings.optimizer,
         schedule,
         grad_norm_clip=settings.grad_norm_clip,
         weight_decay=settings.weight_decay,
         dtype=settings.optim_dtype,
-        **_groups(settings, model),
+        lr_factors=settings.lr_factors,
+        layer_decay=settings.layer_decay,
+        num_layers=num_layers,
         options=settings.optimizer_options,
     )
-
-
-def _groups(settings: Settings, model: nn.Module) -> dict[str, Any]:
-    num_layers = model.num_blocks if isinstance(model, models.MlpMixer) else model.transformer["num_layers"]
-    return {"lr_factors": settings.lr_factors, "layer_decay": settings.layer_decay, "num_layers": num_layers}
 
 
 def _make_task(
@@ -173,17 +181,6 @@ def _with_numerics_of(origin: checkpoint.Description, fields: dict[str, Any]) ->
     return fields | {"model_name": fields.get("model_name") or origin.model_name}
 
 
-def _with_memory_options(fields: dict[str, Any], settings: Settings, parallelism: parallel.Parallelism) -> dict[str, Any]:
-    """Fields with what does not belong to the architecture: dtype, remat, scan."""
-    fields = fields | {"dtype": settings.dtype}
-    if "transformer" in fields:
-        more = {"remat": settings.remat, "scan": settings.scan, "constrain": parallelism.constrain_examples}
-        return fields | {"transformer": {**fields["transformer"], **more}}
-    if settings.scan:
-        raise UserError("config.scan=True is for ViTs: a Mixer's blocks are compiled one by one")
-    return fields | {"remat": settings.remat}
-
-
 def make_parallelism(settings: Settings) -> parallel.Parallelism:
     """How the devices share the work. UserError for a mesh that they do not make up."""
     if settings.parallel == "pmap":
@@ -195,13 +192,6 @@ def make_parallelism(settings: Settings) -> parallel.Parallelism:
 def normalisation(origin: checkpoint.Description | None) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation, by channel of the 0..255 pixels, that parameters of this origin expect."""
     return (origin.mean, origin.std) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
-
-
-def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the patches that the model cuts such an image into. Nothing is computed."""
-    run = functools.partial(model.init_with_output, method="features")
-    features, _ = jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, *image_size, 3)))
-    return features["map"].shape[1:3]
 
 
 def split_params(experiment: Experiment, params: Any) -> tuple[Any, dict[str, Any]]:
@@ -243,7 +233,7 @@ def _with_teacher(experiment: Experiment, state: State) -> State:
         pretrained_path=experiment.teacher,
         init_params=jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes),  # takes no memory
         model_config=description.model,
-        grid=patch_grid(teacher, experiment.image_size),
+        grid=models.architecture_of(description.model_type).grid(description.model, experiment.image_size),
         keep_head=True,
         columns=match_classes(description.class_names, experiment.train_source.class_names, where=str(experiment.teacher.path)),
     )
@@ -343,11 +333,9 @@ def log_setup(experiment: Experiment) -> None:
         grid,
         size,
     )
-    patch = experiment.model_fields["patches"]["size"]
-    cut_off = (
-        experiment.model_fields.get("resnet") is None and "num_blocks" not in experiment.model_fields
-    )  # a Mixer pads instead
-    if cut_off and any(length % p for length, p in zip(experiment.image_size, patch, strict=True)):
+    architecture = models.architecture_of(experiment.model_type)
+    patch = architecture.cut(experiment.model_fields)
+    if patch and any(length % p for length, p in zip(experiment.image_size, patch, strict=True)):
         log.warning("%s pixels are no multiple of patches of %s: the right and lower edge are cut off", size, patch)
     train, test = (
         f"{len(experiment.train_source):,} images of {settings.pp.train}",
@@ -358,7 +346,8 @@ def log_setup(experiment: Experiment) -> None:
     if frozen:
         log.info("training %s", trainable.describe(trained, frozen["model"]).replace("\n", "\n         "))
     if settings.lr_factors or settings.layer_decay or (frozen and not settings.lora.rank):
-        table = optim.factor_table(trained, **_groups(settings, experiment.model), frozen=frozen.get("model"))
+        num_layers = architecture.num_layers(experiment.model_fields)
+        table = optim.factor_table(trained, settings.lr_factors, settings.layer_decay, num_layers, frozen=frozen.get("model"))
         log.info("rates    the learning rate is multiplied by\n%s", table)
     devices, processes = jax.devices(), jax.process_count()
     how = f", mesh {dict(experiment.parallelism.mesh.shape)}" if isinstance(experiment.parallelism, parallel.Mesh) else ""

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vit_jax import checkpoint, models
+from vit_jax import checkpoint
 from vit_jax.checkpoint import describe, lora_file
 from vit_jax.checkpoint.describe import Description
 from vit_jax.optimize import parallel, trainable
@@ -51,7 +51,7 @@ def description(experiment: Experiment, step: int, metrics: dict[str, float]) ->
     mean, std = normalisation(origin)
     return Description(
         model_name=experiment.model_fields.get("model_name"),
-        model_type=next(name for name, cls in models.MODEL_TYPES.items() if isinstance(experiment.model, cls)),
+        model_type=experiment.model_type,
         model=experiment.model_fields,
         image_size=experiment.image_size,
         grid=experiment.grid,

@@ -27,14 +27,21 @@ SPLIT_LIKE = (*TEST_NAMES, "train", "training", "testing")
 def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tfds_manual_dir: str | None = None) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
-    `dataset` is `digits`, `digits_0to4`, the path of an existing folder (see FolderSource), or a tfds name such as
-    `cifar10`, for which alone the two tfds folders are. Raises UserError for an unknown dataset, split or empty part.
+    `dataset` is `digits`, `digits_0to4`, `digit_scenes` (see DigitScenesSource), the path of an existing folder (see
+    FolderSource, and detection.open_folder for images with boxes), or a tfds name such as `cifar10`, for which alone the
+    two tfds folders are. Raises UserError for an unknown dataset, split or empty part.
     """
     if dataset in ("digits", "digits_0to4"):
         return DigitsSource(dataset, split)
+    if dataset == "digit_scenes":
+        from vit_jax.data.digit_scenes import DigitScenesSource  # which imports this module
+
+        return DigitScenesSource(split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        return FolderSource(path, split)
+        from vit_jax.data import detection  # which imports this module
+
+        return detection.open_folder(path, split) or FolderSource(path, split)
     # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z]\w*(:[\w.*]+)?(/[\w.+-]+(:[\w.*]+)?)?", dataset):
         raise UserError(

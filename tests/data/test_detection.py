@@ -1,0 +1,173 @@
+"""The three layouts give the same boxes; what is wrong with an annotation is an error that names it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data import detection
+from vit_jax.data.sources import get_source
+from vit_jax.errors import UserError
+
+# By image: (h, w) and (left, top, right, bottom, class) of its objects; the last is a crowd.
+PICTURES = {
+    "a": ((40, 60), [(3, 5, 23, 30, "cat"), (10, 0, 60, 40, "dog")]),
+    "b": ((50, 30), []),
+    "c": ((32, 32), [(1, 2, 9, 8, "cat")]),
+}
+NAMES = ["cat", "dog"]
+
+
+def write_images(folder):
+    folder.mkdir(parents=True)
+    for name, ((h, w), _) in PICTURES.items():
+        Image.fromarray(np.full((h, w, 3), 99, np.uint8)).save(folder / f"{name}.jpg")
+
+
+def coco(root):
+    write_images(root / "train2017")
+    images = [
+        {"id": 7 + i, "file_name": f"{name}.jpg", "height": h, "width": w}
+        for i, (name, ((h, w), _)) in enumerate(PICTURES.items())
+    ]
+    boxes = [(7 + i, box) for i, (_, boxes) in enumerate(PICTURES.values()) for box in boxes]
+    annotations = [
+        {
+            "id": k,
+            "image_id": i,
+            "category_id": {"cat": 3, "dog": 90}[name],
+            "bbox": [x, y, r - x, b - y],
+            "iscrowd": int(k == 2),
+        }
+        for k, (i, (x, y, r, b, name)) in enumerate(boxes)
+    ]
+    categories = [{"id": 90, "name": "dog"}, {"id": 3, "name": "cat"}]
+    return _json(root, {"images": images, "annotations": annotations, "categories": categories})
+
+
+def _json(root, content):
+    file = root / "annotations" / "instances_train2017.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def yolo(root):
+    write_images(root / "images" / "train")
+    (root / "labels" / "train").mkdir(parents=True)
+    for name, ((h, w), boxes) in PICTURES.items():
+        lines = [f"{NAMES.index(c)} {(x + r) / 2 / w} {(y + b) / 2 / h} {(r - x) / w} {(b - y) / h}" for x, y, r, b, c in boxes]
+        if lines:
+            (root / "labels" / "train" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames:\n  0: cat\n  1: dog\n")
+    return root / "labels" / "train" / "a.txt"
+
+
+def voc(root):
+    write_images(root / "JPEGImages")
+    (root / "Annotations").mkdir()
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nc\n")
+    for name, ((h, w), boxes) in PICTURES.items():
+        objects = "".join(
+            f"<object><name>{c}</name><difficult>{int(name == 'c')}</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
+            f"<xmax>{r}</xmax><ymax>{b}</ymax></bndbox></object>"
+            for x, y, r, b, c in boxes
+        )
+        xml = f"<annotation><size><width>{w}</width><height>{h}</height></size>{objects}</annotation>"
+        (root / "Annotations" / f"{name}.xml").write_text(xml)
+    return root / "Annotations" / "a.xml"
+
+
+@pytest.mark.parametrize("write", [coco, yolo, voc])
+def test_the_layouts_give_the_same(tmp_path, write):
+    write(tmp_path)
+    source = detection.open_folder(str(tmp_path), "train")
+    assert source.class_names == ("cat", "dog") and len(source) == 3
+    for i, (_, boxes) in enumerate(PICTURES.values()):
+        example = source[i]
+        np.testing.assert_allclose(example["boxes"], np.array([box[:4] for box in boxes]).reshape(-1, 4), atol=1e-4)
+        assert [NAMES[label] for label in example["box_labels"]] == [box[4] for box in boxes]
+        assert source.where(i).endswith(".jpg") and example["image"].startswith(b"\xff\xd8")
+        crowd = i == 2 and write is not yolo
+        assert example["box_crowd"].tolist() == [crowd] * len(boxes)
+    assert len(detection.open_folder(str(tmp_path), "train[1:]")) == 2
+    with pytest.raises(UserError, match="split"):
+        detection.open_folder(str(tmp_path), "test")
+
+
+def test_other_folders_are_left_to_others(tmp_path):
+    assert detection.open_folder(str(tmp_path), "train") is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bbox": [5, 5, 0, 3]}, r"annotation 0 \(a.jpg\): the box .* has no area"),
+        ({"bbox": [5, float("nan"), 4, 3]}, r"annotation 0 \(a.jpg\): the box .* not finite"),
+        ({"bbox": [61, 5, 4, 3]}, r"annotation 0 \(a.jpg\): the box .* outside of its image, which is 60 pixels wide"),
+        ({"image_id": 99}, "annotation 0 is of image 99, which the file does not list"),
+        ({"category_id": 4}, "annotation 0 is of category 4, which has no name"),
+    ],
+)
+def test_a_wrong_annotation_of_coco_is_named(tmp_path, change, message):
+    file = coco(tmp_path)
+    content = json.loads(file.read_text())
+    content["annotations"][0] |= change
+    _json(tmp_path, content)
+    with pytest.raises(UserError, match=f"instances_train2017.json: {message}"):
+        detection.open_folder(str(tmp_path), "train")
+
+
+def test_a_missing_image_is_named(tmp_path):
+    coco(tmp_path)
+    (tmp_path / "train2017" / "b.jpg").unlink()
+    with pytest.raises(UserError, match="train2017/b.jpg does not exist"):
+        detection.open_folder(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("2 .5 .5 .1 .1", "class 2 has no name, data.yaml names 2"),
+        ("0 30 20 5 5", "numbers above 1"),
+        ("0 .5 .5 0 .1", "has no area"),
+        ("0 .1 .1 .9 .1 .9 .9", "polygons are not boxes"),
+    ],
+)
+def test_a_wrong_line_of_yolo_is_named(tmp_path, line, message):
+    yolo(tmp_path).write_text(f"1 .5 .5 .1 .1\n{line}\n")
+    with pytest.raises(UserError, match=f"a.txt, line 2: .*{message}"):
+        detection.open_folder(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("<xmax>23</xmax>", "<xmax>two</xmax>", "no number"),
+        ("<xmax>23</xmax>", "", "no <bndbox/xmax>"),
+        ("</size>", "", "no valid XML"),
+    ],
+)
+def test_a_wrong_object_of_voc_is_named(tmp_path, old, new, message):
+    file = voc(tmp_path)
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=f"a.xml.*{message}"):
+        detection.open_folder(str(tmp_path), "train")
+
+
+def test_scenes_depend_on_their_number_and_hold_what_they_say():
+    train, test = (get_source("digit_scenes", split) for split in ("train", "test[100:]"))
+    assert len(test) == 400 and train.class_names == tuple("0123456789")
+    again = get_source("digit_scenes", "train[5:]")
+    assert all(np.array_equal(train[6][name], again[1][name]) for name in train[6])
+    for i in range(20):
+        scene = test[i]
+        left, top, right, bottom = scene["boxes"].T
+        assert 1 <= len(left) == len(scene["box_labels"]) <= 5
+        assert (left >= 0).all() and (right <= 64).all() and (right - left > 3).all() and (bottom - top > 8).all()
+        assert scene["image"].shape == (64, 64, 3)
+    # Ink is brighter than what is around it, and reaches all four sides of its box.
+    brightest = scene["image"].min(axis=-1)[int(top[0]) : int(bottom[0]), int(left[0]) : int(right[0])]
+    assert brightest.max() > 130

@@ -1,0 +1,289 @@
+"""Images with boxes, in the three layouts that people have: COCO's JSON, YOLO's text files, Pascal VOC's XML.
+
+`open_folder` tells them apart. All annotations are read and checked at the start: a box without an area, with NaN or
+outside of its image, an image that is missing, a class without a name are errors that name file and annotation.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+
+from vit_jax.data.features import Boxes, Image, Source
+from vit_jax.data.host import view
+from vit_jax.data.sources import IMAGE_SUFFIXES, TEST_NAMES, split_range
+from vit_jax.errors import UserError, unknown
+from vit_jax.files import read_regular
+
+
+@dataclass
+class Picture:
+    """An image and its objects: corners in pixels, classes, and which are crowds (or VOC's difficult ones).
+
+    Of a `relative` picture corners are parts of its width and height, which nobody has read yet.
+    """
+
+    path: Path
+    relative: bool = False
+    corners: list[tuple[float, float, float, float]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    crowds: list[bool] = field(default_factory=list)
+
+    def add(self, corners: Sequence[float], label: int, size: tuple[float, float], where: str, crowd: bool = False) -> None:
+        """Adds a box of an image of `size` (h, w), clipped to it. Raises UserError with `where` if nothing is left."""
+        if not all(math.isfinite(x) for x in corners):
+            raise UserError(f"{where}: the box {list(corners)} has numbers that are not finite: correct or remove it")
+        left, top, right, bottom = corners
+        if right <= left or bottom <= top:
+            raise UserError(f"{where}: the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) has no area: remove it")
+        height, width = size
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise UserError(
+                f"{where}: the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) lies outside of its image, which is"
+                f" {width:g} pixels wide and {height:g} high"
+            )
+        self.corners.append((max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)))
+        self.labels.append(label)
+        self.crowds.append(crowd)
+
+
+class DetectionSource(Source):
+    """Pictures as examples: `image` (encoded bytes), `boxes` (n, 4), `box_labels` (n,) and `box_crowd` (n,).
+
+    Boxes are (left, top, right, bottom) in pixels of the upright image. Crowds are for the evaluation, which ignores what
+    is found there; training leaves them out.
+    """
+
+    exif_rotated = True
+
+    def __init__(self, pictures: Sequence[Picture], class_names: Sequence[str]):
+        self.features = {"image": Image(), "boxes": Boxes(tuple(class_names))}
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = self._pictures[index]
+        image = read_regular(picture.path)
+        boxes = np.array(picture.corners, np.float32).reshape(-1, 4)
+        if picture.relative and len(boxes):
+            height, width = view.Picture.read(image, exif_rotated=True).size
+            boxes *= np.array([width, height, width, height], np.float32)
+        return {
+            "image": image,
+            "boxes": boxes,
+            "box_labels": np.array(picture.labels, np.int32),
+            "box_crowd": np.array(picture.crowds, bool),
+        }
+
+    def where(self, index: int) -> str:
+        return str(self._pictures[index].path)
+
+
+def open_folder(path: str, split: str) -> DetectionSource | None:
+    """The examples of a split, or part of it, of a folder in one of the layouts; None for any other folder.
+
+      COCO: annotations/instances_{train2017,val2017}.json beside folders of these names, or, as Roboflow exports it,
+        {train,valid}/_annotations.coco.json beside the images;
+      YOLO: data.yaml with names and the folders of images, whose `images` is replaced by `labels` for the text files;
+      VOC: Annotations/*.xml, JPEGImages, and ImageSets/Main/{train,val}.txt.
+
+    Raises UserError for a split that is not there, and for whatever is wrong with an annotation.
+    """
+    root = Path(path)
+    for splits, read in ((_coco_splits, _read_coco), (_yolo_splits, _read_yolo), (_voc_splits, _read_voc)):
+        if found := splits(root):
+            asked = split.partition("[")[0]
+            name = _which(asked, found, root)
+            pictures, class_names = read(root, found, name)
+            _, part = split_range(split, {asked: len(pictures)})
+            return DetectionSource(pictures[part.start : part.stop], class_names)
+    return None
+
+
+def _which(asked: str, found: Mapping[str, Any], root: Path) -> str:
+    """The split that is meant by a name: itself, the same with a year, or for testing any that is not for training."""
+    names = [asked, *(TEST_NAMES if asked in TEST_NAMES else ())]
+    for name in names:
+        if matches := [n for n in found if n == name or n.removeprefix(name).isdigit() and n.startswith(name)]:
+            return matches[0]
+    raise unknown(f"split of {root}", asked, found)
+
+
+def _check_image(path: Path, where: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{where}: its image {path} does not exist: add it, or remove the annotation")
+
+
+# COCO
+
+
+def _coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:
+    """{split: (file of annotations, folder of images)}."""
+    prefix = "instances_"
+    files = {p.stem.removeprefix(prefix): p for p in sorted(root.glob(f"annotations/{prefix}*.json"))}
+    splits = {name: (file, root / name) for name, file in files.items()}
+    return splits or {p.parent.name: (p, p.parent) for p in sorted(root.glob("*/_annotations.coco.json"))}
+
+
+def _read_coco(root: Path, found: Mapping[str, tuple[Path, Path]], name: str) -> tuple[list[Picture], list[str]]:
+    """Classes are the categories by their numbers, which may have holes."""
+    file, folder = found[name]
+    try:
+        content = json.loads(file.read_text())
+        categories = {c["id"]: c.get("name", "") for c in content["categories"]}
+        records = {image["id"]: image for image in content["images"]}
+        annotations = content["annotations"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file} is no COCO file of images, annotations and categories: {e!r}") from e
+    if nameless := [number for number, name in categories.items() if not name]:
+        raise UserError(f"{file}: category {nameless[0]} has no name")
+    order = sorted(categories)
+    pictures = {number: Picture(folder / image["file_name"]) for number, image in records.items()}
+    for picture in pictures.values():
+        _check_image(picture.path, str(file))
+    for annotation in annotations:
+        where = f"{file}: annotation {annotation.get('id')}"
+        for key in ("image_id", "category_id", "bbox"):
+            if key not in annotation:
+                raise UserError(f"{where} has no {key}")
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in pictures:
+            raise UserError(f"{where} is of image {image}, which the file does not list")
+        if category not in categories:
+            raise UserError(f"{where} is of category {category}, which has no name in the file")
+        left, top, width, height = map(float, annotation["bbox"])
+        size = float(records[image]["height"]), float(records[image]["width"])
+        corners, crowd = (left, top, left + width, top + height), bool(annotation.get("iscrowd"))
+        pictures[image].add(corners, order.index(category), size, f"{where} ({records[image]['file_name']})", crowd)
+    return list(pictures.values()), [categories[number] for number in order]
+
+
+# YOLO
+
+
+def _yolo_splits(root: Path) -> dict[str, list[Path]]:
+    """{split: its images}."""
+    file = root / "data.yaml"
+    if not file.is_file():
+        return {}
+    content = _yaml(file)
+    base = root / str(content.get("path", "."))
+    base = base if base.is_dir() else root
+    splits = {}
+    for name in ("train", *TEST_NAMES):
+        if content.get(name):
+            folder = base / str(content[name])
+            folder = folder if folder.is_dir() else root / str(content[name]).replace("../", "")
+            if not folder.is_dir():
+                raise UserError(f"{file}: {name} is {content[name]}, and there is no such folder in {base}")
+            splits[name] = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not splits:
+        raise UserError(f"{file} names no folder of images: add train: and val:")
+    return splits
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as e:
+        raise UserError(f"{file} is no valid YAML: {e}") from e
+    if not isinstance(content, dict) or not isinstance(content.get("names"), list | dict) or not content["names"]:
+        raise UserError(f"{file} must have names: a list of the classes")
+    return content
+
+
+def _read_yolo(root: Path, found: Mapping[str, list[Path]], name: str) -> tuple[list[Picture], list[str]]:
+    names = _yaml(root / "data.yaml")["names"]
+    names = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
+    pictures = []
+    for image in found[name]:
+        parts = list(image.parts)
+        if "images" not in parts:
+            raise UserError(f"{image}: a folder in YOLO's layout has its images below a folder called images")
+        i = len(parts) - 1 - parts[::-1].index("images")
+        file = Path(*parts[:i], "labels", *parts[i + 1 :]).with_suffix(".txt")
+        pictures.append(picture := Picture(image, relative=True))
+        lines = file.read_text().split("\n") if file.is_file() else ()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                _add_yolo_line(picture, line, names, f"{file}, line {number}")
+    return pictures, names
+
+
+def _add_yolo_line(picture: Picture, line: str, names: list[str], where: str) -> None:
+    try:
+        label, *numbers = line.split()
+        label, (x, y, w, h) = int(label), map(float, numbers)
+    except ValueError:
+        expected = "'class center_x center_y width height', parts of the image"
+        raise UserError(f"{where}: {line.strip()[:80]!r} is not {expected} (polygons are not boxes: export boxes)") from None
+    if not 0 <= label < len(names):
+        raise UserError(f"{where}: class {label} has no name, data.yaml names {len(names)}")
+    if max(x, y, w, h) > 1.01:
+        raise UserError(f"{where}: {line.strip()!r} has numbers above 1: they must be parts of the image, not pixels")
+    picture.add((x - w / 2, y - h / 2, x + w / 2, y + h / 2), label, (1, 1), where)
+
+
+# Pascal VOC
+
+
+def _voc_splits(root: Path) -> dict[str, list[str]]:
+    """{split: the names of its images}."""
+    if not (root / "Annotations").is_dir():
+        return {}
+    lists = {p.stem: p.read_text().split() for p in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in p.stem}
+    if not lists:
+        raise UserError(f"{root} has Annotations but no ImageSets/Main/train.txt and val.txt with the names of the images")
+    return lists
+
+
+def _read_voc(root: Path, found: Mapping[str, list[str]], name: str) -> tuple[list[Picture], list[str]]:
+    """Classes are all that occur in the training images, by the alphabet. VOC counts pixels from 1, the last included."""
+    stems, training = found[name], next((found[n] for n in found if n.startswith("train")), found[name])
+    trees = {stem: _xml(root / "Annotations" / f"{stem}.xml") for stem in dict.fromkeys([*training, *stems])}
+    names = sorted({_text(o, "name", stem) for stem in training for o in trees[stem].iter("object")})
+    pictures = []
+    for stem in stems:
+        file, tree = root / "Annotations" / f"{stem}.xml", trees[stem]
+        names_of_image = tree.findtext("filename") or f"{stem}.jpg", f"{stem}.jpg", f"{stem}.png"
+        candidates = [root / "JPEGImages" / n for n in names_of_image]
+        picture = Picture(next((p for p in candidates if p.is_file()), candidates[0]))
+        _check_image(picture.path, str(file))
+        size = tuple(float(_text(tree, f"size/{side}", str(file))) for side in ("height", "width"))
+        for number, o in enumerate(tree.iter("object"), 1):
+            where = f"{file}, object {number}"
+            label = _text(o, "name", where)
+            if label not in names:
+                raise UserError(f"{where}: training has no class {label!r}, only {', '.join(names[:10])}")
+            try:
+                corners = [float(_text(o, f"bndbox/{side}", where)) for side in ("xmin", "ymin", "xmax", "ymax")]
+            except ValueError as e:
+                raise UserError(f"{where}: its bndbox holds something that is no number: {e}") from e
+            corners = (corners[0] - 1, corners[1] - 1, *corners[2:])
+            picture.add(corners, names.index(label), size, where, o.findtext("difficult", "0").strip() == "1")
+        pictures.append(picture)
+    return pictures, names
+
+
+def _xml(file: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.fromstring(file.read_text())
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}; ImageSets/Main lists it") from e
+    except ElementTree.ParseError as e:
+        raise UserError(f"{file} is no valid XML: {e}") from e
+
+
+def _text(element: ElementTree.Element, name: str, where: str) -> str:
+    text = element.findtext(name)
+    if not text:
+        raise UserError(f"{where} has no <{name}>")
+    return text.strip()

@@ -4,8 +4,11 @@ import base64
 import concurrent.futures
 import contextlib
 import errno
+import gzip
 import hashlib
 import http.server
+import io
+import itertools
 import json
 import logging
 import os
@@ -15,6 +18,9 @@ import struct
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,10 +29,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vit_jax.checkpoint import hub, readers
+from vit_jax.checkpoint import connection, hub, readers
 from vit_jax.errors import UserError
 
-CONTENT = np.random.default_rng(0).bytes(300_000)
+
+def archive(size, seed=0):
+    """An archive of so many bytes: what comes is kept only if it has the form of what its name promises."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as f:
+        f.writestr(zipfile.ZipInfo("x.npy"), np.random.default_rng(seed).bytes(size - 108))
+    return out.getvalue()
+
+
+CONTENT = archive(300_000)
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -177,9 +192,10 @@ def test_the_default_cache_is_in_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_query_strings_are_different_files_of_the_same_name(site):
-    site.files |= {"/x.npz": b"plain", "/x.npz?v=1": b"first", "/x.npz?v=2": b"second"}
+    contents = [archive(200 + i) for i in range(3)]
+    site.files |= dict(zip(("/x.npz", "/x.npz?v=1", "/x.npz?v=2"), contents, strict=True))
     paths = [fetched(site, path) for path in ("/x.npz", "/x.npz?v=1", "/x.npz?v=2")]
-    assert [path.read_bytes() for path in paths] == [b"plain", b"first", b"second"]
+    assert [path.read_bytes() for path in paths] == contents
     assert {path.name for path in paths} == {"x.npz"}
 
 
@@ -216,7 +232,7 @@ def test_a_later_call_continues_the_part(cache, site, monkeypatch, validator):
 @pytest.mark.parametrize("knows_if_range", [True, False])
 @pytest.mark.parametrize("size", [300_000, 200_000, 50_000])
 def test_a_file_that_changed_between_the_parts_is_not_glued(site, monkeypatch, knows_if_range, size):
-    other = CONTENT[::-1][:size]
+    other = archive(size, seed=1)
 
     def change(_):
         site.files["/bucket/model.npz"], site.etag = other, '"two"'
@@ -274,6 +290,141 @@ def test_the_sum_of_a_bucket_is_checked_over_all_parts(site):
 def test_a_server_that_tells_no_length_is_believed(site):
     site.claimed = "none"
     assert fetched(site).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "headers", "said"),
+    [
+        ("x.npz", b"", {}, "what came is empty"),
+        ("x.npz", b"\n <!DOCTYPE html><p>Sign in", {}, "what came is a page of the web of 27 bytes"),
+        ("index.csv", b"<html>", {}, "what came is a page of the web"),
+        ("x.npz", b"{}" * 50, {}, "what came is no .npz (100 bytes, which start with 7b 7d"),
+        ("x.npz", CONTENT[:1000], {}, "what came is no .npz"),
+        ("x.pth", b"version https://git-lfs", {}, "what came is no file of torch"),
+        ("x.safetensors", b"version https://git-lfs", {}, "what came is no .safetensors"),
+        ("x.npz", gzip.compress(CONTENT), {"Content-Encoding": "gzip"}, "sends the file packed (gzip), unasked"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_what_is_no_checkpoint_is_thrown_away(cache, site, name, body, headers, said):
+    site.files[f"/{name}"], site.headers = body, headers
+    refused(f"{site.url}/{name}", said, f"put it here:\n  {place(cache, site, name)}")
+    assert len(site.asked) == 1 and left(place(cache, site, name).parent) == []
+
+
+def test_files_of_every_kind_are_kept(site):
+    site.files |= {"/x.safetensors": WEIGHTS, "/x.pth": CONTENT, "/index.csv": b"ds,filename", "/x.json": b"{}"}
+    for name, content in site.files.items():
+        assert fetched(site, name).read_bytes() == content
+
+
+class Socket:
+    """A server of one answer: bytes, with a pause after each of the pieces; it goes on for ever if the last is `...`."""
+
+    def __init__(self, *pieces, pause=0.0):
+        self.pieces, self.pause = pieces, pause
+
+    @contextlib.contextmanager
+    def running(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def _serve(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection):
+        with contextlib.suppress(OSError), connection:
+            connection.recv(10_000)
+            for piece, following in itertools.pairwise((*self.pieces, None)):
+                while piece is not ...:
+                    connection.sendall(piece)
+                    time.sleep(self.pause)
+                    if following is not ...:
+                        break
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        ((HEAD, b"X-A: a\r\n", ...), "no whole answer came in time"),
+        ((HEAD + b"X-A: ", b"a", ...), "no whole answer came in time"),
+        ((HEAD + b"Content-Length: 1000000\r\n\r\n", b"a", ...), "fewer than 1,000 bytes came in 0.2 seconds"),
+        ((HEAD + b"\r\n", b"a", ...), "fewer than 1,000 bytes came in 0.2 seconds"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1", ...), "fewer than 1,000 bytes came in 0.2 seconds"),
+    ],
+    ids=["heads", "a head", "a body", "a body without length", "the length of a chunk"],
+)
+def test_bytes_that_trickle_in_do_not_hold_us_for_ever(monkeypatch, pieces, said):
+    monkeypatch.setattr(hub, "_HEAD", 0.3 if "answer" in said else 30)
+    monkeypatch.setattr(hub, "_TRIES", 2)
+    monkeypatch.setattr(connection, "WINDOW", 0.2)
+    monkeypatch.setattr(connection, "LEAST", 1000)
+    with Socket(*pieces, pause=0.02).running() as url:
+        refused(f"{url}/x.npz", said, "2 attempts")
+
+
+def test_a_body_without_end_is_given_up_and_thrown_away(cache, monkeypatch):
+    monkeypatch.setattr(hub, "_MOST", 1 << 20)
+    with Socket(HEAD + b"\r\n", bytes(1 << 16), ...).running() as url:
+        refused(f"{url}/x.npz", "tells no length and does not end after 1,048,576 bytes")
+    assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "answered 204 No Content, and no file"),
+        (b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 5-9/10\r\nContent-Length: 5\r\n\r\n56789", "it sent another part"),
+        (b"HTTP/1.1 206 Partial\r\nContent-Length: 5\r\n\r\n56789", "it sent another part (no Content-Range)"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "the connection broke"),
+        (b"HTTP/1.1 404 \x1b[2Jgone\r\n\r\n", r"answered 404 \x1b[2Jgone (no such file"),
+        (b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
+        (b"HTTP/1.1 302 Found\r\nLocation: ftp://127.0.0.1/x.npz\r\n\r\n", "from http only http or https is followed"),
+        (b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n", "answered 302"),
+        (b"HTTP/1.1 302 Found\r\nLocation: /x.npz\r\n\r\n", "answered 302"),
+    ],
+    ids=lambda x: repr(x)[:40],
+)
+def test_answers_without_the_file_are_refused(answer, said):
+    with Socket(answer).running() as url:
+        refused(f"{url}/x.npz", url, said)
+
+
+def test_what_is_asked_for_safely_is_not_followed_elsewhere():
+    redirects = connection._Redirects()
+    request = urllib.request.Request("https://example.org/x.npz")
+    for place in ("http://example.org/x.npz", "ftp://example.org/x.npz", "file:///x.npz"):
+        with pytest.raises(UserError, match="from https only https is followed"):
+            redirects.redirect_request(request, None, 302, "Found", {}, place)
+    followed = redirects.redirect_request(request, None, 302, "Found", {}, "https://cdn.example.org/x.npz")
+    assert followed.full_url == "https://cdn.example.org/x.npz"
+
+
+def test_a_part_is_not_continued_by_an_answer_without_a_validator(cache, site, monkeypatch):
+    """It may be of another version: right in length, wrong in content."""
+    other = archive(300_000, seed=1)
+
+    def change(_):
+        site.files["/bucket/model.npz"], site.etag = other, None
+
+    monkeypatch.setattr(hub.time, "sleep", change)
+    site.knows_if_range, site.cuts = False, [100_000]
+    assert fetched(site).read_bytes() == other and site.asked == [None, "bytes=100000-", None]
+
+
+def test_an_address_that_a_file_names_is_used_from_the_cache_alone(cache, site):
+    url = site.url + "/bucket/model.npz"
+    with pytest.raises(UserError, match="is not in the cache, and is not fetched unasked") as error:
+        hub.fetch(url, online=False)
+    assert f"python -m vit_jax.inspect {url}" in str(error.value) and site.asked == []
+    assert hub.fetch(hub.fetch(url), online=False) == hub.fetch(url, online=False) == place(cache, site)
 
 
 @pytest.mark.parametrize(("status", "said"), [(404, "check the name"), (403, "not public, or no such file"), (410, "refused")])
@@ -342,6 +493,7 @@ def test_a_cache_that_cannot_be_is_named(tmp_path, monkeypatch, site):
         ("https://example.org", "names no file"),
         ("https://example.org:port/x.npz", "no valid address"),
         ("https://me:secret@example.org/x.npz", "holds a user name"),
+        (f"https://example.org/{'x' * 300}.npz", "a name of more than 200 bytes"),
         ("s3://bucket/x.npz", "gs://, https://, http:// or hf://"),
         ("ftp://example.org/x.npz", "gs://, https://, http:// or hf://"),
         ("hf://owner", "use hf://OWNER/NAME"),
@@ -413,6 +565,15 @@ def test_revisions_and_files_in_folders_are_found(hf_cache):
     snapshot = cached_repository(hf_cache, {"sub/x.npz": b"1", "sub/config.json": b"{}"}, revision="refs/pr/1")
     assert hub.fetch("hf://owner/name/sub/x.npz@refs/pr/1") == snapshot / "sub" / "x.npz"
     refused("hf://owner/name/sub/x.npz", "could not be fetched", "hf download owner/name --local-dir FOLDER")
+
+
+def test_a_repository_that_a_file_names_is_used_from_the_cache_alone(hf_site):
+    hf_site.files = {"model.safetensors": WEIGHTS}
+    for address in ("hf://owner/name", "hf://owner/name/model.safetensors"):
+        with pytest.raises(UserError, match="is not fetched unasked"):
+            hub.fetch(address, online=False)
+    assert hf_site.served == set()
+    assert hub.fetch("hf://owner/name") == hub.fetch("hf://owner/name", online=False)
 
 
 def test_what_is_not_in_the_cache_says_how_to_get_it(hf_cache):

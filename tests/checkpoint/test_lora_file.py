@@ -177,3 +177,12 @@ def test_fingerprints_tell_names_shapes_types_and_bits_apart():
     assert len({lora_file.fingerprint(flat) for flat in variants}) == len(variants)
     assert lora_file.fingerprint({"a": x, "b": 2 * x}) == lora_file.fingerprint({"b": 2 * x, "a": x})
     assert lora_file.fingerprint({"a": x.reshape(2, 3).T}) == lora_file.fingerprint({"a": x.reshape(2, 3).T.copy()})
+
+
+def test_a_base_that_is_an_address_is_not_fetched_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    train(tmp_path)
+    facts(tmp_path, base="http://127.0.0.1:9/base.npz")
+    refused(
+        tmp_path, "is not in the cache, and is not fetched unasked", "python -m vit_jax.inspect http://127.0.0.1:9/base.npz"
+    )

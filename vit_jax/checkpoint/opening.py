@@ -37,7 +37,7 @@ def open_checkpoint(source: str | os.PathLike) -> Opened:
 def _open_base(adapter: lora_file.Adapter) -> Flat:
     """The parameters of an adapter's base."""
     try:
-        path, arrays = _read(adapter.base)
+        path, arrays = _read(adapter.base, online=False)
         if lora_file.is_adapter(arrays):
             raise lora_file.no_base(path)
         return _open(path, arrays).flat
@@ -46,9 +46,9 @@ def _open_base(adapter: lora_file.Adapter) -> Flat:
         raise UserError(f"{adapter.path} belongs to {adapter.base}, which cannot be opened: {e}\n{moved}") from e
 
 
-def _read(source: str | os.PathLike) -> tuple[Path, Flat]:
-    path = fetch(source)
-    path = next((path / name for name in ("model.npz", lora_file.FILE) if (path / name).is_file()), path)
+def _read(source: str | os.PathLike, *, online: bool = True) -> tuple[Path, Flat]:
+    path = fetch(source, online=online)
+    path = next((path / name for name in ("model.npz", lora_file.FILE) if os.path.isfile(path / name)), path)
     return path, readers.read(path)
 
 

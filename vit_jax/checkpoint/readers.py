@@ -72,6 +72,25 @@ def read_npz(path: str | os.PathLike) -> Arrays:
     return _checked(path, flat)
 
 
+def what_is_wrong(path: Path, name: str) -> str | None:
+    """Why a file that came as `name` cannot be one of that kind, judged by its form alone; None for a sound one."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(4096)
+        suffix = Path(name).suffix
+        if not start:
+            return "empty"
+        if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+            return f"a page of the web of {size:,} bytes"
+        if suffix == ".npz" and not zipfile.is_zipfile(file):
+            return f"no .npz ({size:,} bytes, which start with {start[:8].hex(' ')})"
+        if suffix in _TORCH and not start.startswith((b"PK\x03\x04", b"\x80")):
+            return f"no file of torch ({size:,} bytes, which start with {start[:8].hex(' ')})"
+        if suffix == ".safetensors" and (start[8:9] != b"{" or int.from_bytes(start[:8], "little") > size - 8):
+            return f"no .safetensors ({size:,} bytes, which start with {start[:8].hex(' ')})"
+    return None
+
+
 def _read_file(path: Path) -> Arrays:
     if path.name.endswith(".index.json"):
         return _read_shards(path)

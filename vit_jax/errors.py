@@ -32,6 +32,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
 
 def command(main: Callable[[], int]) -> None:
     """Runs a console command: a UserError is printed without a traceback, exit code 2; Ctrl-C exits with 130."""
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     try:
@@ -41,6 +42,13 @@ def command(main: Callable[[], int]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         leave_at_once(130)
+
+
+def open_standard_streams() -> None:
+    """Sends to nowhere what was started closed (`command >&-`): the next file that is opened would take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def leave_at_once(code: int) -> None:

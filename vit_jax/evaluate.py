@@ -13,7 +13,8 @@ from vit_jax.evaluators import Evaluator, classify
 from vit_jax.optimize.step import State
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.experiment import Experiment, build, frozen_fingerprints, log_setup, model_params, restore_or_load
-from vit_jax.run.writer import Writer, logging_to
+from vit_jax.run.lock import BusyError, only_run
+from vit_jax.run.writer import Writer, format_metrics, logging_to
 from vit_jax.settings import Settings
 
 log = logging.getLogger("vit_jax")
@@ -25,7 +26,8 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
     That is the newest checkpoint in `workdir`, else `config.pretrained`, else the file in `config.pretrained_dir`, with
     its head as it is. `config.evaluator` names what is run: "classify" is accuracy and loss on the test set and all of
     `config.evaluators`; another name is one of these, or a type, and where that is about features a file may have any
-    head. The metrics are returned, and added to `metrics.jsonl` with the number of steps that were trained.
+    head. The metrics are returned, and added to `metrics.jsonl` with the number of steps that were trained, unless a run is
+    going on in `workdir`, whose file it is.
     """
     settings = Settings.from_config(config)
     directory = workdirs.make(workdir)
@@ -33,16 +35,19 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
         experiment = build(settings, directory)
         log_setup(experiment)
         chosen, keep_head = _chosen(experiment)
-        with contextlib.closing(Checkpointer(directory / "checkpoints", keep=settings.keep)) as checkpointer:
+        with contextlib.closing(Checkpointer(directory / "checkpoints", read_only=True)) as checkpointer:
             state = restore_or_load(experiment, checkpointer, keep_head=keep_head)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
         if checkpointer.latest_step() is not None:
             workdirs.check_frozen(directory, frozen_fingerprints(experiment, state))
         metrics = scores(experiment, state, chosen)
-        with contextlib.closing(Writer(directory)) as writer:
-            writer.scalars(int(experiment.parallelism.read(state.step)), metrics)
-        log.info("  ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+        try:
+            with only_run(directory), contextlib.closing(Writer(directory)) as writer:
+                writer.scalars(int(experiment.parallelism.read(state.step)), metrics)
+        except BusyError as e:
+            log.warning("%s: these metrics are not added to metrics.jsonl", str(e).partition(": ")[0])
+        log.info(format_metrics(metrics))
         return metrics
 
 

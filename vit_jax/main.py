@@ -12,8 +12,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vit_jax.errors import UserError, leave_at_once, unknown
+from vit_jax.errors import UserError, leave_at_once, open_standard_streams, unknown
 from vit_jax.run import cluster, runtime
+from vit_jax.run.signals import LoaderHangs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if several processes train one model.")
@@ -46,12 +47,15 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     """The console command: errors meant for the user are printed without a traceback, exit code 2."""
+    open_standard_streams()
     sys.path.append(os.getcwd())  # as `python -m` has it, so that recipes find each other from the installed command too
     try:
         app.run(main, flags_parser=parse)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         _leave(2)
+    except LoaderHangs as e:
+        leave_at_once(e.code)
     except Exception:
         if not jax.distributed.is_initialized():
             raise

@@ -106,6 +106,7 @@ class Settings:
     pp: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     augment: Augmentation = dataclasses.field(default_factory=Augmentation)
     cache_gb: float = 1.0  # training images are decoded once and kept in memory if all of them take no more; 0: never
+    changed_data: str = "error"  # when a run is continued with other data than it began with; or "accept"
     bad_images: str = "error"  # or "skip": training goes on with another image, and says so
     shuffle_buffer: int = 50_000  # every epoch is a full permutation, which needs no buffer; 0 keeps the files' order
     prefetch: int = 2  # batches sent to the devices ahead of time
@@ -168,6 +169,7 @@ class Settings:
         choices = {
             "trainer": TRAINERS,
             "bad_images": ("error", "skip"),
+            "changed_data": ("error", "accept"),
             "dtype": DTYPES,
             "optim_dtype": DTYPES,
             "parallel": parallel.KINDS,

@@ -30,8 +30,9 @@ from vit_jax.run.experiment import (
     new_state,
     restore_or_load,
 )
-from vit_jax.run.signals import GracefulExit
-from vit_jax.run.writer import Writer, logging_to
+from vit_jax.run.lock import only_run
+from vit_jax.run.signals import GracefulExit, LoaderHangs
+from vit_jax.run.writer import Writer, format_metrics, logging_to
 from vit_jax.settings import Settings
 
 log = logging.getLogger("vit_jax")
@@ -40,12 +41,12 @@ log = logging.getLogger("vit_jax")
 def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains as `config` says, or continues what `workdir` holds, and leaves `model.npz` and `model.json` there.
 
-    Returns the trained parameters. Ctrl-C and SIGTERM, in any of the processes, save a last checkpoint and raise
-    SystemExit(130 or 143).
+    Returns the trained parameters. Ctrl-C, SIGTERM and SIGHUP, in any of the processes, save a last checkpoint and raise
+    SystemExit(130, 143 or 129). BusyError if another run is going on in `workdir`.
     """
     settings = Settings.from_config(config)
     directory = workdirs.make(workdir)
-    with logging_to(directory), GracefulExit() as stop:
+    with only_run(directory), logging_to(directory), GracefulExit() as stop:
         experiment = build(settings, directory)
         parallel.check_batch(settings.batch, settings.accum_steps, experiment.parallelism.batch_shards)
         workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
@@ -64,7 +65,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         done = int(experiment.parallelism.read(state.step))
         update = make_update(experiment)
         evaluators = make_evaluators(experiment)
-        batches = _train_batches(experiment, start_step=done, stop=stop)
+        batches = stop.watch(_train_batches(experiment, start_step=done, stop=stop))
         writer = Writer(directory, start_step=done, total_steps=settings.total_steps)
         progress = Progress(experiment, writer, checkpointer, stop)
         try:
@@ -87,7 +88,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                     checkpointer.check()
                     metrics = scores(experiment, state, due) | {"lr": float(experiment.schedule(step))}
                     writer.scalars(step, metrics)
-                    log.info("step %d  %s", step, "  ".join(f"{name} {x:.5g}" for name, x in metrics.items()))
+                    log.info("step %d  %s", step, format_metrics(metrics))
                     progress.start_clock()
 
                 if improved := progress.improves(metrics, complete=len(due) == len(evaluators)):
@@ -104,7 +105,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                     raise SystemExit(stop.exit_code)
         except (NotFiniteError, WriteError):
             raise
-        except UserError:  # a bad image, say: what was learnt so far stays
+        except (UserError, LoaderHangs):  # a bad image, say: what was learnt so far stays
             if jax.process_count() == 1 and (step := int(experiment.parallelism.read(state.step))) > done:
                 progress.save(step, state, {})
             raise

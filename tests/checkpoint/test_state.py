@@ -191,7 +191,11 @@ def test_a_reader_changes_nothing_and_goes_on_with_what_the_writer_has_now(tmp_p
     (tmp_path / "2" / "checkpoint.json").write_text("{")
     with pytest.raises(UserError, match="no checkpoint can be read"):
         Checkpointer(tmp_path, read_only=True).restore(template())
-    assert folders(tmp_path) == ["2", "3.tmp"] and not warnings()
+    assert not warnings()
+    shutil.move(written(tmp_path / "other", 1) / "1", tmp_path)
+    chex.assert_trees_all_equal(Checkpointer(tmp_path, read_only=True).restore(template()), state(1), strict=True)
+    assert "2 is damaged" in warnings()
+    assert folders(tmp_path) == ["1", "2", "3.tmp", "other"]
     assert Checkpointer(tmp_path / "none", read_only=True).latest_step() is None
     assert not (tmp_path / "none").exists()
 

@@ -14,6 +14,7 @@ from PIL import Image
 from tests import tiny
 from vit_jax.checkpoint.state import WriteError
 from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate
 from vit_jax.run import writer
 from vit_jax.train import train_and_evaluate
 
@@ -115,3 +116,27 @@ def test_what_cannot_be_written_to_is_refused_before_training(tmp_path: Path):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match="checkpoints, for checkpoints, cannot be made a folder: File exists"):
         train_and_evaluate(tiny.config(), tmp_path)
+
+
+def test_a_workdir_deleted_or_in_use_while_a_run_writes_to_it_is_one_message(
+    undisturbed: Path, tmp_path: Path, after_step: Callable, capfd: pytest.CaptureFixture
+):
+    workdir = tmp_path / "run"
+    refused = []
+
+    def twice_and_deleted():
+        while not (workdir / "checkpoints" / "5").exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="run is in use by the run of .*, process .*, since ") as error:
+            train_and_evaluate(recipe(undisturbed / "photos"), workdir)
+        refused.append(error)
+        scores = evaluate(recipe(undisturbed / "photos"), workdir)
+        assert "accuracy_test" in scores and 7 not in tiny.metrics(workdir, "accuracy_test")
+        shutil.rmtree(workdir)
+
+    after_step(7, twice_and_deleted)
+    with pytest.raises(WriteError, match="could not be written|was deleted or moved"):
+        train_and_evaluate(recipe(undisturbed / "photos"), workdir)
+    assert refused
+    assert "Traceback" not in (out := "".join(capfd.readouterr())), out
+    assert not workdir.exists()

@@ -1,6 +1,7 @@
 """What a process finds of an earlier one's compilations, what it does about a bad folder, and whose flags count."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.side_by_side import memory
+from vit_jax.errors import UserError
 from vit_jax.run import runtime
 from vit_jax.run.runtime import Compiled
 
@@ -127,3 +129,14 @@ def test_memory_that_the_compiler_has_freed_goes_back():
     kept = memory("VmRSS")
     jax.monitoring.record_event_duration_secs(runtime.COMPILED, 2.0)
     assert kept - memory("VmRSS") > 80e6, last.size
+
+
+def test_the_files_that_may_be_open_are_as_many_as_allowed_and_too_few_are_an_error(monkeypatch):
+    limits = [256, 100_000]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    runtime.allow_files()
+    assert limits == [runtime.MANY_FILES, 100_000]
+    limits[:] = 16, 16
+    with pytest.raises(UserError, match="may open 16 files at a time, at least 64 are needed: try `ulimit"):
+        runtime.allow_files()

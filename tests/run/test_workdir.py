@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import logging
 
 import pytest
 
 from vit_jax.checkpoint.describe import Description
 from vit_jax.errors import UserError
-from vit_jax.run.workdir import check_classes, claim, find_npz, origin
+from vit_jax.run import notes
+from vit_jax.run.workdir import check_classes, check_data, check_frozen, claim, find_npz, origin
 from vit_jax.settings import Preprocessing, Settings
 
 CLASSES = ("cat", "dog")
@@ -135,3 +137,66 @@ def test_other_classes_or_another_order_are_refused_and_an_origin_is_remembered(
     claim(tmp_path, SETTINGS, CLASSES)
     (tmp_path / "model.npz").touch()
     assert origin(tmp_path) is None
+
+
+@pytest.mark.parametrize("lost", [["config.json"], ["start.json"], ["config.json", "start.json"]])
+def test_what_was_asked_for_is_known_from_several_files(used, lost):
+    """Of a run with checkpoints, all but the copy beside them may be lost."""
+    (used / "checkpoints").mkdir(exist_ok=True)
+    check_data(used, {}, accept=False)
+    for name in lost:
+        (used / name).unlink()
+    assert "- seed = 0" in refusal(used, changed(seed=5))
+    claim(used, SETTINGS, CLASSES)
+    assert written(used)["seed"] == 0 and notes.read(used)["class_names"] == list(CLASSES)
+    (used / "config.json").write_text(json.dumps(written(used) | {"seed": 5}))  # by hand
+    assert "- seed = 0" in refusal(used, changed(seed=5))
+
+
+def test_results_of_which_nothing_tells_are_not_taken_over(tmp_path):
+    (tmp_path / "model.npz").touch()
+    assert "neither config.json nor start.json tells: bring one of them back" in refusal(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("content", [b'{"crc32": 5, "content"', b"[1]", b"\xff", b"", b'{"crc32": 1, "content": {}}', None])
+def test_damaged_notes_are_set_aside_and_come_from_their_copy(content, tmp_path, caplog):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    path, copy = tmp_path / "start.json", tmp_path / "checkpoints" / "start.json"
+
+    def damage(path):
+        path.unlink()
+        path.write_bytes(content) if content is not None else path.mkdir()
+
+    notes.write(tmp_path, {"class_names": ["cow"]})
+    damage(path)
+    with caplog.at_level(logging.WARNING, "vit_jax"):
+        assert notes.read(tmp_path) == notes.read(tmp_path) == {"class_names": ["cow"]}
+    assert [f"{path} is damaged" in record.getMessage() for record in caplog.records] == [True]
+    assert (tmp_path / "start.json.damaged").exists() and not path.exists()
+    damage(copy)
+    with pytest.raises(UserError, match="start.json, which tells what the run began with, is damaged .*no copy"):
+        origin(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "start.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(name, tmp_path):
+    (tmp_path / name).mkdir()
+    assert f"{name} cannot be written (Is a directory): move it away" in refusal(tmp_path, SETTINGS)
+
+
+def test_other_data_is_named_and_refused_unless_it_is_accepted(tmp_path, caplog):
+    old = {"train": {"count": 400, "names": "5f3a", "labels": "77aa"}, "test": {"count": 100}}
+    new = {"train": {"count": 401, "names": "0c1d", "labels": "77aa"}, "test": {"count": 100}}
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    check_data(tmp_path, old, accept=False)
+    check_data(tmp_path, old, accept=False)
+    check_frozen(tmp_path, {"model": "1"})
+    with pytest.raises(UserError) as error:
+        check_data(tmp_path, new, accept=False)
+    lines = str(error.value).splitlines()
+    assert lines[1:3] == ["  train.count: 400 before, 401 now", "  train.names: changed"]
+    assert len(lines) == 4 and "--config.changed_data=accept" in lines[3]
+    check_data(tmp_path, new, accept=True)
+    assert "train.count: 400 before, 401 now" in caplog.text
+    check_data(tmp_path, new, accept=False)
+    assert notes.read(tmp_path)["frozen"] == {"model": "1"}

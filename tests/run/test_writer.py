@@ -1,13 +1,17 @@
 """What a run leaves behind: metrics.jsonl, TensorBoard events and train.log, also after a restart."""
 
+import io
 import json
 import logging
+import os
 
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from vit_jax.run.writer import Writer, logging_to
+from vit_jax.checkpoint.state import WriteError
+from vit_jax.errors import UserError
+from vit_jax.run.writer import Writer, format_metrics, logging_to
 
 log = logging.getLogger("vit_jax")
 
@@ -93,6 +97,8 @@ def test_afterwards_logging_is_as_before(propagate, tmp_path, capsys, monkeypatc
 
 def test_a_terminal_gets_a_bar_instead_of_progress_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
     with logging_to(tmp_path):
         writer = Writer(tmp_path, start_step=20, total_steps=100)
         log.info("step 50/100", extra={"progress": True})
@@ -104,3 +110,83 @@ def test_a_terminal_gets_a_bar_instead_of_progress_lines(tmp_path, capsys, monke
     assert out.count("step 50/100") < out.count("step ")
     assert "accuracy 0.5\n" in out
     assert "step 50/100" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize("variables", [{"COLUMNS": "0", "TERM": "xterm"}, {"COLUMNS": "80", "TERM": "dumb"}])
+def test_a_terminal_of_unknown_width_or_without_motion_gets_lines(variables, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with logging_to(tmp_path):
+        writer = Writer(tmp_path, start_step=0, total_steps=100)
+        log.info("step 50/100", extra={"progress": True})
+        writer.close()
+    assert capsys.readouterr().out == "step 50/100\n"
+
+
+def test_output_whose_reader_has_ended_goes_nowhere_and_the_log_goes_on(tmp_path, monkeypatch):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe, logging_to(tmp_path):
+        monkeypatch.setattr("sys.stdout", pipe)
+        log.info("first")
+        log.info("second")
+        os.write(writes, b"what the process prints at its end")  # goes nowhere, and is no error
+    logged = [line.split(maxsplit=2)[2] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert logged == ["WARNING nothing more can be printed (Broken pipe): the run goes on, follow train.log"] + [
+        f"INFO {text}" for text in ("first", "second")
+    ]
+
+
+def test_what_the_output_cannot_encode_is_escaped(tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with logging_to(tmp_path):
+        log.info("IMAGE… %s", os.fsdecode(b"caf\xe9.png"))
+    assert raw.getvalue() == b"IMAGE\\u2026 caf\\udce9.png\n"
+    assert "IMAGE… caf\\udce9.png" in (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
+def test_a_line_that_is_no_record_is_set_aside_and_named(tmp_path, caplog):
+    good = [b'{"step": 10, "train_loss": 2.0}', b'{"step": 20, "lr": NaN}']
+    bad = [b'{"step": 10, "train_loss": \xff}', b"17", b'{"step": "10"}', b'{"train_loss": 1}', b'{"step": 1, "a": []}', b""]
+    bad.append(b"[" * 100_000)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *bad, good[1], b'{"step": 30}', b'{"step": 1']))
+    with caplog.at_level(logging.WARNING, "vit_jax"):
+        Writer(tmp_path, start_step=20).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == good
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().split(b"\n") == [*bad, b""]
+    (record,) = caplog.records
+    assert "metrics.jsonl: line 2, 3, 4, 5, 6, 7, 8 is no record of numbers: set aside in metrics" in record.getMessage()
+
+
+def test_folders_in_the_place_of_files_are_refused_by_name(tmp_path):
+    (tmp_path / "train.log").mkdir()
+    with pytest.raises(UserError, match="train.log cannot be written .Is a directory.: move it away"), logging_to(tmp_path):
+        pass
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written .Is a directory.: move it away"):
+        Writer(tmp_path, start_step=0)
+
+
+def test_a_workdir_that_was_moved_away_is_noticed(tmp_path):
+    writer = Writer(tmp_path, start_step=0)
+    writer.scalars(1, {"train_loss": 1})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(WriteError, match="metrics.jsonl was deleted or moved while the run wrote to it: start again"):
+        writer.scalars(2, {"train_loss": 1})
+    writer.close()
+
+
+def test_metrics_for_people():
+    metrics = {
+        "accuracy_test": 1.0,
+        "top5_val_test_ema": 0.98765,
+        "loss_test": 1.88941,
+        "ece_test": 0.01,
+        "img_sec_core": 11034.2,
+    }
+    text = "accuracy_test 100.00 %  top5_val_test_ema 98.77 %  loss_test 1.889  ece_test 0.01000  img_sec_core 11,034"
+    assert format_metrics(metrics) == text
+    more = {"lr": 0.0, "train_loss": float("nan"), "fewshot_5shot": 0.5, "fewshot_5shot_l2": 0.5, "grad_norm": 1e-7}
+    assert format_metrics(more) == "lr 0  train_loss nan  fewshot_5shot 50.00 %  fewshot_5shot_l2 0.5000  grad_norm 1.000e-07"

@@ -11,17 +11,23 @@ from typing import Any
 import jax
 
 
+def dumps(content: dict[str, Any]) -> str:
+    """JSON of `content` and its CRC-32."""
+    content = json.loads(json.dumps(content))  # as it will be read: keys are text
+    crc = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return json.dumps({"crc32": crc, "content": content}, sort_keys=True, indent=1)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` with its CRC-32, and waits until it is on the disk."""
-    text = json.dumps(content, sort_keys=True)
     with open(path, "w") as f:
-        json.dump({"crc32": zlib.crc32(text.encode()), "content": content}, f, sort_keys=True, indent=1)
+        f.write(dumps(content))
         f.flush()
         os.fsync(f.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. OSError if it is not there, ValueError if it is not as it was written."""
+    """The content of what `dumps` made. OSError if it is not there, ValueError if it is not as it was written."""
     try:
         read = json.loads(path.read_text())
         content, intact = read["content"], zlib.crc32(json.dumps(read["content"], sort_keys=True).encode()) == read["crc32"]

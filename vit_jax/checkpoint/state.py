@@ -48,7 +48,7 @@ class Checkpointer:
       keep: how many of the newest stay.
       best: a metric by which the best one stays too.
       lower_is_better: whether that is the one with the smallest value; needed with `best`.
-      read_only: another process may be writing there: nothing is made, renamed or warned of.
+      read_only: another process may be writing there: nothing is made or renamed.
 
     Attributes:
       stall_seconds: for how long the last `save` held up its caller.
@@ -73,6 +73,7 @@ class Checkpointer:
         self._wait_for_all = ocp.multihost.get_barrier_sync_fn()  # needs no device, so that it can be used in a thread
         # Compressed parameters are 8 % smaller, and take three times as long to write and five times to read.
         self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        logging.getLogger("absl").addFilter(_is_not_orbaxs)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future] | None = None
         self.stall_seconds = 0.0
@@ -253,7 +254,10 @@ class Checkpointer:
 
     def _set_aside(self, damaged: dict[Path, str]) -> None:
         """Names damaged checkpoints and renames them, so that they are neither read nor counted again."""
-        for folder, reason in damaged.items() if self._main and not self._read_only else ():
+        for folder, reason in damaged.items() if self._main else ():
+            if self._read_only:
+                log.warning("%s is damaged (%s): the one before it is used", folder, reason)
+                continue
             aside = folder.with_name(folder.name + _DAMAGED)
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}{_DAMAGED}")
@@ -291,6 +295,11 @@ def _check_arrays(folder: Path, found: dict[str, str], wanted: dict[str, str], m
             + more
             + "\nRepeat the config that wrote it, or start in another workdir."
         )
+
+
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    """Orbax prints each error with pages of tracebacks before it raises it, to be told in one line."""
+    return "orbax" not in record.pathname
 
 
 def steps_in(directory: Path) -> list[int]:
@@ -333,7 +342,8 @@ def _new_folder(path: Path, room_for: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < room_for + (1 << 20):
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {room_for >> 20:,} MiB are needed, {free >> 20:,} are free")
-    (path / _STATE).mkdir(parents=True)
+    path.mkdir()  # not its parents: if they are gone, the workdir was deleted while the run went on
+    (path / _STATE).mkdir()
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -69,7 +69,7 @@ def build(settings: Settings, directory: Path, get_source: Callable[..., sources
     train_source = get_source(settings.dataset, settings.pp.train, **where)
     test_source = get_source(settings.dataset, settings.pp.test, **where)
     origin = workdir.origin(directory)
-    if origin is None and settings.pretrained and not workdir.has_results(directory):
+    if origin is None and settings.pretrained and not workdir.is_known(directory):
         origin = checkpoint.open_checkpoint(workdir.find_npz(settings.pretrained)).description
     if not settings.model and origin is None:
         raise UserError(f"config.model is empty, and the run in {directory} began from nothing: repeat its --config")

@@ -8,11 +8,13 @@ import importlib.util
 import logging
 import os
 import re
+import resource
 from pathlib import Path
 
 import jax
 import jaxlib
 
+from vit_jax.errors import UserError
 from vit_jax.files import write_atomically
 
 log = logging.getLogger("vit_jax")
@@ -21,6 +23,9 @@ CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vit_jax", 
 """Where compiled programs are kept, unless `config.compilation_cache` says otherwise."""
 LIMIT = 2 * 2**30
 """Bytes that the folder may hold; a training step of B/16 takes one million."""
+
+MANY_FILES, FEW_FILES = 4096, 64
+"""Files that a process may want to have open at a time, and those without which checkpoints cannot be written."""
 
 CPU_FLAGS = {  # name: (value, what it gained)
     "xla_cpu_enable_concurrency_optimized_scheduler": ("false", "temporaries of a step of S/16, batch 8: 718 MB, not 952"),
@@ -36,10 +41,23 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def set_up(cache: str | None = CACHE) -> None:
-    """`set_xla_flags`, `keep_compiled`, `return_memory`: what every command does before anything asks JAX for its devices."""
+    """`set_xla_flags`, `keep_compiled` …: what every command does before anything asks JAX for its devices."""
+    allow_files()
     set_xla_flags()
     keep_compiled(cache)
     return_memory()
+
+
+def allow_files() -> None:
+    """Raises the number of files that this process may open as far as it may itself; UserError if that is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(MANY_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
+        raise UserError(f"this process may open {soft} files at a time, at least {FEW_FILES} are needed: try `ulimit -n 1024`")
 
 
 def set_xla_flags() -> None:

@@ -1,17 +1,34 @@
-"""Ctrl-C and SIGTERM during training: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and a terminal that is closed, during training: finish the step, save, leave."""
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PATIENCE = 20.0
+"""Seconds that a run that was asked to stop waits for its next batch: a file on a network that is gone may never be read.
+Schedulers wait 30 seconds before they kill."""
+
+
+class LoaderHangs(SystemExit):
+    """A run that was asked to stop has waited too long for its next batch. The threads that read it cannot be ended."""
 
 
 class GracefulExit:
-    """Within `with GracefulExit() as stop:` the first SIGINT or SIGTERM sets `stop.signal`; a second one acts at once."""
+    """Within `with GracefulExit() as stop:` the first SIGINT, SIGTERM or SIGHUP sets `stop.signal`; a second one acts at once.
+
+    A signal that is ignored, as `nohup` has SIGHUP, stays ignored.
+    """
 
     def __init__(self):
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
+        self._waits = False
 
     @property
     def exit_code(self) -> int:
@@ -20,16 +37,47 @@ class GracefulExit:
 
     def __enter__(self) -> "GracefulExit":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
+        self._waits = False
+        self._set_deadline()
         self._restore()
+
+    def watch(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; LoaderHangs if one takes longer than `PATIENCE` after a signal."""
+        with contextlib.closing(batches):
+            while True:
+                self._waits = True
+                self._set_deadline()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                finally:
+                    self._waits = False
+                    self._set_deadline()
+                yield batch
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
-        print("\nfinishing the step, then saving; once more to leave at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print("\nfinishing the step, then saving; once more to leave at once", file=sys.stderr, flush=True)
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        """Starts the clock if a signal has come and a batch is waited for, else stops it."""
+        if self.signal is not None:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE if self._waits else 0)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        if self._waits:
+            raise LoaderHangs(self.exit_code)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from vit_jax.checkpoint.describe import Description
 from vit_jax.errors import UserError
 from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel
+from vit_jax.run import notes
 from vit_jax.settings import Settings
+
+log = logging.getLogger("vit_jax")
 
 RESULTS = "model.npz", lora_file.FILE
 
@@ -20,7 +24,7 @@ RESULTS = "model.npz", lora_file.FILE
 _FREE = {
     *("trainer", "evaluator", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
     *("progress_every", "eval_every", "checkpoint_every", "keep", "keep_best", "evaluators"),
-    *("parallel", "mesh", "remat", "compilation_cache", "nonfinite", "nonfinite_limit", "bad_images"),
+    *("parallel", "mesh", "remat", "compilation_cache", "nonfinite", "nonfinite_limit", "bad_images", "changed_data"),
 }
 
 
@@ -37,17 +41,43 @@ def make(workdir: str | os.PathLike) -> Path:
 
 
 def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin: Description | None = None) -> None:
-    """Makes `workdir` and writes the run's `config.json`; UserError if it holds results of a run with another config."""
-    path = workdir / "config.json"
+    """Makes `workdir` and writes the run's `config.json` and notes.
+
+    UserError if it holds results of a run with another config, or of which nothing tells.
+    """
     config = json.loads(json.dumps(dataclasses.asdict(settings)))
+    known = _notes(workdir)
+    if has_results(workdir):
+        _check_config(workdir, config, known.get("config"))
+    if not parallel.is_main():
+        return
+    path = workdir / "config.json"
+    try:
+        write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
+        path = workdir / notes.FILE
+        begun = {"config": config, "class_names": list(class_names), "origin": origin and origin.to_json()}
+        notes.write(workdir, known | begun)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}): move it away, or make the folder writable") from e
+
+
+def _check_config(workdir: Path, config: dict[str, Any], noted: dict[str, Any] | None) -> None:
+    """Raises UserError if what the run in `workdir` was told, by its `config.json` and its notes, differs from `config`."""
+    path = workdir / "config.json"
+    defaults, new = _flatten(json.loads(json.dumps(dataclasses.asdict(Settings())))), _flatten(config)
+    olds = [] if noted is None else [defaults | _flatten(noted)]
     if path.exists():
         try:
-            defaults = _flatten(json.loads(json.dumps(dataclasses.asdict(Settings()))))
-            old, new = defaults | _flatten(json.loads(path.read_text())), _flatten(config)
-        except (ValueError, AttributeError) as e:
-            raise UserError(f"{path} is no config of a run ({e}): move it away to claim the folder anew") from e
-        keys = [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]
-        if keys and has_results(workdir):
+            olds.append(defaults | _flatten(json.loads(path.read_text())))
+        except (OSError, ValueError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path} is no config of a run ({e}): move it away, and repeat the command") from e
+    if not olds:
+        raise UserError(
+            f"{workdir} holds results of a run of which neither config.json nor {notes.FILE} tells: bring one of them back, "
+            "or give the new run a --workdir of its own"
+        )
+    for old in olds:
+        if keys := [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]:
             sides = ("-", old), ("+", new)
             lines = [f"  {sign} {k} = {side[k]!r}" for k in keys for sign, side in sides if k in side]
             raise UserError(
@@ -55,11 +85,6 @@ def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin:
                 + "\n".join(lines)
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
             )
-    if not parallel.is_main():
-        return
-    write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
-    known = {"class_names": list(class_names), "origin": origin and origin.to_json()}
-    _write_notes(workdir, _notes(workdir) | known)
 
 
 def origin(workdir: Path) -> Description | None:
@@ -68,19 +93,50 @@ def origin(workdir: Path) -> Description | None:
     return content and Description.from_json(content, workdir / "start.json")
 
 
+def is_known(workdir: Path) -> bool:
+    """Whether the run that `workdir` holds has told what it began with."""
+    return bool(_notes(workdir))
+
+
 def check_frozen(workdir: Path, fingerprints: dict[str, str]) -> None:
     """Notes what the run does not train and no checkpoint holds; UserError if it was something else when the run began."""
     if not fingerprints:
         return
-    notes = _read_notes(workdir)
-    known = notes.get("frozen", {})
-    if any(known.get(name, fingerprint) != fingerprint for name, fingerprint in fingerprints.items()):
+    known = notes.read(workdir)
+    frozen = known.get("frozen", {})
+    if any(frozen.get(name, fingerprint) != fingerprint for name, fingerprint in fingerprints.items()):
         raise UserError(
             f"the run in {workdir} began with other frozen parameters than those that --config.pretrained or "
             "--config.distill.teacher hold now: bring the old files back, or give the new run a --workdir of its own"
         )
+    if parallel.is_main() and not fingerprints.items() <= frozen.items():
+        notes.write(workdir, known | {"frozen": frozen | fingerprints})
+
+
+def check_data(workdir: Path, data: Mapping[str, Mapping[str, str | int]], *, accept: bool) -> None:
+    """Notes what the data is; UserError, or a warning if `accept`, if it was something else when the run began.
+
+    Args:
+      data: by split, what tells it from other data: counts and checksums, by name. Batches depend on them.
+    """
+    known = notes.read(workdir)
+    old, new = _flatten(known.get("data", data)), _flatten(data)
+    if changed := [name for name in sorted(old | new) if old.get(name) != new.get(name)]:
+        lines = [f"  {name}: {_change(old.get(name), new.get(name))}" for name in changed]
+        what = f"the data is not that with which the run in {workdir} began:\n" + "\n".join(lines)
+        if not accept:
+            raise UserError(
+                f"{what}\nFrom here on its batches would be others than those of an undisturbed run. Bring the old data back, "
+                "give the new run a --workdir of its own, or add --config.changed_data=accept to go on all the same."
+            )
+        log.warning("%s", what)
     if parallel.is_main():
-        _write_notes(workdir, notes | {"frozen": known | fingerprints})
+        notes.write(workdir, known | {"data": data})
+
+
+def _change(old: str | int | None, new: str | int | None) -> str:
+    """In words; of checksums, which say nothing to people, only that they differ."""
+    return f"{old} before, {new} now" if isinstance(old, int) and isinstance(new, int) else "changed"
 
 
 def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
@@ -91,17 +147,7 @@ def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
 
 def _notes(workdir: Path) -> dict[str, Any]:
     """What is known of the run that `workdir` holds; nothing of one that never came to a result."""
-    return _read_notes(workdir) if has_results(workdir) else {}
-
-
-def _read_notes(workdir: Path) -> dict[str, Any]:
-    path = workdir / "start.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _write_notes(workdir: Path, notes: dict[str, Any]) -> None:
-    text = json.dumps(notes, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(workdir / "start.json", lambda f: f.write(text.encode()))
+    return notes.read(workdir) if has_results(workdir) else {}
 
 
 def find_npz(source: str | os.PathLike) -> str | os.PathLike:

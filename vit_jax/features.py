@@ -24,9 +24,9 @@ from vit_jax import checkpoint, models
 from vit_jax.data.device import augment
 from vit_jax.data.host.decode import decode
 from vit_jax.data.host.view import eval_image
+from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
-from vit_jax.predict import find_images
 from vit_jax.run import runtime, workdir
 
 KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
@@ -184,7 +184,7 @@ def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Pat
             for path, image in zip(part, pool.map(read, part), strict=True):
                 bar.update()
                 if isinstance(image, str):
-                    tqdm.write(f"error: {path}: {image}", file=sys.stderr)
+                    tqdm.write(f"error: {shown(path)}: {image}", file=sys.stderr)
                 else:
                     yield path, image
 

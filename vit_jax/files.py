@@ -1,10 +1,11 @@
 """Reading what is a file and no pipe or device; writing so that a reader sees the old content or the new one, never a part."""
 
+import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vit_jax.errors import UserError
 
@@ -41,3 +42,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_text(content: Any, *, encoding: str | None = "utf-8", indent: int | None = None) -> str:
+    """JSON for people to read, where `encoding` and what it holds allow it: else everything but ASCII is escaped.
+
+    Names of files need not be valid text, and may hold what moves a terminal's cursor. Escaped they are printable, and
+    `json.loads` gives back what they were.
+    """
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    try:
+        text.encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent)
+    return text if all(line.isprintable() for line in text.split("\n")) else json.dumps(content, indent=indent)

@@ -2,10 +2,9 @@
 
 import argparse
 import functools
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from jaxtyping import Float
 
 from vit_jax import checkpoint, models
 from vit_jax.checkpoint import describe
-from vit_jax.data import sources
 from vit_jax.data.device import augment
 from vit_jax.data.host.decode import decode
 from vit_jax.data.host.view import eval_image
+from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
-from vit_jax.files import read_regular
+from vit_jax.files import json_text, read_regular
 from vit_jax.run import runtime, workdir
 
 
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime.set_up()
     paths = list(find_images(args.images))
     classifier = load_classifier(args.model, model_name=args.model_name)
-    width = max(len(str(path)) for path in paths)
+    width = max(len(shown(path)) for path in paths)
     batch_size = min(args.batch, len(paths))
     failures = 0
     for i in range(0, len(paths), batch_size):
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 decoded.append((path, decode(read_regular(path), exif_rotated=True)))
             except (UserError, OSError) as e:
                 failures += 1
-                print(f"error: {path}: {e}", file=sys.stderr)
+                print(f"error: {shown(path)}: {e}", file=sys.stderr)
         if decoded:
             probabilities = classifier([image for _, image in decoded], batch_size=batch_size)
             for (path, _), p in zip(decoded, probabilities, strict=True):
@@ -127,21 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failures:
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failures else 0
-
-
-def find_images(arguments: Sequence[str]) -> Iterator[Path]:
-    """Files as they are given, and every image below the given folders, sorted. UserError for what does not exist."""
-    for argument in arguments:
-        path = Path(argument).expanduser()
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"{path} holds no images ({', '.join(sources.IMAGE_SUFFIXES)})")
-            yield from inside
-        elif path.exists():
-            yield path
-        else:
-            raise UserError(f"no such image or folder: {path}")
 
 
 def _check_fits(classifier: Classifier, path: Path) -> None:
@@ -162,10 +146,10 @@ def _top(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[dict
 
 def _print(path: Path, predictions: list[dict[str, Any]], *, as_json: bool, width: int) -> None:
     if as_json:
-        print(json.dumps({"image": str(path), "predictions": predictions}, ensure_ascii=False), flush=True)
+        print(json_text({"image": str(path), "predictions": predictions}, encoding=sys.stdout.encoding), flush=True)
         return
     for rank, p in enumerate(predictions):
-        print(f"{str(path) if rank == 0 else '':{width}}  {p['probability']:7.2%}  {p['label']}", flush=True)
+        print(f"{shown(path) if rank == 0 else '':{width}}  {p['probability']:7.2%}  {shown(p['label'])}", flush=True)
 
 
 def cli() -> None:

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from vit_jax.data import sources
 from vit_jax.data.sources import DigitsSource, FolderSource, get_source, split_range
 from vit_jax.errors import UserError
 
@@ -30,6 +31,7 @@ def contents(source):
 
 
 def log_of(caplog, path, split):
+    sources._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="vit_jax"):
         FolderSource(path, split)
     return caplog.text
@@ -255,6 +257,100 @@ def test_a_class_is_never_held_out_whole(tmp_path):
     path = fill(tmp_path, *[f"class {i:03}/photo.jpg" for i in range(100)], *photos("cat", 100))
     train, test = sides(path)
     assert len(set(train.values())) == 101 and set(test.values()) == {"cat"}
+
+
+# Folders: names as file systems allow them
+
+
+def test_what_is_left_out_is_counted_by_suffix_once(tmp_path, caplog):
+    names = ["cat/a.txt", "cat/b.txt", "dog/c.csv", "dog/no suffix", "stray.jpg", "notes.md"]
+    path = fill(tmp_path, *photos("cat", 20), *photos("dog", 20), *names)
+    os.mkfifo(tmp_path / "cat/pipe.jpg")
+    os.symlink(tmp_path / "gone.jpg", tmp_path / "cat/link.jpg")
+    expected = (
+        f"{path}: ignored 6 files: 2 .txt, 1 .csv, 1 .jpg outside a class folder, 1 .md outside a class folder, "
+        "1 without a suffix; cat/link.jpg, cat/pipe.jpg: no regular file (a pipe, device or broken link)"
+    )
+    log_of(caplog, path, "train")
+    FolderSource(path, "test")
+    said = [message for message in caplog.messages if "ignored" in message]
+    assert said == [expected]
+
+
+def test_the_two_forms_of_a_letter_are_one_class(tmp_path):
+    """macOS writes é as e and an accent: copies of one folder from two machines lie beside each other."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    path = fill(tmp_path, f"train/{one}/a.jpg", f"train/{two}/b.jpg", "train/dog/c.jpg", f"test/{two}/d.jpg")
+    assert len(os.listdir(tmp_path / "train")) == 3  # or this file system says nothing
+    train, test = FolderSource(path, "train"), FolderSource(path, "test")
+    assert train.class_names == test.class_names == (one, "dog")
+    assert contents(train) == {f"train/{one}/a.jpg": one, f"train/{two}/b.jpg": one, "train/dog/c.jpg": "dog"}
+    assert contents(test) == {f"test/{two}/d.jpg": one}
+
+
+def test_any_name_that_a_file_system_allows(tmp_path, caplog):
+    """Bytes that are no UTF-8, line breaks, control characters; printable wherever they are shown, and read all the same."""
+    names = [b"bad \xff\xfe", b"two\nlines", b"bell\x07", "mönch".encode()]
+    for name in names:
+        folder = os.path.join(os.fsencode(tmp_path), b"train", name)
+        os.makedirs(folder)
+        for file in (b"a\xff\n.jpg", b"b.JPG", b"c\x1b[2J.txt"):
+            with open(os.path.join(folder, file), "wb") as f:
+                f.write(b"content")
+    fill(tmp_path, "test/mönch/d.jpg")
+    log = log_of(caplog, str(tmp_path), "train")
+    source = FolderSource(str(tmp_path), "train")
+    assert source.class_names == tuple(sorted(os.fsdecode(name) for name in names))
+    assert len(source) == 8 and all(source[i]["image"] == b"content" for i in range(8))
+    places = [source.where(i) for i in range(8)]
+    assert all(place.isprintable() and place.isascii() or "mönch" in place for place in places)
+    assert any(place.endswith("train/two\\nlines/a\\udcff\\n.jpg") for place in places)
+    assert "ignored 4 files: 4 .txt" in log
+    with pytest.raises(UserError) as caught:
+        FolderSource(fill(tmp_path, "test/new\nclass/e.jpg"), "test")
+    assert str(caught.value).isprintable() and "new\\nclass: training has no class" in str(caught.value)
+
+
+# Folders: fingerprints
+
+
+def test_a_fingerprint_tells_what_has_changed(tmp_path):
+    def changed():
+        now = FolderSource(path, "train").fingerprint()
+        assert set(now) == set(before) and all(type(value) in (str, int) for value in now.values())
+        return {key for key in now if now[key] != before[key]}
+
+    path = fill(tmp_path, *photos("train/cat", 20), *photos("train/dog", 20), "test/cat/a.jpg")
+    before = FolderSource(path, "train").fingerprint()
+    assert before["count"] == 40 and before == FolderSource(path, "train").fingerprint()
+    assert changed() == set()
+
+    train = tmp_path / "train"
+    (train / "cat/photo 0003.jpg").rename(train / "cat/other.jpg")
+    assert {"names"} <= changed() <= {"names", "labels"}  # the order is that of the names' hashes
+    (train / "cat/other.jpg").rename(train / "cat/photo 0003.jpg")
+    fill(tmp_path, "train/dog/new.jpg")
+    assert {"count", "names", "labels"} <= changed()
+    (train / "dog/new.jpg").unlink()
+    fill(tmp_path, *photos("train/emu", 1))
+    assert {"count", "names", "labels", "classes"} <= changed()
+    (train / "emu/photo 0000.jpg").unlink()
+    (train / "emu").rmdir()
+    assert changed() == set()
+    for i in range(20):  # the classes exchange their photos, which have the same names
+        (train / f"dog/photo {i:04}.jpg").write_bytes(b"a photo of a cat")
+    assert changed() == {"sizes"}
+
+
+def test_fingerprints_of_parts_and_of_wrapped_sources_differ_and_agree(tmp_path):
+    from vit_jax.data.memory import InMemory
+
+    digits = [get_source(name, split).fingerprint() for name in ("digits", "digits_0to4") for split in ("train", "test")]
+    assert len({tuple(f.items()) for f in digits}) == 4
+    path = fill(tmp_path, *photos("cat", 30), *photos("dog", 30))
+    parts = [FolderSource(path, split) for split in ("train", "test", "train[:50%]", "train[50%:]")]
+    assert len({tuple(part.fingerprint().items()) for part in parts}) == 4
+    assert InMemory(parts[0]).fingerprint() == parts[0].fingerprint()
 
 
 # Errors

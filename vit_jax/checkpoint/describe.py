@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.files import write_atomically
+from vit_jax.files import json_text, write_atomically
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def path_beside(npz_path: str | os.PathLike) -> Path:
 
 def write(npz_path: str | os.PathLike, description: Description, **entries: Any) -> None:
     """Writes `NAME.json` beside `NAME.npz`: everything `read` gives back, and more entries of the JSON object."""
-    text = json.dumps(description.to_json() | entries, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(description.to_json() | entries, indent=2) + "\n"
     write_atomically(Path(npz_path).with_suffix(".json"), lambda f: f.write(text.encode()))
 
 

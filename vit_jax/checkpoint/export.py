@@ -1,6 +1,5 @@
 """Writes an opened checkpoint in any family's layout."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors.numpy import save as to_safetensors
 from vit_jax.checkpoint import describe, huggingface, npz, rules, timm
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError, unknown
-from vit_jax.files import write_atomically
+from vit_jax.files import json_text, write_atomically
 
 FORMATS = ("npz", "hf", "timm", "dinov2")
 _FILES = {"npz": ".npz", "dinov2": ".safetensors"}
@@ -53,6 +52,6 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     blob = to_safetensors(theirs, metadata={"format": "pt"})
     write_atomically(path, lambda f: f.write(blob))
     for name, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        text = json_text(content, indent=2) + "\n"
         write_atomically(path.with_name(name), lambda f, text=text: f.write(text.encode()))
     return path

@@ -129,7 +129,7 @@ def augreg_filename(name: str, directory: str | os.PathLike) -> str:
             "  curl -O https://storage.googleapis.com/vit_models/augreg/index.csv\n"
             "or name a file, with a '-' in its name: --config.model_or_filename=FILE"
         )
-    with open(index, newline="") as f:
+    with open(index, newline="", encoding="utf-8-sig") as f:
         listed = [row for row in csv.DictReader(f) if row["ds"] == "i21k"]
     rows = [row for row in listed if _architecture(row) == name]
     if not rows:

@@ -5,19 +5,21 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import cache
 
 import numpy as np
 
-from vit_jax.data.features import Image, Label, Source
+from vit_jax.data import listing
+from vit_jax.data.features import Image, Label, Source, digest
+from vit_jax.data.listing import IMAGE_SUFFIXES, Listing, shown
 from vit_jax.errors import UserError
 from vit_jax.files import read_regular
 
 log = logging.getLogger("vit_jax")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif")
+SIZES = 1000  # so many files, evenly spaced, tell by their sizes whether contents have changed
 HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder itself keeps none
 TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
 # Where these stand for classes, splits were meant: training must not take them for its classes.
@@ -118,6 +120,9 @@ class DigitsSource(Source):
     def where(self, index: int) -> str:
         return f"{self._name}, example {index}"
 
+    def fingerprint(self) -> dict[str, str | int]:
+        return super().fingerprint() | {"labels": digest(self._labels)}
+
 
 @cache
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -147,9 +152,9 @@ class FolderSource(Source):
     exif_rotated = True
 
     def __init__(self, path: str, split: str):
-        folders = _folders(path)
+        folders = listing.folders(path)
         # Without folders of its own, 'train' is no split but a class, the vehicle.
-        train = "train" if "train" in folders and _folders(os.path.join(path, "train")) else ""
+        train = "train" if "train" in folders and listing.folders(os.path.join(path, "train")) else ""
         tests = [name for name in TEST_NAMES if name in folders]
         asked = re.match(r"[\w-]*", split)[0]
         self._root = path
@@ -163,7 +168,9 @@ class FolderSource(Source):
             trained, held_out = _hold_out(examples, path)
             if asked in TEST_NAMES:
                 counts = len(held_out), len(examples)
-                log.info("%s has no test folder: %d of its %d images are held out, by a hash of their names", path, *counts)
+                log.info(
+                    "%s has no test folder: %d of its %d images are held out, by a hash of their names", shown(path), *counts
+                )
             examples = held_out if asked in TEST_NAMES else trained
 
         _, part = split_range(split, dict.fromkeys(("train", *TEST_NAMES), len(examples)))
@@ -174,45 +181,68 @@ class FolderSource(Source):
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
-        path = self.where(index)
         try:
-            return {"image": read_regular(path), "label": int(self._labels[index])}
+            return {"image": read_regular(os.path.join(self._root, self._names[index])), "label": int(self._labels[index])}
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}. Was it moved after the start?") from error
+            message = f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?"
+            raise UserError(message) from error
         except UserError as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{self.where(index)} cannot be read: {error}") from error
 
     def where(self, index: int) -> str:
-        return os.path.join(self._root, self._names[index])
+        return shown(os.path.join(self._root, self._names[index]))
+
+    def fingerprint(self) -> dict[str, str | int]:
+        names = [_composed(name) for name in self._names]
+        return super().fingerprint() | {"names": digest(names), "labels": digest(self._labels), "sizes": digest(self._sizes())}
+
+    def _sizes(self) -> list[int]:
+        """The bytes of some files, evenly spaced: they tell what has other contents under the same name."""
+        some = np.linspace(0, len(self) - 1, min(SIZES, len(self)), dtype=int)
+        paths = [os.path.join(self._root, self._names[i]) for i in some]
+        return [os.stat(path).st_size if os.path.exists(path) else -1 for path in paths]
 
     def _list(self, split: str) -> list[tuple[int, str, int]]:
         """Returns (hash, name relative to the root, label) of every image below root/split/class, sorted."""
         labels = {name: label for label, name in enumerate(self.class_names)}
-        top = os.path.join(self._root, split)
-        examples, ignored = [], sum(not entry.is_dir() for entry in _entries(top))
-        for class_name in _folders(top):
-            folder = os.path.join(top, class_name)
-            names = list(_files(self._root, os.path.join(split, class_name)))
-            images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-            ignored += len(names) - len(images)
-            if images and class_name not in labels:
+        top = os.path.join(self._root, split) if split else self._root
+        examples, total = [], Listing()
+        strays = [os.path.splitext(entry.name)[1] for entry in listing.visible(top) if not listing.is_folder(entry)]
+        total.left_out.update(f"{suffix} outside a class folder".strip() for suffix in strays)
+        for folder_name in listing.folders(top):
+            folder, class_name = os.path.join(top, folder_name), _composed(folder_name)
+            found = listing.list_images(self._root, os.path.join(split, folder_name))
+            total.left_out += found.left_out
+            total.irregular += found.irregular
+            if found.images and class_name not in labels:
                 raise UserError(
-                    f"{folder}: training has no class {class_name!r}, only {_some(self.class_names)}. Rename the folder"
-                    f" or remove it, or add images of it to {os.path.join(self._root, 'train', class_name)}"
+                    f"{shown(folder)}: training has no class {class_name!r}, only {_some(self.class_names)}. Rename the"
+                    f" folder or remove it, or add images of it to {shown(os.path.join(self._root, 'train', folder_name))}"
                 )
-            if not images and split not in TEST_NAMES:
-                raise UserError(f"{folder} is a class without images: add some ({_some(IMAGE_SUFFIXES)}) or remove it")
-            examples += [(_hash(name), name, labels[class_name]) for name in images]
-        if ignored:
-            log.info("%s: ignored %d files outside a class folder or without the suffix of an image", top, ignored)
+            if not found.images and split not in TEST_NAMES:
+                report = found.report()
+                raise UserError(
+                    f"{shown(folder)} is a class without images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
+                    + (report and f". It has others: {report}")
+                )
+            examples += [(_hash(name), name, labels[class_name]) for name in found.images]
+        if report := total.report():
+            _say_once(f"{shown(top)}: {report}")
         if not examples:
-            raise UserError(f"{top} has no images: expected {{class}}/image ({_some(IMAGE_SUFFIXES)})")
+            raise UserError(f"{shown(top)} has no images: expected {{class}}/image ({', '.join(IMAGE_SUFFIXES)})")
         return sorted(examples)
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Logs what every split of a folder has to say."""
+    log.info(message)
 
 
 def _training_classes(root: str, train: str) -> tuple[str, ...]:
     """Returns the sorted class names: the folders of root/train, or of the root itself where `train` is empty."""
-    names = _folders(os.path.join(root, train))
+    names = sorted({_composed(name) for name in listing.folders(os.path.join(root, train))})
+    root = shown(root)
     expected = f"expected {os.path.join(root, '{train,test}/{class}/image')} or {os.path.join(root, '{class}/image')}"
     splits = [name for name in names if name.lower() in SPLIT_LIKE and name != "train"]
     if not train and splits:
@@ -230,39 +260,19 @@ def _training_classes(root: str, train: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _folders(path: str) -> list[str]:
-    return sorted(entry.name for entry in _entries(path) if entry.is_dir())
-
-
-def _files(root: str, folder: str, parents: tuple = ()) -> Iterator[str]:
-    """Yields every visible file below root/folder, relative to the root, following links but never in a circle."""
-    path = os.path.join(root, folder)
-    entries = _entries(path)
-    status = os.stat(path)
-    identity = (status.st_dev, status.st_ino)
-    if identity in parents:
-        return
-    for entry in entries:
-        name = os.path.join(folder, entry.name)
-        if entry.is_dir():
-            yield from _files(root, name, (*parents, identity))
-        else:
-            yield name
-
-
-def _entries(path: str) -> list[os.DirEntry]:
-    """Returns what is in a folder, without hidden files and without what unpacking a Mac's archive leaves behind."""
-    try:
-        with os.scandir(path) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-    except OSError as error:
-        raise UserError(f"{path} cannot be listed: {error.strerror}") from error
-
-
 def _hash(name: str) -> int:
-    """Returns 64 bits that depend on nothing but the name, which macOS writes in another Unicode form than the rest."""
-    name = unicodedata.normalize("NFC", name.replace(os.sep, "/"))
+    """Returns 64 bits that depend on nothing but the name."""
+    name = _composed(name.replace(os.sep, "/"))
     return int.from_bytes(hashlib.blake2s(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+
+
+def _composed(name: str) -> str:
+    """The one of the forms in which Unicode writes ö that the rest of the world uses: macOS takes it apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _some(names: Iterable[str]) -> str:
+    return listing.some([shown(name) for name in names])
 
 
 def _hold_out(examples: list[tuple[int, str, int]], root: str) -> tuple[list, list]:
@@ -274,15 +284,10 @@ def _hold_out(examples: list[tuple[int, str, int]], root: str) -> tuple[list, li
     spare = [example for position, example in enumerate(examples) if last[example[2]] != position]
     if not spare:
         raise UserError(
-            f"{root} has {len(examples)} images in as many classes: none can be held out for testing."
+            f"{shown(root)} has {len(examples)} images in as many classes: none can be held out for testing."
             " Add images, or a test folder beside a train folder"
         )
     limit = max(HELD_OUT * 2**64, spare[0][0] + 1)
     held_out = [example for example in spare if example[0] < limit]
     held = set(held_out)
     return [example for example in examples if example not in held], held_out
-
-
-def _some(names: Sequence[str], most: int = 10) -> str:
-    """Returns the names in a line, of many only the first."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.features import Image, Label, Labels, Source
+from vit_jax.data.features import Image, Label, Labels, Source, digest
 from vit_jax.errors import UserError
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
@@ -49,7 +49,7 @@ class TfdsSource(Source):
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"{folder} is not a readable tfds dataset: {error}. Prepare it again.") from error
 
-        self._name, self._split = name, split
+        self._name, self._split, self._full_name = name, split, builder.info.full_name
         self._tfds_features, self._label = _image_and_label(builder.info)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         feature = self._tfds_features[self._label]
@@ -59,6 +59,7 @@ class TfdsSource(Source):
         file_format = _choose_format(builder)
         instructions = _file_instructions(builder.info, split)
         self._files = [os.fspath(i.filename) for i in instructions]
+        self._parts = [(os.path.basename(i.filename), i.skip, i.take) for i in instructions]
         self._ends = np.cumsum([i.take for i in instructions])  # how many examples lie in this file or before it
         if missing := [path for path in self._files if not os.path.exists(path)]:
             raise UserError(
@@ -96,6 +97,11 @@ class TfdsSource(Source):
     def where(self, index: int) -> str:
         """How an error names an example: `cifar10 train[:98%], example 17`."""
         return f"{self._name} {self._split}, example {index}"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """The dataset with config and version, the split, and which parts of which record files it is."""
+        about = {"dataset": self._full_name, "split": self._split, "records": digest(self._parts)}
+        return super().fingerprint() | about
 
 
 class TfRecords:

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax.data import loader, memory, sources
-from vit_jax.errors import UserError, command
+from vit_jax.errors import UserError, command, printable
 from vit_jax.main import parse
 from vit_jax.run import pipeline, runtime
 from vit_jax.run.experiment import normalisation
@@ -45,7 +45,8 @@ def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Ima
     images, labels = zip(*(loader.load(source, int(i)) for i in chosen), strict=True)
     evaluated, trained = pipeline.eval_transform(settings), pipeline.train_transform(settings)
     originals = np.stack([np.clip(np.rint(evaluated(image)), 0, 255).astype(np.uint8) for image in images])
-    grid = [(originals, [source.class_names[label] for label in labels])]
+    class_names = [printable(name) for name in source.class_names]
+    grid = [(originals, [class_names[label] for label in labels])]
     mean, std = normalisation(None)
     prepare = jax.jit(pipeline.make_prepare(settings, source.num_classes, mean, std))
     for column in range(1, columns):
@@ -59,7 +60,7 @@ def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Ima
         pixels, targets = prepare(batch, jax.random.fold_in(jax.random.key(settings.seed), column))
         pixels = np.clip(np.rint(np.asarray(pixels) * std + mean), 0, 255).astype(np.uint8)
         floor = settings.label_smoothing / source.num_classes
-        grid.append((pixels, [caption(target, source.class_names, floor) for target in np.asarray(targets)]))
+        grid.append((pixels, [caption(target, class_names, floor) for target in np.asarray(targets)]))
     return draw(grid)
 
 

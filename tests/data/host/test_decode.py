@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -11,7 +12,8 @@ import simplejpeg
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from vit_jax.data.host.decode import ImageError, decode
+from vit_jax.data.host import decode as decoding
+from vit_jax.data.host.decode import ImageError, decode, header_size
 
 PHOTO = Image.fromarray(load_sample_images().images[1]).resize((61, 43))
 PIXELS = np.asarray(PHOTO)
@@ -64,6 +66,10 @@ def test_jpeg_is_decoded_with_the_fast_dct(options, mode):
         ("RGB", "WEBP", ".WebP", 0),
         ("RGBA", "WEBP", ".webp", 0),
         ("CMYK", "TIFF", ".tif", 0),
+        ("RGB", "TIFF", ".tiff", 0),
+        ("P", "TIFF", ".tiff", 0),
+        ("RGB", "AVIF", ".avif", 2),
+        ("RGBA", "AVIF", ".avif", 2),
     ],
 )
 def test_every_kind_of_image(tmp_path, mode, form, suffix, tolerance):
@@ -72,7 +78,11 @@ def test_every_kind_of_image(tmp_path, mode, form, suffix, tolerance):
     if "A" in mode:
         image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda alpha: max(alpha, 1)))
     path = tmp_path / f"photo{suffix}"
-    options = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 98, "subsampling": 0}}
+    options = {
+        "WEBP": {"lossless": True, "exact": True},
+        "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+        "JPEG": {"quality": 98, "subsampling": 0},
+    }
     image.save(path, form, **options.get(form, {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,7 +133,7 @@ def test_arrays(channels):
     np.testing.assert_array_equal(pixels, np.broadcast_to(image.reshape(5, 7, -1), (5, 7, 3)))
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(form, orientation):
     exif = Image.Exif()
@@ -150,6 +160,79 @@ def test_orientation_in_xmp_and_a_damaged_exif():
     exif = Image.Exif()
     exif[0x0112] = 77
     assert decode(encode(PHOTO, exif=exif), exif_rotated=True).shape == (43, 61, 3)
+
+
+# HEIC
+
+
+def test_heic_is_decoded_upright():
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(PHOTO, "HEIF", quality=95, chroma=444, exif=exif.tobytes())
+    upright = PIXELS[::-1].transpose(1, 0, 2)  # 6: the camera was held at 90 degrees
+    for exif_rotated in (True, False):  # HEIC says itself how it stands, and its decoder turns it
+        assert mean_difference(decode(data, exif_rotated=exif_rotated), upright) < 2
+    assert header_size(data) == (61, 43)
+    for share in (0.1, 0.5, 0.95):
+        with pytest.raises(ImageError, match="cannot be decoded"):
+            decode(data[: int(share * len(data))], exif_rotated=True)
+
+
+def test_heic_names_the_package_that_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    decoding._register_heic.cache_clear()
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    with pytest.raises(ImageError, match="pip install pillow-heif"):
+        decode(data, exif_rotated=True)
+    assert decoding.missing_decoder(".heic") == "pip install pillow-heif"
+    decoding._register_heic.cache_clear()
+
+
+# Metadata
+
+
+def insert(data, kind, body, *, before=b"IDAT", damaged=False):
+    """Puts a chunk into a PNG, with a wrong checksum if `damaged`."""
+    checksum = zlib.crc32(kind + body) ^ damaged
+    at = data.index(before) - 4
+    return data[:at] + struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum) + data[at:]
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(5_000_000))),
+        (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(5_000_000))),
+        (b"iCCP", b"profile\0\0" + zlib.compress(bytes(5_000_000))),
+        (b"gAMA", b""),
+    ],
+)
+def test_pixels_of_a_png_do_not_depend_on_its_metadata(kind, body, before):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sound = encode(PHOTO, "PNG", exif=exif)
+    upright = decode(sound, exif_rotated=True)
+    assert upright.shape == (61, 43, 3)
+    for damaged in (False, True):
+        data = insert(sound, kind, body, before=before, damaged=damaged)
+        np.testing.assert_array_equal(decode(data, exif_rotated=True), upright)
+        assert header_size(data) == (43, 61)
+    cut_off = data[: data.index(b"IDAT") + 2000]
+    with pytest.raises(ImageError, match=f"It has {len(cut_off):,} bytes"):
+        decode(cut_off, exif_rotated=True)
+
+
+def test_metadata_of_other_formats_changes_no_pixel():
+    for form in ("JPEG", "WEBP", "TIFF"):
+        plain = decode(encode(PHOTO, form), exif_rotated=True)
+        for metadata in ({"icc_profile": bytes(2_000_000)}, {"exif": b"Exif\0\0" + b"junk" * 10}, {"xmp": b"<" * 60_000}):
+            if form == "TIFF" and "exif" in metadata:  # Pillow writes none that is junk
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                np.testing.assert_array_equal(decode(encode(PHOTO, form, **metadata), exif_rotated=True), plain)
 
 
 # What cannot be decoded

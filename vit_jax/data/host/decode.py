@@ -1,23 +1,32 @@
 """From encoded bytes to upright pixels, in NumPy.
 
 The published checkpoints were trained with TensorFlow's decoder: `decode` equals `tf.io.decode_jpeg` bit for bit on grey
-and colour JPEGs. Every other format goes through Pillow.
+and colour JPEGs. Every other format goes through Pillow, HEIC through its plug-in pillow-heif where that is installed.
 """
 
 import dataclasses
+import functools
+import importlib.util
 import io
+import zlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
+from PIL import features as pillow_features
 
 from vit_jax.data.host.resize import Box
 from vit_jax.errors import UserError
 
 # What Pillow may open: among its other formats are some that start external programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+AVIF = {b"avif", b"avis"}
+PNG = b"\x89PNG\r\n\x1a\n"
 # Pillow's own limit against decompression bombs; as 8-bit RGB an image of this size fills 537 MB.
 MAX_PIXELS = 178_956_970
 
@@ -32,6 +41,9 @@ TURNS = {
     7: (True, True, True),
     8: (True, True, False),
 }
+
+
+T = TypeVar("T")
 
 
 class ImageError(UserError):
@@ -51,17 +63,28 @@ def decode(image: bytes | np.ndarray, *, exif_rotated: bool) -> UInt8[np.ndarray
         raise ImageError(f"an image must be bytes or a uint8 array, not {type(image).__name__}")
     if jpeg := Jpeg.read(image, exif_rotated=exif_rotated):
         return jpeg.decode()
-    with _open(image) as opened:
-        pixels = _decode_pillow(opened, image)
-        return _turn(pixels, _orientation(image, opened)) if exif_rotated else pixels
+
+    def decode_all(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+        with _open(data) as opened:
+            pixels = _decode_pillow(opened, data)
+            return _turn(pixels, _orientation(data, opened)) if exif_rotated else pixels
+
+    return _despite_metadata(decode_all, image)
 
 
 def header_size(image: bytes) -> tuple[int, int]:
     """(h, w) of an encoded image as its header has it. Raises ImageError where there is none."""
     if jpeg := Jpeg.read(image, exif_rotated=False):
         return jpeg.size
-    with _open(image) as opened:
+    with _despite_metadata(_open, image) as opened:
         return opened.height, opened.width
+
+
+def missing_decoder(suffix: str) -> str:
+    """What must be installed to decode images with this suffix, in words; '' where nothing is missing."""
+    if suffix in (".heic", ".heif") and importlib.util.find_spec("pillow_heif") is None:
+        return "pip install pillow-heif"
+    return "pip install 'pillow>=11.3'" if suffix == ".avif" and not pillow_features.check("avif") else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +153,64 @@ def _from_array(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
 
 def _open(data: bytes) -> Image.Image:
     """Opens bytes with Pillow; only the header is read."""
+    is_heic = _is_heic(data)
+    if is_heic and not _register_heic():
+        raise _undecodable(data, "HEIC needs a plug-in: pip install pillow-heif")
     try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        opened = Image.open(io.BytesIO(data), formats=("HEIF",) if is_heic else FORMATS)
     except Image.UnidentifiedImageError as error:
         raise _undecodable(data, "not a known image") from error
     except Exception as error:  # damaged headers raise nearly everything in Pillow's parsers
         raise _undecodable(data, str(error)) from error
     _check_size(*opened.size)
     return opened
+
+
+def _is_heic(data: bytes) -> bool:
+    """Whether the first box of a HEIF file names HEIC among the kinds that it is, and not AVIF, which is Pillow's own."""
+    if data[4:8] != b"ftyp":
+        return False
+    kinds = {data[i : i + 4] for i in range(8, min(int.from_bytes(data[:4]), 256), 4)}
+    return bool(kinds & HEIC) and not kinds & AVIF
+
+
+@functools.cache
+def _register_heic() -> bool:
+    """Makes Pillow open HEIC, if its plug-in is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _despite_metadata(read: Callable[[bytes], T], data: bytes) -> T:
+    """Calls read(data). Where a PNG fails, its texts and profiles, which Pillow limits, may be why: again without them."""
+    try:
+        return read(data)
+    except ImageError:
+        if not data.startswith(PNG) or (bare := _without_metadata(data)) == data:
+            raise
+        try:
+            return read(bare)
+        except ImageError:
+            pass
+        raise
+
+
+def _without_metadata(png: bytes) -> bytes:
+    """A PNG with nothing but what pixels depend on, and its EXIF, of which a damaged checksum is mended."""
+    kept, at = [PNG], len(PNG)
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        kind, chunk = png[at + 4 : at + 8], png[at:end]
+        if kind[:1].isupper() or kind == b"tRNS":
+            kept.append(chunk)
+        elif kind == b"eXIf":
+            kept += [chunk[:-4], zlib.crc32(chunk[4:-4]).to_bytes(4)]
+        at = end
+    return b"".join(kept)
 
 
 def _load(opened: Image.Image, data: bytes) -> None:
@@ -191,5 +264,5 @@ def _check_size(width: int, height: int) -> None:
 def _undecodable(data: bytes, why: str) -> ImageError:
     start = f", which start with {data[:8].hex(' ')}" if data else ""
     why = why.rstrip(".")
-    allowed = "allowed are JPEG, PNG, WebP, BMP, GIF and TIFF"
+    allowed = "allowed are JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and HEIC"
     return ImageError(f"the image cannot be decoded: {why}. It has {len(data):,} bytes{start}; {allowed}")

@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 import numpy as np
 import yaml
 
-from vit_jax.data.features import Boxes, Image, Source
+from vit_jax.data.features import Boxes, Image, Source, digest
 from vit_jax.data.host import view
-from vit_jax.data.sources import IMAGE_SUFFIXES, TEST_NAMES, split_range
+from vit_jax.data.listing import list_images, shown
+from vit_jax.data.sources import TEST_NAMES, split_range
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import read_regular
 
@@ -84,7 +85,11 @@ class DetectionSource(Source):
         }
 
     def where(self, index: int) -> str:
-        return str(self._pictures[index].path)
+        return shown(self._pictures[index].path)
+
+    def fingerprint(self) -> dict[str, str | int]:
+        names, boxes = (p.path.name for p in self._pictures), ((p.corners, p.labels) for p in self._pictures)
+        return super().fingerprint() | {"names": digest(names), "boxes": digest(boxes)}
 
 
 def open_folder(path: str, split: str) -> DetectionSource | None:
@@ -184,7 +189,7 @@ def _yolo_splits(root: Path) -> dict[str, list[Path]]:
             folder = folder if folder.is_dir() else root / str(content[name]).replace("../", "")
             if not folder.is_dir():
                 raise UserError(f"{file}: {name} is {content[name]}, and there is no such folder in {base}")
-            splits[name] = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            splits[name] = [folder / image for image in list_images(str(folder)).images]
     if not splits:
         raise UserError(f"{file} names no folder of images: add train: and val:")
     return splits

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.numpy import save as to_safetensors
 
-from vit_jax.checkpoint import describe, huggingface, npz, rules, timm
+from vit_jax.checkpoint import describe, detectors, huggingface, npz, rules, timm
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import json_text, write_atomically
@@ -36,6 +36,8 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         npz.save(opened.flat, path)
         describe.write(path, opened.description)
         return path
+    if to == "hf" and opened.description.model_type in ("DETR", "YOLOS"):
+        return detectors.write_detector(opened, destination)
     if opened.description.model_type != "ViT":
         raise UserError(f"{to} has no layout for a {opened.description.model_type} here: use --to=npz")
     if opened.description.image_size is None:

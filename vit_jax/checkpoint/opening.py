@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoint import describe, google, huggingface, lora_file, readers, rules, timm
+from vit_jax.checkpoint import describe, detectors, google, huggingface, lora_file, readers, rules, timm
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import Facts, Family
 from vit_jax.checkpoint.hub import fetch
@@ -53,6 +53,8 @@ def _read(source: str | os.PathLike, *, online: bool = True) -> tuple[Path, Flat
 
 
 def _open(path: Path, arrays: Flat) -> Opened:
+    if detector := detectors.open_detector(path, arrays):
+        return detector
     theirs = {_bare(name): x for name, x in arrays.items()}
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
@@ -96,12 +98,12 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
         return huggingface.DINOV2 if holds("layer_scale1") else huggingface.VIT
     if "patch_embed.proj.weight" in names:
         return timm.DINOV2 if holds("mask_token", "register_tokens", "mlp.w12") else timm.TIMM
-    if holds("encoderblock", "MixerBlock_"):
+    if holds("encoderblock", "MixerBlock_", "bbox_embed/"):
         return GOOGLE
     sample = ", ".join(sorted(names)[:5])
     raise UserError(
         f"{path} is of no family known here (Google or big_vision npz, transformers' ViT, DeiT and DINOv2, timm's ViT, "
-        f"official DINOv2): its parameters are called {sample} …"
+        f"official DINOv2, DETR, YOLOS): its parameters are called {sample} …"
     )
 
 

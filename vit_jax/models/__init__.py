@@ -6,12 +6,18 @@ from typing import Any
 from flax import linen as nn
 
 from vit_jax.errors import unknown
-from vit_jax.models import mixer, vit
+from vit_jax.models import detr, mixer, vit
 from vit_jax.models.architecture import Architecture
 from vit_jax.models.mixer import MlpMixer as MlpMixer
 from vit_jax.models.vit import VisionTransformer as VisionTransformer
 
-ARCHITECTURES: dict[str, Architecture] = {"ViT": vit.ARCHITECTURE, "Mixer": mixer.ARCHITECTURE}
+ARCHITECTURES: dict[str, Architecture] = {
+    "ViT": vit.ARCHITECTURE,
+    "Mixer": mixer.ARCHITECTURE,
+    "DETR": detr.DETR,
+    "YOLOS": detr.YOLOS,
+    "TokenDetector": detr.TOKENS,
+}
 """By `config.model_type`. A new kind of model is a file that ends in its `ARCHITECTURE`, and a line here."""
 
 

@@ -95,7 +95,8 @@ class Layer(nn.Module):
         if self.cross:
             self.cross_attention = Attention(self.width, self.num_heads, **attention)
             self.cross_attention_norm = nn.LayerNorm(**norm)
-        self.mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.activation, self.dtype)
+        rates = {"dropout_rate": self.dropout_rate, "activation": self.activation}
+        self.mlp = MlpBlock(mlp_dim=self.mlp_dim, **rates, dtype=self.dtype)
         self.mlp_norm = nn.LayerNorm(**norm)
         self.dropout = nn.Dropout(self.dropout_rate)
 

@@ -1,0 +1,111 @@
+"""DETR-R50 beside transformers' on torch, on one CPU: seconds for an image, and for a training step, and their ratios.
+
+    python benchmarks/detr.py [--height=800] [--width=1066] [--batch=1] [--repeats=5] [--train]
+
+Both run in this process in turn, with random parameters in float32; times are the best of `repeats`. A step is forward,
+matching, the loss of all six layers, backward and AdamW. A ratio above 1 means that we are faster.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from vit_jax.models import get_model
+from vit_jax.tasks import matching
+
+OBJECTS = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--width", type=int, default=1066)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--train", action="store_true", help="time a training step, too")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(args.batch, args.height, args.width, 3)).astype(np.float32)
+    boxes = rng.uniform(0.2, 0.4, (args.batch, OBJECTS, 4)).astype(np.float32)
+    labels = rng.integers(1, 90, (args.batch, OBJECTS))
+    print(f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads, {args.batch} x {args.height} x {args.width}")
+    ours, theirs = our_functions(images, boxes, labels), their_functions(images, boxes, labels)
+    for name in ("inference", "training step") if args.train else ("inference",):
+        mine, their = best(ours[name], args.repeats), best(theirs[name], args.repeats)
+        print(f"{name:14} ours {mine:7.2f} s   transformers {their:7.2f} s   ratio {their / mine:5.2f}")
+
+
+def our_functions(images: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], object]]:
+    """Functions without arguments that wait for their results."""
+    model = get_model("DETR-R50")
+    params = jax.jit(model.init)(jax.random.key(0), images)
+    optimizer = optax.adamw(1e-4)
+    state = [params, optimizer.init(params)]
+    targets = matching.Targets(jnp.asarray(boxes), jnp.asarray(labels), jnp.ones(labels.shape, bool))
+    counts = {"num_boxes": labels.size, "num_candidates": len(images) * 100}
+
+    def loss(params, images, key):
+        outputs = model.apply(params, images, train=True, rngs={"dropout": key})
+        return sum(matching.set_loss(outputs["logits"], outputs["boxes"], targets, **counts))
+
+    @jax.jit
+    def update(params, moments, images, key):
+        updates, moments = optimizer.update(jax.grad(loss)(params, images, key), moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    def step() -> None:
+        state[:] = jax.block_until_ready(update(*state, images, jax.random.key(0)))
+
+    def last(params, images):
+        outputs = model.apply(params, images)
+        return outputs["logits"][-1], outputs["boxes"][-1]
+
+    infer = jax.jit(last)
+    return {"inference": lambda: jax.block_until_ready(infer(params, images)), "training step": step}
+
+
+def their_functions(images: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], object]]:
+    """The same of transformers."""
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    resnet = ResNetConfig(out_features=["stage4"])
+    given = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": resnet}
+    model = DetrForObjectDetection(DetrConfig(**given, num_labels=91, auxiliary_loss=True))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    targets = [{"class_labels": torch.from_numpy(c), "boxes": torch.from_numpy(b)} for c, b in zip(labels, boxes, strict=True)]
+
+    def infer() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(pixel_values=pixels)
+
+    def step() -> None:
+        model.train()
+        optimizer.zero_grad()
+        model(pixel_values=pixels, labels=targets).loss.backward()
+        optimizer.step()
+
+    return {"inference": infer, "training step": step}
+
+
+def best(function: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest call, after one that may compile."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()

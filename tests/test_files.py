@@ -1,5 +1,6 @@
 """What is no file is not read, and names from files cannot write to a terminal."""
 
+import json
 import os
 
 import pytest
@@ -30,6 +31,16 @@ def test_what_is_no_file_or_too_large_is_refused_at_once(tmp_path):
     for name in ("folder.jpg", "gone.jpg"):
         with pytest.raises(OSError):
             files.read_regular(tmp_path / name)
+
+
+@pytest.mark.parametrize("names", [["größe 猫", "a\\b"], ["ü", "bad \udcff"], ["two\nlines", "bell\x07\x7f\x9b", "\u202egpj"]])
+@pytest.mark.parametrize(("encoding", "indent"), [("utf-8", None), ("utf-8", 2), ("latin-1", None), ("ascii", 2), (None, None)])
+def test_json_is_printable_and_gives_names_back(names, encoding, indent):
+    text = files.json_text(names, encoding=encoding, indent=indent)
+    assert json.loads(text.encode(encoding or "ascii").decode(encoding or "ascii")) == names
+    assert all(line.isprintable() for line in text.split("\n"))
+    if names[0] == "größe 猫" and encoding == "utf-8":
+        assert names[0] in text  # for people to read
 
 
 @pytest.mark.parametrize(

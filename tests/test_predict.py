@@ -133,6 +133,20 @@ def test_the_table_shows_the_same_as_json(capsys, workdir, photos):
     assert lines == expected and len(lines) == 2 * len(seen) and err == ""
 
 
+def test_any_name_is_printable_in_the_table_and_comes_back_from_json(capsys, tmp_path):
+    names = [os.fsdecode(b"bad \xff"), "two\nlines", "bell\x07\x9b", "dög", "e"]
+    write_model(tmp_path / "model.npz", class_names=names)
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/photo \xfe\n.png")
+    Image.fromarray(pixels(20, 20, 3)).save(path)
+    os.mkfifo(tmp_path / "pipe.jpg")  # which stops nothing
+    arguments = (f"--model={tmp_path}", "--top=5", path, tmp_path / "pipe.jpg")
+    lines, err = run(capsys, *arguments, expected=1)
+    assert all(line.isprintable() for line in [*lines, *err.splitlines()]) and len(lines) == 5
+    assert lines[0].startswith(f"{tmp_path}/photo \\udcfe\\n.png  ") and "pipe.jpg: this is a named pipe" in err
+    ((found, predictions),) = run_json(capsys, *arguments, expected=1).items()
+    assert found == path and {p["label"] for p in predictions} == set(names)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_batches_and_their_padding_change_nothing(capsys, workdir, photos, batch):
     whole, parts = (run_json(capsys, f"--model={workdir}", "--top=9", f"--batch={size}", photos[0]) for size in (5, batch))

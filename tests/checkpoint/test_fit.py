@@ -315,6 +315,9 @@ def test_augreg_chooses_the_best_upstream_checkpoint_of_the_architecture(tmp_pat
     )
     assert checkpoint.augreg_filename("Ti_16", tmp_path) == "Ti_16-i21k-300ep-lr_0.001-aug_light1-wd_0.1"
     assert checkpoint.augreg_filename("R_Ti_16", tmp_path) == "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03"
+    content = (tmp_path / "index.csv").read_bytes()
+    (tmp_path / "index.csv").write_bytes(b"\xef\xbb\xbf" + content)  # a byte order mark, as spreadsheets write it
+    assert checkpoint.augreg_filename("Ti_16", tmp_path) == "Ti_16-i21k-300ep-lr_0.001-aug_light1-wd_0.1"
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz"])

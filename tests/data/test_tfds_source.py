@@ -129,6 +129,18 @@ def test_sub_splits_tile_the_split(prepared, data_dir, parts):
     assert len(set(whole)) == len(whole)
 
 
+def test_a_fingerprint_tells_dataset_split_and_parts(data_dir):
+    def fingerprint(split):
+        return TfdsSource("flowers", split, data_dir=data_dir).fingerprint()
+
+    whole = fingerprint("train")
+    assert whole["dataset"] == "flowers/1.2.0" and whole["split"] == "train" and whole["count"] == SIZES["train"]
+    assert whole == fingerprint("train") and all(type(value) in (str, int) for value in whole.values())
+    assert len({tuple(fingerprint(split).items()) for split in ("train", "test", "train[:50%]", "train[50%:]")}) == 4
+    # Which parts of which files is told by more than the name of the split.
+    assert fingerprint("train[:5]")["records"] != fingerprint("train[5:10]")["records"]
+
+
 def test_sum_of_splits(data_dir):
     train, test, both = (TfdsSource("flowers", s, data_dir=data_dir) for s in ("train", "test", "train+test"))
     assert contents(both) == contents(train) + contents(test)

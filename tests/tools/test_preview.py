@@ -8,6 +8,7 @@ from PIL import Image, ImageFont
 
 from tests import tiny
 from tests.command_line import arguments
+from vit_jax.data import features, sources
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
 from vit_jax.tools import preview
@@ -35,6 +36,14 @@ def test_originals_stand_first_and_unchanged_images_beside_them():
     assert drawn.shape == (3, 4, 8, 8, 3)
     assert len(np.unique(drawn[:, 0], axis=0)) == 3
     np.testing.assert_array_equal(drawn, drawn[:, :1].repeat(4, axis=1))  # crops of the whole image
+
+
+def test_classes_of_any_name_are_drawn(monkeypatch):
+    names = ("bad \udcff", "two\nlines", "bell\x07", "dög", *"456789")
+    digits = sources.DigitsSource("digits", "train")
+    digits.features = {"image": features.Image(), "label": features.Label(names)}
+    monkeypatch.setattr(sources, "get_source", lambda *args, **kwargs: digits)
+    assert preview.preview(recipe(), rows=8, columns=1).height == 8 * (SIDE + preview.LINE + preview.GAP) + preview.GAP
 
 
 def test_every_draw_is_another_and_the_seed_repeats_it():

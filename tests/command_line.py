@@ -8,7 +8,7 @@ from unittest import mock
 from absl import flags
 from absl.testing import flagsaver
 
-from vit_jax import main
+from vit_jax import main, overrides
 
 
 @contextlib.contextmanager
@@ -26,8 +26,8 @@ def arguments(*args: str) -> Iterator[None]:
 def parse(*args: str):
     """The config that the command line makes of a recipe and its overrides."""
     with arguments(*args):
-        main.parse(sys.argv)
-        return main._CONFIG.value
+        overrides.parse(sys.argv)
+        return overrides.CONFIG.value
 
 
 def run(*args: str) -> int:

@@ -30,6 +30,17 @@ SPEED = f"--config={CONFIGS / 'inference_time.py'}"
         ),
         ([VIT, "--config.modle.hidden_size=4"], "unknown field of config 'modle': did you mean model"),
         ([VIT, "--config.batch.size=4"], "--config.batch.size=4: config.batch is 64 and has no fields"),
+        ([VIT, "--config.lr=1"], "unknown field of config 'lr': did you mean base_lr?"),
+        (
+            [VIT, "--config.Epochs=3"],
+            "unknown field of config 'Epochs': did you mean total_steps? It counts steps: an epoch is",
+        ),
+        ([VIT, "--config.img_size=32"], "unknown field of config 'img_size': did you mean pp.crop?"),
+        ([VIT, "--config.pp.img_size=32"], "unknown field of config.pp 'img_size': did you mean crop?"),
+        (
+            [VIT, "--config.model.transformer.drop_path=1"],
+            "unknown field of config.model.transformer 'drop_path': did you mean st",
+        ),
         ([VIT, "--config.seed", "1", "--config.bach", "8"], "unknown field of config 'bach': did you mean batch"),
         ([VIT, "--noconfig.pp.flop"], "unknown field of config.pp 'flop': did you mean flip"),
         ([VIT, "--config.batch=many"], "flag --config.batch=many: invalid literal for int() with base 10: 'many'"),
@@ -39,6 +50,12 @@ SPEED = f"--config={CONFIGS / 'inference_time.py'}"
         ([f"--config={CONFIGS / 'nowhere.py'}:b16"], f"--config={CONFIGS / 'nowhere.py'}: no such file"),
         (["--config", str(CONFIGS)], f"--config={CONFIGS}: no such file"),
         (["--config="], "--config=: no such file"),
+        (["--config=pretain:micro4"], "--config=pretain: no such file or recipe: did you mean pretrain"),
+        (["--config", "configs/fit.py:b16"], "--config=configs/fit.py: no such file or recipe: did you mean vit"),
+        (
+            [f"--config={CONFIGS}/transfr.py"],
+            f"--config={CONFIGS}/transfr.py: no such file or recipe: did you mean transfer or {CONFIGS}",
+        ),
         ([f"{SPEED}:b16"], f"flag {SPEED}:b16: get_config() takes 0 positional arguments but 1 was given"),
         ([], "--config is missing. Command line: python -m vit_jax.main --workdir=DIR --config=FILE"),
         ([VIT, "--config.trainer=trian"], "unknown config.trainer 'trian': did you mean train"),
@@ -65,11 +82,11 @@ def test_a_missing_workdir_is_one_line_and_exit_code_2(capsys):
 
 
 def test_a_process_of_its_own_shows_no_traceback_either(tmp_path):
-    command = [sys.executable, "-m", "vit_jax.main", f"--workdir={tmp_path}", VIT, "--config.epochs=3"]
+    command = [sys.executable, "-m", "vit_jax.main", f"--workdir={tmp_path}", VIT, "--config.zzz=3"]
     done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: unknown field of config 'epochs': use one of accum_steps, augment, bad_images, ")
+    assert done.stderr.startswith("error: unknown field of config 'zzz': use one of accum_steps, augment, bad_images, ")
     assert done.stderr.count("\n") == 1
 
 

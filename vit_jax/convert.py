@@ -1,6 +1,9 @@
-"""Turns any checkpoint into any other layout: python -m vit_jax.convert SOURCE DESTINATION --to=npz|hf|timm|dinov2"""
+"""Turns a checkpoint of any family into the layout of another library, and checks that it is the same model.
 
-import argparse
+python -m vit_jax.convert runs/photos photos_hf --to=hf
+python -m vit_jax.convert hf://timm/vit_base_patch16_224.augreg_in21k B_16.npz --to=npz
+"""
+
 import functools
 import math
 import sys
@@ -9,14 +12,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, models
+from vit_jax import arguments, checkpoint, models
 from vit_jax.checkpoint.export import FORMATS
 from vit_jax.errors import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts, then reads the written file back and compares both models on a random image."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.convert", description="Turns any checkpoint into another layout.")
+    parser = arguments.parser(__doc__)
     parser.add_argument("source", help="a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]")
     parser.add_argument("destination", help="a folder, or for npz a file")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the layout to write")
@@ -77,5 +80,10 @@ def _short(values: Sequence[float]) -> str:
     return " ".join(f"{value:.4g}" for value in dict.fromkeys(values))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console command."""
     command(main)
+
+
+if __name__ == "__main__":
+    cli()

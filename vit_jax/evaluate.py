@@ -1,4 +1,8 @@
-"""Scores parameters, every example counted exactly once: when they are evaluated alone, and while they are trained."""
+"""Scores a model on a dataset, every example counted exactly once: the newest checkpoint of a run, or any file.
+
+python -m vit_jax.evaluate --workdir=runs/scratch --config=pretrain:micro4,digits
+python -m vit_jax.evaluate --workdir=runs/knn --config=vit:micro4,digits --config.pretrained=FILE --config.evaluator=knn
+"""
 
 import contextlib
 import logging
@@ -89,3 +93,14 @@ def _chosen(experiment: Experiment) -> tuple[list[Evaluator], bool]:
         raise unknown("config.evaluator", name, allowed)
     options = configured.get(name, {})
     return [evaluators.make(name, options, experiment)], evaluators.type_of(name, options) not in evaluators.HEADLESS
+
+
+def cli() -> None:
+    """The console command: training's, with `config.trainer` set."""
+    from vit_jax import main
+
+    main.cli(__doc__, "--config.trainer=evaluate")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,6 +1,9 @@
-"""Features of images: python -m vit_jax.features --model=SOURCE --out=FILE [--kind=cls|patches|both] [--size=H[,W]] IMAGE…"""
+"""Writes the features of images to a file: one vector an image, or a grid of them.
 
-import argparse
+python -m vit_jax.features --model=hf://facebook/dinov2-base --out=features.npz photos/
+python -m vit_jax.features --model=runs/photos --out=features.safetensors --kind=both --size=224 a.jpg b.jpg
+"""
+
 import functools
 import itertools
 import json
@@ -20,7 +23,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save as to_safetensors
 from tqdm import tqdm
 
-from vit_jax import checkpoint, models
+from vit_jax import arguments, checkpoint, models
 from vit_jax.data.device import augment
 from vit_jax.data.host.decode import decode
 from vit_jax.data.host.view import eval_image
@@ -126,7 +129,7 @@ def load_extractor(source: str | os.PathLike, *, size: tuple[int, int] | None = 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes `names` (in .safetensors JSON in the metadata) and what `--kind` asks for; returns 1 if an image was left out."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.features", description="Writes the features of images.")
+    parser = arguments.parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
     parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
     parser.add_argument("--out", required=True, metavar="FILE", help=f"what to write: {' or '.join(SUFFIXES)}")
@@ -227,5 +230,10 @@ def _check_whole_patches(size: tuple[int, int], patch: tuple[int, int]) -> None:
         raise UserError(f"images of {sizes[0]} px are no whole number of patches of {sizes[1]} px: use --size={near}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console command."""
     command(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,6 +1,9 @@
-"""Names what is in images: python -m vit_jax.predict --model=WORKDIR_OR_NPZ [--top=5] [--json] IMAGE_OR_FOLDER…"""
+"""Names what is in images.
 
-import argparse
+python -m vit_jax.predict --model=runs/photos --top=3 new_photo.jpg more_photos/
+python -m vit_jax.predict --model=hf://google/vit-base-patch16-224 --json cat.jpg
+"""
+
 import functools
 import os
 import sys
@@ -15,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
 
-from vit_jax import checkpoint, models
+from vit_jax import arguments, checkpoint, models
 from vit_jax.checkpoint import describe
 from vit_jax.data.device import augment
 from vit_jax.data.host.decode import decode
@@ -95,7 +98,7 @@ def load_classifier(source: str | os.PathLike, *, model_name: str | None = None)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, or one JSON object an image; returns 1 if some image could not be read."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.predict", description="Names what is in images.")
+    parser = arguments.parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
     parser.add_argument("--model", required=True, metavar="WORKDIR_OR_NPZ", help="the workdir of a run, or an .npz")
     parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")

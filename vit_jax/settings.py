@@ -8,6 +8,7 @@ from typing import Any
 
 from vit_jax.data.host import resize, view
 from vit_jax.errors import UserError, unknown
+from vit_jax.fields import unknown_field
 from vit_jax.optimize import parallel
 from vit_jax.run import runtime
 
@@ -244,7 +245,7 @@ def check_names(cls: type, fields: Mapping[str, Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:
-            raise unknown(f"field of {where}", name, known)
+            raise unknown_field(where, name, known)
 
 
 def _read(cls: type, config: Mapping[str, Any], where: str) -> Any:

@@ -13,6 +13,7 @@ import pytest
 
 from configs import pretrain
 from tests import command_line, plans, tiny
+from vit_jax import overrides
 from vit_jax.data import loader
 from vit_jax.errors import UserError
 from vit_jax.run import pipeline
@@ -143,7 +144,8 @@ def test_what_training_refuses_is_refused(argument, message, monkeypatch):
     monkeypatch.setattr(plan, "use_devices", lambda n: None)  # this process has its devices already
     with command_line.arguments("--config=configs/pretrain.py:micro4,digits", "--config.accum_steps=2", argument):
         with pytest.raises(UserError, match=message):
-            plan.main(plan.parse(sys.argv))
+            overrides.parse(sys.argv)
+            plan.main()
 
 
 def test_classes_of_a_dataset_that_is_not_here():

@@ -8,6 +8,7 @@ from PIL import Image, ImageFont
 
 from tests import tiny
 from tests.command_line import arguments
+from vit_jax import overrides
 from vit_jax.data import features, sources
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
@@ -85,7 +86,8 @@ def test_large_images_are_reduced_and_keep_their_shape():
 
 def run(*args: str) -> None:
     with arguments(*args):
-        preview.main(preview.parse(sys.argv))
+        overrides.parse(sys.argv)
+        preview.main()
 
 
 def test_the_command_writes_a_picture_and_names_what_is_wrong(tmp_path, capsys):

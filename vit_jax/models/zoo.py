@@ -109,3 +109,29 @@ def augreg_to_model_name(name: str) -> str:
     """`R26_S_32` → `R26+ViT-S_32`, `B_16` → `ViT-B_16`: what the AugReg files call X is `models` name ViT-X here."""
     *resnet, size, patch = name.split("_")
     return "+".join([*resnet, f"ViT-{size}_{patch}"])
+
+
+_AUGREG_FILES = {  # how the best of each was trained: ImageNet-21k, 300 epochs, learning rate 0.001
+    "Ti_16": "aug_none-wd_0.03-do_0.0-sd_0.0",
+    "S_32": "aug_none-wd_0.1-do_0.0-sd_0.0",
+    "S_16": "aug_light1-wd_0.03-do_0.0-sd_0.0",
+    "B_32": "aug_light1-wd_0.1-do_0.0-sd_0.0",
+    "B_16": "aug_medium1-wd_0.1-do_0.0-sd_0.0",
+    "B_8": "aug_medium2-wd_0.1-do_0.0-sd_0.0",
+    "L_16": "aug_strong1-wd_0.1-do_0.0-sd_0.0",
+    "R_Ti_16": "aug_none-wd_0.03-do_0.0-sd_0.0",
+    "R26_S_32": "aug_light1-wd_0.1-do_0.0-sd_0.0",
+    "R50_L_32": "aug_medium1-wd_0.1-do_0.1-sd_0.1",
+}
+_PUBLISHED = {
+    augreg_to_model_name(name): f"gs://vit_models/augreg/{name}-i21k-300ep-lr_0.001-{how}.npz"
+    for name, how in _AUGREG_FILES.items()
+} | {
+    **{name: f"gs://vit_models/imagenet21k/{name}.npz" for name in ("ViT-L_32", "ViT-H_14", "R50+ViT-B_16")},
+    **{name: f"gs://mixer_models/imagenet21k/{name}.npz" for name in ("Mixer-B_16", "Mixer-L_16")},
+}
+
+
+def published_file(name: str) -> str | None:
+    """The address of the file to fine-tune a model from, pretrained on ImageNet-21k; None where none is published."""
+    return _PUBLISHED.get(name)

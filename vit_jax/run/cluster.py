@@ -43,6 +43,11 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         raise UserError(f"the other processes cannot be reached ({arguments or 'as the cluster says'}): {e}") from e
 
 
+def joined() -> bool:
+    """Whether this process trains together with others."""
+    return jax.distributed.is_initialized()
+
+
 def _checked(coordinator: str, num_processes: int | str, process_id: int | str) -> dict[str, str | int]:
     try:
         count, number = int(num_processes), int(process_id)

@@ -1,16 +1,19 @@
-"""Lists what is inside a checkpoint: python -m vit_jax.inspect SOURCE"""
+"""Lists what is inside a checkpoint: family, model, classes, and every parameter with its shape.
 
-import argparse
+python -m vit_jax.inspect runs/photos
+python -m vit_jax.inspect hf://facebook/dinov2-base
+"""
+
 from collections.abc import Sequence
 
-from vit_jax import checkpoint
+from vit_jax import arguments, checkpoint
 from vit_jax.convert import summary
 from vit_jax.errors import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints family, model, parameters, grid and classes, and every name with its shape."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.inspect", description="Lists what is inside a checkpoint.")
+    parser = arguments.parser(__doc__)
     parser.add_argument("source", help="a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]")
     opened = checkpoint.open_checkpoint(parser.parse_args(argv).source)
     print("\n".join(summary(opened)))

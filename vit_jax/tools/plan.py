@@ -1,6 +1,7 @@
 """Tells what a recipe takes before it is run, and whether that fits.
 
-    python -m vit_jax.plan --config=FILE[:ARG] [--config.field=value …] [--devices=8] [--memory=80] [--num_classes=1000]
+    python -m vit_jax.plan --config=pretrain:b16,imagenet2012 --devices=8 --memory=80
+    python -m vit_jax.plan --config=vit:b16,photos --devices=1 --memory=24 --config.batch=64
 
 Parameters, memory of a device, FLOPs and traffic of one training step on so many devices, from the very step that
 `vit_jax.main` runs, compiled by XLA for virtual CPU devices. Nothing is allocated. GB are 10⁹ bytes.
@@ -17,11 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
+from vit_jax import overrides
 from vit_jax.data import sources
-from vit_jax.errors import UserError, command
-from vit_jax.main import parse
+from vit_jax.errors import UserError
 from vit_jax.optimize import parallel
 from vit_jax.run import experiment as experiments
 from vit_jax.run.experiment import Experiment, abstract_state, make_update
@@ -271,11 +272,11 @@ def use_devices(n: int) -> None:
     jax.config.update("jax_num_cpu_devices", n)
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     """Prints the plan; exit code 0 if it fits, 1 if not."""
-    config = flags.FLAGS.config
-    if len(argv) > 1 or config is None:
-        raise UserError(f"unexpected arguments {' '.join(argv[1:])}" if config else "--config is missing")
+    config = overrides.CONFIG.value
+    if config is None:
+        raise UserError("--config is missing: --config=RECIPE[:ARGUMENT]")
     use_devices(_DEVICES.value)
     plan = make_plan(config, num_classes=_NUM_CLASSES.value)
     print(report(plan, _MEMORY.value))
@@ -284,4 +285,4 @@ def main(argv: list[str]) -> int:
 
 def cli() -> None:
     """The console command."""
-    command(lambda: app.run(main, flags_parser=parse))
+    overrides.run(main, __doc__, ("devices", "memory", "num_classes"))

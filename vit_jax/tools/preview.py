@@ -1,6 +1,7 @@
 """A picture of what a recipe makes of its training images.
 
-    python -m vit_jax.preview --config=FILE[:ARG] [--config.field=value …] --out=grid.png [--rows=6] [--columns=8]
+    python -m vit_jax.preview --config=small_data:micro4,digits --out=grid.png
+    python -m vit_jax.preview --config=photos:PHOTOS --config.augment.randaug=(2,10) --out=grid.png --rows=4 --columns=6
 
 A row is an image of the training split: first as it is evaluated, then as it is trained on, drawn anew in every column:
 cropped on the host, changed on the device, and mixed with another image of its column where the recipe mixes. Below
@@ -14,13 +15,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from vit_jax import overrides
 from vit_jax.data import loader, memory, sources
-from vit_jax.errors import UserError, command, printable
-from vit_jax.main import parse
+from vit_jax.errors import UserError, printable
 from vit_jax.run import pipeline, runtime
 from vit_jax.run.experiment import normalisation
 from vit_jax.settings import Settings
@@ -96,11 +97,9 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text + ".."
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Writes the picture."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected arguments {' '.join(argv[1:])}: options begin with --")
-    out, config = _OUT.value, flags.FLAGS.config
+    out, config = _OUT.value, overrides.CONFIG.value
     if config is None or out is None:
         raise UserError(f"--{'config' if config is None else 'out'} is missing: --config=FILE[:ARG] --out=grid.png")
     if os.path.splitext(out)[1].lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -116,4 +115,4 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     """The console command."""
-    command(lambda: app.run(main, flags_parser=parse))
+    overrides.run(main, __doc__, ("out", "rows", "columns"))

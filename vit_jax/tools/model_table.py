@@ -1,0 +1,77 @@
+"""Lists the models: parameters, megabytes in float32, the size of images, where they run, and where to get them.
+
+    python -m vit_jax.models
+    python -m vit_jax.models B_16
+
+The second lists those with B_16 in their names. "laptop" is a model that two CPU cores fine-tune on some hundred photos in
+minutes, "GPU" one for a single accelerator, "pod" one for several. `--config.pretrained=` and `--model=` take the address.
+"""
+
+import math
+from collections.abc import Sequence
+
+from vit_jax.arguments import parser
+from vit_jax.errors import UserError, command, did_you_mean, near
+
+CLASSES = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a line a model."""
+    options = parser(__doc__)
+    options.add_argument("name", nargs="?", default="", help="only models with this in their names")
+    part = options.parse_args(argv).name
+    from vit_jax.models import zoo
+
+    table = [name for name in (*zoo.VIT, *zoo.MIXER) if not name.startswith("testing")]
+    names = [name for name in table if part.lower() in name.lower()]
+    if not names:
+        raise UserError(f"unknown model {part!r}: {did_you_mean(near(part, table)) or 'vit-jax models lists them all'}")
+    print(f"{'model':18} {'parameters':>13} {'MB':>7}   px  runs on  where to get it")
+    for name in names:
+        count, size = parameters(name), image_size(name)
+        where = zoo.published_file(name) or "not published: train it"
+        print(f"{name:18} {count:13,} {4 * count / 1e6:7,.1f}  {size:3}  {runs_on(name):7}  {where}")
+    return 0
+
+
+def image_size(name: str) -> int:
+    """The side of the images that a model is made for, in pixels."""
+    return 16 if name == "ViT-Micro_4" else 224
+
+
+def parameters(name: str) -> int:
+    """How many numbers a model has with a head for 1,000 classes.
+
+    All blocks are alike: two shallow models tell how much one takes, which is faster than to build a deep one.
+    """
+    import jax
+
+    from vit_jax import models
+    from vit_jax.models import zoo
+
+    def count(depth: int) -> int:
+        fields = {"num_blocks": depth} if name in zoo.MIXER else {"transformer": {"num_layers": depth}}
+        model = models.get_model(name, num_classes=CLASSES, **fields)
+        image = jax.ShapeDtypeStruct((1, image_size(name), image_size(name), 3), "float32")
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), image)))
+
+    depth = zoo.MIXER[name]["num_blocks"] if name in zoo.MIXER else zoo.VIT[name]["transformer"]["num_layers"]
+    one, two = count(1), count(2)
+    return one + (depth - 1) * (two - one)
+
+
+def runs_on(name: str) -> str:
+    """laptop, GPU or pod, by the operations that an image takes: twice the parameters for each of its tokens."""
+    from vit_jax.models import zoo
+
+    patch = (zoo.VIT | zoo.MIXER)[name]["patches"]["size"][0]
+    if (resnet := zoo.VIT.get(name, {}).get("resnet")) is not None:
+        patch *= 32 if len(resnet["num_layers"]) == 4 else 16 if resnet["num_layers"] else 2
+    operations = 2 * parameters(name) * (image_size(name) / patch) ** 2
+    return "laptop" if operations < 1e10 else "GPU" if operations < 2e11 else "pod"
+
+
+def cli() -> None:
+    """The console command."""
+    command(main)

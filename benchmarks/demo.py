@@ -22,7 +22,7 @@ from vit_jax.tools import demo
 
 def measure(seed: int, root: str) -> dict[str, float]:
     """Accuracy by run, in this process: the runs are those of the demo."""
-    from vit_jax import main, overrides
+    from vit_jax import main, overrides, train  # noqa: F401  the flags of what it imports are to stay
 
     demo.write_images(Path(root, "images"))
     scores = {}

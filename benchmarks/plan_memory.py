@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import side_by_side
-from vit_jax.main import parse
+from vit_jax.overrides import parse
 from vit_jax.run import experiment, runtime
 from vit_jax.settings import Settings
 from vit_jax.tools import plan

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from vit_jax.main import parse
+from vit_jax.overrides import parse
 from vit_jax.run import experiment
 from vit_jax.settings import Settings
 from vit_jax.tools import hlo, plan

@@ -30,14 +30,14 @@ def shell(text: str, folder: Path, **environment: str) -> subprocess.CompletedPr
     """What `text` does in bash, where $VIT_JAX is the command; the exit code is that of the first in a pipe."""
     script = f"{text}; exit ${{PIPESTATUS[0]}}"
     environment = ENVIRONMENT | {"VIT_JAX": " ".join(COMMAND)} | environment
-    return subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_help_lists_every_command_without_importing_jax(tmp_path):
     code = "import sys; from vit_jax.cli import cli; sys.argv = ['vit-jax', *sys.argv[1:]]\n"
     code += "try: cli()\nfinally: print('jax' in sys.modules, 'flax' in sys.modules, 'numpy' in sys.modules)"
     for args in ([], ["--help"], ["recipes"]):
-        done = subprocess.run([sys.executable, "-c", code, *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([sys.executable, "-c", code, *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and done.stderr == ""
         assert done.stdout.endswith("False False False\n")
         names = cli.COMMANDS if args != ["recipes"] else [recipe.name for recipe in recipes.recipes()]
@@ -108,17 +108,53 @@ def test_a_terminal_that_knows_ascii_alone_shows_escapes(tmp_path):
 
 
 def test_the_table_of_models_counts_without_building_deep_ones(capsys):
-    assert vit_jax("models", "L_") == 0
+    assert vit_jax("models", "l_16") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(lines) == {"ViT-L_16", "ViT-L_32", "R50+ViT-L_32", "Mixer-L_16"}
+    assert set(lines) == {"ViT-L_16", "Mixer-L_16"}
     assert lines["ViT-L_16"].split()[1:5] == ["304,326,632", "1,217.3", "224", "GPU"]
-    assert lines["R50+ViT-L_32"].split()[1] == "328,994,856" and lines["Mixer-L_16"].split()[1] == "208,196,168"
+    assert lines["Mixer-L_16"].split()[1] == "208,196,168" and model_table.parameters("R50+ViT-L_32") == 328_994_856
     assert "gs://vit_models/augreg/L_16-i21k-300ep" in lines["ViT-L_16"]
-    assert [model_table.runs_on(name) for name in ("ViT-S_16", "ViT-B_16", "ViT-H_14", "R+ViT-Ti_16")] == [
-        *("laptop", "GPU", "pod", "laptop")
+    assert [model_table.runs_on(name) for name in ("ViT-S_16", "ViT-B_16", "ViT-H_14", "R50+ViT-B_16")] == [
+        *("laptop", "GPU", "pod", "GPU")
     ]
     for name in zoo.AUGREG:
-        assert zoo.published_file(zoo.augreg_to_model_name(name)).startswith(f"gs://vit_models/augreg/{name}-i21k-")
+        address, size = zoo.published_file(name)
+        assert zoo.published_file(zoo.augreg_to_model_name(name)) == (address, size)
+        assert address.startswith(f"gs://vit_models/augreg/{name}-i21k-")
+    for name in ("Ti_16", "R26_S_32"):
+        size, count = zoo.published_file(name)[1], model_table.parameters(zoo.augreg_to_model_name(name))
+        width = zoo.VIT[zoo.augreg_to_model_name(name)]["hidden_size"]
+        assert size == pytest.approx(4 * (count + (21_843 - 1_000) * (width + 1)) / 2**20, abs=3), name  # another head
+
+
+# Words
+
+
+def test_a_model_that_is_not_there_is_said_to_be_so_and_where_published_ones_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    for name, words in (
+        ("nope", "no such checkpoint: nope (the folder holds no parameter file). Name a file, the workdir of a run, or hf://"),
+        ("ViT-B_16", "A published file of this model is gs://vit_models/augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1"),
+        ("Ti_16", "wd_0.03-do_0.0-sd_0.0.npz (37 MiB)"),
+    ):
+        assert vit_jax("predict", f"--model={name}", "a.png") == 2
+        assert words in capsys.readouterr().err
+
+
+def test_photos_without_a_model_to_start_from_tells_which_there_are(tmp_path, capsys):
+    assert vit_jax("train", f"--workdir={tmp_path / 'run'}", f"--config=photos:{tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert "--config.pretrained=gs://vit_models/augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03" in error
+    assert "(37 MiB, for a laptop)" in error and f"--config=small_data:micro4,{tmp_path}\n" in error
+
+
+def test_a_dataset_is_suggested_only_where_it_is_near(tmp_path, capsys):
+    for name, words in (("nothing", "tfds.list_builders() lists"), ("cifar1", "cifar10"), ("flowers102", "oxford_flowers102")):
+        folders = f"--config.tfds_data_dir={tmp_path}", f"--workdir={tmp_path / 'run'}"
+        assert vit_jax("train", f"--config=pretrain:micro4,{name}", *folders) == 2
+        error = capsys.readouterr().err
+        assert words in error and "segment_anything" not in error
 
 
 # Recipes
@@ -152,5 +188,5 @@ def test_a_folder_called_configs_neither_breaks_ours_nor_is_hidden_by_them(comma
         ("elsewhere.py", "unknown config.trainer \"{'train': 1281167}\""),
     ):
         args = [*command, "--workdir=here", f"--config={recipe}"]
-        done = subprocess.run(args, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(args, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.stderr.startswith(f"error: {message}"), done.stderr

@@ -30,8 +30,8 @@ COMMANDS = {  # name: (module with a function `cli`, what it does)
 def cli() -> None:
     """Runs `vit-jax COMMAND …`. Options without a command are those of train."""
     name, *rest = sys.argv[1:] or ["--help"]
-    if name in ("--help", "-h", "help") and not rest:
-        command(_print_help)
+    if name in ("--help", "-h", "help"):
+        command(_print_help if not rest else lambda: _run(rest[0], ["--help"]))
     if name.startswith("-"):
         name, rest = "train", sys.argv[1:]
     command(lambda: _run(name, rest))

@@ -9,6 +9,7 @@ from typing import Any
 from vit_jax.data.host import resize, view
 from vit_jax.errors import UserError, unknown
 from vit_jax.fields import unknown_field
+from vit_jax.models import zoo
 from vit_jax.optimize import parallel
 from vit_jax.run import runtime
 
@@ -185,10 +186,7 @@ class Settings:
             if (value := operator.attrgetter(name)(self)) not in allowed:
                 raise unknown(f"config.{name}", value, allowed)
         if not self.model and not self.pretrained:
-            raise UserError(
-                "config.model is empty: take it from configs.models.MODEL_CONFIGS, use configs/vit.py:b16, "
-                "or name a --config.pretrained that tells its architecture"
-            )
+            raise UserError(_without_model(self.dataset or "FOLDER"))
         if not self.dataset:
             raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
         if self.trainer == "train" and (self.total_steps or 0) < 1:
@@ -233,6 +231,16 @@ class Settings:
             raise UserError(f"config.grad_norm_clip={self.grad_norm_clip} must be positive, or 0 for none")
         if len(self.pp.area) != 2 or not 0 < self.pp.area[0] <= self.pp.area[1] <= 1:
             raise UserError(f"config.pp.area={self.pp.area} must be two shares of the image, such as (0.05, 1.0)")
+
+
+def _without_model(dataset: str) -> str:
+    models = (("ViT-Ti_16", "for a laptop"), ("ViT-S_16", "for a small GPU"), ("ViT-B_16", "for a GPU"))
+    return (
+        "config.model is empty. To start from a trained model, which tells its architecture, add one of these or any other:\n"
+        + "".join("  --config.pretrained={}   ({} MiB, {})\n".format(*zoo.PUBLISHED[name], use) for name, use in models)
+        + f"To train a small model from nothing: --config=small_data:micro4,{dataset}\n"
+        f"To take an architecture by its name: --config=vit:b16,{dataset}, or one of configs.models.MODEL_CONFIGS"
+    )
 
 
 def nested(cls: type) -> dict[str, type]:

@@ -19,6 +19,7 @@ from vit_jax.checkpoint.unpickle import MOST, Storage, Tensor, state_dict
 from vit_jax.errors import UserError, printable
 from vit_jax.files import read_regular
 from vit_jax.finite import check_parameters
+from vit_jax.models import zoo
 
 Arrays = dict[str, np.ndarray]
 
@@ -111,7 +112,18 @@ def _existing(path: str | os.PathLike) -> Path:
     if not folder.is_dir():
         raise UserError(f"no such checkpoint: {path} (the folder {folder} does not exist)")
     found = [printable(p.name) for p in sorted(folder.iterdir()) if p.suffix in (".npz", ".safetensors", *_TORCH)]
-    raise UserError(f"no such checkpoint: {path} (the folder holds {', '.join(found[:10]) or 'no parameter file'})")
+    raise UserError(
+        f"no such checkpoint: {path} (the folder holds {', '.join(found[:10]) or 'no parameter file'}){_where_published(path)}"
+    )
+
+
+def _where_published(path: Path) -> str:
+    """What to add for a name without a suffix, which no file or folder has: a model's, perhaps."""
+    if path.suffix in (".npz", ".safetensors", *_TORCH):
+        return ""
+    if published := zoo.published_file(path.name):
+        return ". A published file of this model is {} ({:,} MiB)".format(*published)
+    return ". Name a file, the workdir of a run, or hf://OWNER/NAME; `vit-jax models` lists published files"
 
 
 def _choose(folder: Path) -> Path:

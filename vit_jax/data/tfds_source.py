@@ -1,7 +1,6 @@
 """Datasets prepared by tensorflow-datasets (tfds), read at random and without TensorFlow."""
 
 import contextlib
-import difflib
 import importlib.util
 import json
 import os
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.features import Image, Label, Labels, Source, digest
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, did_you_mean, near
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
 _RESTORE = "Restore that file, or delete the folder and prepare the dataset again."
@@ -205,8 +204,9 @@ def _prepare(name: str, root: Path, manual_dir: str | None) -> Path:
 
     base = name.split("/")[0].split(":")[0]
     if base not in (known := tfds.list_builders(with_community_datasets=False)):
-        near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "tfds.list_builders() lists the names it knows."
+        part = [other for other in known if len(base) > 2 and base.lower() in other]  # flowers: oxford_flowers102
+        meant = dict.fromkeys([*near(base, known, cutoff=0.75), *part][:3])
+        hint = did_you_mean(list(meant)) or "tfds.list_builders() lists the names it knows."
         raise UserError(f"{_not_prepared(name, root)}, and tfds does not know how to prepare {base!r}: {hint}")
     by_hand = "A dataset whose archives must be fetched by hand, such as imagenet2012, needs config.tfds_manual_dir"
     if importlib.util.find_spec("tensorflow") is None:

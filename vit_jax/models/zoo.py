@@ -111,27 +111,30 @@ def augreg_to_model_name(name: str) -> str:
     return "+".join([*resnet, f"ViT-{size}_{patch}"])
 
 
-_AUGREG_FILES = {  # how the best of each was trained: ImageNet-21k, 300 epochs, learning rate 0.001
-    "Ti_16": "aug_none-wd_0.03-do_0.0-sd_0.0",
-    "S_32": "aug_none-wd_0.1-do_0.0-sd_0.0",
-    "S_16": "aug_light1-wd_0.03-do_0.0-sd_0.0",
-    "B_32": "aug_light1-wd_0.1-do_0.0-sd_0.0",
-    "B_16": "aug_medium1-wd_0.1-do_0.0-sd_0.0",
-    "B_8": "aug_medium2-wd_0.1-do_0.0-sd_0.0",
-    "L_16": "aug_strong1-wd_0.1-do_0.0-sd_0.0",
-    "R_Ti_16": "aug_none-wd_0.03-do_0.0-sd_0.0",
-    "R26_S_32": "aug_light1-wd_0.1-do_0.0-sd_0.0",
-    "R50_L_32": "aug_medium1-wd_0.1-do_0.1-sd_0.1",
+_AUGREG_FILES = {  # how the best of each was trained (ImageNet-21k, 300 epochs, learning rate 0.001), MiB
+    "Ti_16": ("aug_none-wd_0.03-do_0.0-sd_0.0", 37),
+    "S_32": ("aug_none-wd_0.1-do_0.0-sd_0.0", 118),
+    "S_16": ("aug_light1-wd_0.03-do_0.0-sd_0.0", 115),
+    "B_32": ("aug_light1-wd_0.1-do_0.0-sd_0.0", 398),
+    "B_16": ("aug_medium1-wd_0.1-do_0.0-sd_0.0", 391),
+    "B_8": ("aug_medium2-wd_0.1-do_0.0-sd_0.0", 391),
+    "L_16": ("aug_strong1-wd_0.1-do_0.0-sd_0.0", 1243),
+    "R_Ti_16": ("aug_none-wd_0.03-do_0.0-sd_0.0", 40),
+    "R26_S_32": ("aug_light1-wd_0.1-do_0.0-sd_0.0", 170),
+    "R50_L_32": ("aug_medium1-wd_0.1-do_0.1-sd_0.1", 1337),
 }
-_PUBLISHED = {
-    augreg_to_model_name(name): f"gs://vit_models/augreg/{name}-i21k-300ep-lr_0.001-{how}.npz"
-    for name, how in _AUGREG_FILES.items()
+PUBLISHED = {  # name: (address, MiB), of a file pretrained on ImageNet-21k to fine-tune the model from
+    augreg_to_model_name(name): (f"gs://vit_models/augreg/{name}-i21k-300ep-lr_0.001-{how}.npz", size)
+    for name, (how, size) in _AUGREG_FILES.items()
 } | {
-    **{name: f"gs://vit_models/imagenet21k/{name}.npz" for name in ("ViT-L_32", "ViT-H_14", "R50+ViT-B_16")},
-    **{name: f"gs://mixer_models/imagenet21k/{name}.npz" for name in ("Mixer-B_16", "Mixer-L_16")},
+    "ViT-L_32": ("gs://vit_models/imagenet21k/ViT-L_32.npz", 1255),
+    "ViT-H_14": ("gs://vit_models/imagenet21k/ViT-H_14.npz", 2519),
+    "R50+ViT-B_16": ("gs://vit_models/imagenet21k/R50+ViT-B_16.npz", 440),
+    "Mixer-B_16": ("gs://mixer_models/imagenet21k/Mixer-B_16.npz", 290),
+    "Mixer-L_16": ("gs://mixer_models/imagenet21k/Mixer-L_16.npz", 876),
 }
 
 
-def published_file(name: str) -> str | None:
-    """The address of the file to fine-tune a model from, pretrained on ImageNet-21k; None where none is published."""
-    return _PUBLISHED.get(name)
+def published_file(name: str) -> tuple[str, int] | None:
+    """(address, MiB) of the file to start from; `name` may also be AugReg's, such as B_16. None where none is published."""
+    return PUBLISHED.get(augreg_to_model_name(name) if name in AUGREG else name)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'model':18} {'parameters':>13} {'MB':>7}   px  runs on  where to get it")
     for name in names:
         count, size = parameters(name), image_size(name)
-        where = zoo.published_file(name) or "not published: train it"
+        where = "{} ({:,} MiB)".format(*zoo.PUBLISHED[name]) if name in zoo.PUBLISHED else "not published: train it"
         print(f"{name:18} {count:13,} {4 * count / 1e6:7,.1f}  {size:3}  {runs_on(name):7}  {where}")
     return 0
 

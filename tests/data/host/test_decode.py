@@ -30,6 +30,13 @@ def mean_difference(a, b):
     return np.abs(a.astype(float) - b).mean()
 
 
+def many_scans(count):
+    """A progressive JPEG whose last scan comes again and again, each time through all of its pixels."""
+    data = encode(PHOTO, progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
 # Decoding
 
 
@@ -301,6 +308,9 @@ def test_stray_bytes_in_a_jpeg_are_tolerated_unless_it_is_cut_off_too():
         (png(5, 5), "cannot be decoded"),
         (jpeg_of_size(60_000, 60_000), "60000 x 60000 pixels, allowed are 178,956,970 in all"),
         (jpeg_of_size(0, 10), "."),
+        (jpeg_of_size(8_000, 8_000), "as bombs are; allowed are 36,000,000 pixels, or 32 a byte"),
+        (png(6_001, 6_000), "6001 x 6000 pixels in [0-9]+ bytes, as bombs are"),
+        (many_scans(101), "a JPEG of 1[0-9]+ scans, allowed are 100"),
         (encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "32 bits a pixel"),
         (None, "must be bytes or a uint8 array, not NoneType"),
         ("photo.jpg", "must be bytes or a uint8 array, not str"),

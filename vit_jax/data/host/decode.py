@@ -29,6 +29,10 @@ AVIF = {b"avif", b"avis"}
 PNG = b"\x89PNG\r\n\x1a\n"
 # Pillow's own limit against decompression bombs; as 8-bit RGB an image of this size fills 537 MB.
 MAX_PIXELS = 178_956_970
+# An image of more pixels than the spare ones, which take 500 MB while they are decoded, must have a byte for so many of them.
+SPARE_PIXELS, PIXELS_A_BYTE = {"WEBP": 16_000_000, "other": 36_000_000}, 32
+# A progressive JPEG has about 10; each passes over all pixels again.
+MAX_SCANS = 100
 
 # EXIF orientation → what makes the stored pixels stand upright: (transpose, then mirror rows, then mirror columns).
 TURNS = {
@@ -104,7 +108,7 @@ class Jpeg:
             height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         except ValueError:
             return None
-        _check_size(width, height)
+        _check_size(width, height, image)
         orientation = _orientation(image) if exif_rotated and _may_be_turned(image) else 1
         return cls(image, (width, height) if TURNS[orientation][0] else (height, width), orientation)
 
@@ -162,7 +166,7 @@ def _open(data: bytes) -> Image.Image:
         raise _undecodable(data, "not a known image") from error
     except Exception as error:  # damaged headers raise nearly everything in Pillow's parsers
         raise _undecodable(data, str(error)) from error
-    _check_size(*opened.size)
+    _check_size(*opened.size, data, opened.format)
     return opened
 
 
@@ -229,7 +233,7 @@ def _decode_pillow(opened: Image.Image, data: bytes) -> UInt8[np.ndarray, "h w 3
         raise _undecodable(data, "32 bits a pixel, of which none says how bright white is")
     opened.info.pop("transparency", None)  # otherwise converting a palette warns that it is dropped
     try:
-        return np.array(opened.convert("RGB"))
+        return np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
     except ValueError as error:
         raise _undecodable(data, str(error)) from error
 
@@ -254,11 +258,17 @@ def _may_be_turned(data: bytes) -> bool:
     return data[at : at + 1] != b"\xff"
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, data: bytes, kind: str | None = "JPEG") -> None:
     if width < 1 or height < 1:
         raise ImageError(f"the image is {width} x {height} pixels: nothing to see")
     if width * height > MAX_PIXELS:
         raise ImageError(f"the image is {width} x {height} pixels, allowed are {MAX_PIXELS:,} in all: make it smaller")
+    spare = SPARE_PIXELS.get(kind, SPARE_PIXELS["other"])
+    if width * height > max(spare, PIXELS_A_BYTE * len(data)):
+        allowed = f"allowed are {spare:,} pixels, or {PIXELS_A_BYTE} a byte"
+        raise ImageError(f"the image is {width} x {height} pixels in {len(data):,} bytes, as bombs are; {allowed}")
+    if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ImageError(f"the image is a JPEG of {scans:,} scans, allowed are {MAX_SCANS}: that is none of a camera")
 
 
 def _undecodable(data: bytes, why: str) -> ImageError:

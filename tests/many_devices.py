@@ -22,6 +22,7 @@ from tests import tiny
 from vit_jax import train
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.run import cluster, experiment
+from vit_jax.run import start as starting
 from vit_jax.run.signals import GracefulExit
 from vit_jax.settings import Settings
 
@@ -58,9 +59,9 @@ def run(
       go_on: from the checkpoint in `workdir`.
       observe: is shown every batch of this process before it is sent to the devices.
     """
-    e = experiment.build(Settings.from_config(config(parallelism)), workdir)
+    e = experiment.build(Settings.from_config(config(parallelism)))
     checkpointer = Checkpointer(workdir / "checkpoints", keep=2)
-    state = experiment.restore_or_load(e, checkpointer) if go_on else experiment.new_state(e)
+    state = starting.restore_or_load(e, checkpointer) if go_on else starting.new_state(e)
     done = int(e.parallelism.read(state.step))
     update, losses = experiment.make_update(e), []
     send = e.parallelism.send

@@ -279,17 +279,18 @@ def test_imagenet_has_its_usual_names():
 def test_the_model_follows_from_names_and_shapes_whatever_the_file_is_called(tmp_path, published, name, model_name):
     (tmp_path / name).hardlink_to(published)
     classifier = predict.load_classifier(tmp_path / name, model_name=model_name)
-    assert classifier.model.clone(model_name="ViT-Ti_16") == models.get_model("ViT-Ti_16", num_classes=1000)
-    assert classifier.image_size == (32, 32)
-    assert tuple(classifier.mean) == tuple(classifier.std) == (127.5, 127.5, 127.5)
-    chex.assert_trees_all_equal(classifier.params, checkpoint.load(published))
+    model = classifier.predictor.task.model.module
+    assert model.clone(model_name="ViT-Ti_16") == models.get_model("ViT-Ti_16", num_classes=1000)
+    assert classifier.predictor.image_size == (32, 32)
+    assert classifier.predictor.description.mean == classifier.predictor.description.std == (127.5, 127.5, 127.5)
+    chex.assert_trees_all_equal(classifier.predictor.params, checkpoint.load(published))
 
 
 def test_other_classes_are_numbered_and_a_representation_layer_is_kept(tmp_path):
     checkpoint.save(tiny_16(21, grid=3, representation_size=24), tmp_path / "ViT-Ti_16.npz")
     classifier = predict.load_classifier(tmp_path / "ViT-Ti_16.npz")
-    assert classifier.model.representation_size == 24
-    assert classifier.image_size == (48, 48)
+    assert classifier.predictor.task.model.module.representation_size == 24
+    assert classifier.predictor.image_size == (48, 48)
     assert classifier.class_names[17] == "class 17" and len(classifier.class_names) == 21
 
 

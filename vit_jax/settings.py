@@ -114,7 +114,8 @@ class Settings:
     prefetch: int = 2  # batches sent to the devices ahead of time
     batch: int = 512  # over all devices and micro-batches
     batch_eval: int = 512
-    # loss
+    # what is learnt
+    task: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"type": "classify", …}, see tasks/
     loss: str = "softmax"  # or sigmoid
     label_smoothing: float = 0.0
     distill: Distillation = dataclasses.field(default_factory=Distillation)
@@ -141,6 +142,7 @@ class Settings:
     sharpness_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"rho": 0.05}, see sharpness.py
     grad_norm_clip: float | None = 1.0
     ema_decay: float | None = None  # of a running average of the parameters, evaluated and saved beside
+    ema_decay_end: float | None = None  # with this the decay rises to it by a half cosine over all steps
     nonfinite: str = "stop"  # at a loss or gradient that is not finite; or skip the step
     nonfinite_limit: int = 10  # skipped steps in a row at which training stops after all
     # how often, in steps
@@ -221,6 +223,10 @@ class Settings:
                 raise UserError(f"config.{name}={value} must be between 0 and 1")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"config.ema_decay={self.ema_decay} must be from 0 to below 1, such as 0.9999")
+        if self.ema_decay_end is not None and (self.ema_decay is None or not 0 <= self.ema_decay_end <= 1):
+            raise UserError(
+                f"config.ema_decay_end={self.ema_decay_end} must be from 0 to 1, and needs config.ema_decay to begin with"
+            )
         if self.pp.crop < 1 or (self.pp.crop_width is not None and self.pp.crop_width < 1):
             raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
         if self.pp.interpolation != "bilinear" and not self.pp.antialias:

@@ -16,6 +16,7 @@ from vit_jax.data import loader
 from vit_jax.data.features import Image, Label, Labels, Source
 from vit_jax.data.host.decode import ImageError, decode
 from vit_jax.errors import UserError
+from vit_jax.tasks import classify
 
 
 class Numbered(Source):
@@ -50,15 +51,20 @@ def noisy(image, rng, exif_rotated):
 def train(size, steps, *, seed=3, batch_size=8, bad=(), labels=None, **kwargs):
     """The first `steps` batches."""
     source = Numbered(size, bad, labels)
-    with contextlib.closing(loader.train_batches(source, noisy, batch_size=batch_size, seed=seed, **kwargs)) as batches:
+    example = classify.make_train_example(noisy, 10)
+    with contextlib.closing(loader.train_batches(source, example, batch_size=batch_size, seed=seed, **kwargs)) as batches:
         return list(itertools.islice(batches, steps))
 
 
-def evaluate(size, *, batch_size=8, bad=(), **kwargs):
-    def transform(image):
-        return image.astype(np.float32)
+def plain(image, exif_rotated):
+    return decode(image, exif_rotated=exif_rotated).astype(np.float32)
 
-    return list(loader.eval_batches(Numbered(size, bad), transform, batch_size=batch_size, **kwargs))
+
+EVAL_EXAMPLE = classify.make_eval_example(plain, 10)
+
+
+def evaluate(size, *, batch_size=8, bad=(), **kwargs):
+    return list(loader.eval_batches(Numbered(size, bad), EVAL_EXAMPLE, batch_size=batch_size, **kwargs))
 
 
 def numbers(batches):
@@ -148,7 +154,7 @@ def test_evaluation_counts_every_example_once_and_masks_the_padding(size, proces
 
 def test_several_labels_an_image_become_rows():
     source = Numbered(5, several=[(3,), (), (0, 9), (9, 9), (4,)])
-    first, second = loader.eval_batches(source, lambda image: image.astype(np.float32), batch_size=3)
+    first, second = loader.eval_batches(source, EVAL_EXAMPLE, batch_size=3)
     rows = np.concatenate([first["labels"], second["labels"]])
     assert rows.dtype == bool and rows.shape == (6, 10) and set(first) == {"image", "labels", "valid"}
     assert [np.flatnonzero(row).tolist() for row in rows[:5]] == [[3], [], [0, 9], [9], [4]]
@@ -159,9 +165,10 @@ def test_several_labels_an_image_are_not_trained_on_and_stay_in_range():
     with pytest.raises(
         UserError, match=r"^photos/\d.jpg may have several labels: such a dataset can be evaluated, not trained"
     ):
-        next(loader.train_batches(Numbered(2, several=[(1,), (2,)]), noisy, batch_size=1, seed=0))
+        example = classify.make_train_example(noisy, 10)
+        next(loader.train_batches(Numbered(2, several=[(1,), (2,)]), example, batch_size=1, seed=0))
     with pytest.raises(UserError, match=r"^photos/1.jpg has label 10, allowed are 0 to 9"):
-        list(loader.eval_batches(Numbered(2, several=[(1,), (3, 10)]), lambda image: image, batch_size=2))
+        list(loader.eval_batches(Numbered(2, several=[(1,), (3, 10)]), EVAL_EXAMPLE, batch_size=2))
 
 
 def test_evaluation_keeps_the_order():

@@ -20,9 +20,11 @@ def config(**overrides):
 
 def experiment(workdir: Path, **overrides) -> tuple[experiments.Experiment, Any]:
     """(experiment, parameters), with a head that is not zero."""
-    e = experiments.build(Settings.from_config(config(**overrides)), workdir)
-    params = jax.device_get(jax.jit(e.model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"])
-    params["head"]["kernel"] = np.random.default_rng(0).normal(size=params["head"]["kernel"].shape).astype(np.float32)
+    e = experiments.build(Settings.from_config(config(**overrides)))
+    params = jax.device_get(jax.jit(e.task.model.module.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"])
+    params["head"]["kernel"] = (
+        np.random.default_rng(0).normal(scale=0.3, size=params["head"]["kernel"].shape).astype(np.float32)
+    )
     return e, params
 
 
@@ -36,12 +38,12 @@ def images_and_labels(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
 def features(e: experiments.Experiment, params: Any, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
     """The class token and label of all examples, computed in one piece."""
     images, labels = images_and_labels(source)
-    found = jax.jit(lambda p, x: e.model.apply({"params": p}, x, method="features")["cls"])(params, images)
+    found = jax.jit(lambda p, x: e.task.model.module.apply({"params": p}, x, method="features")["cls"])(params, images)
     return np.asarray(found), labels
 
 
 def logits(e: experiments.Experiment, params: Any, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
     """Logits in float64 and labels of all examples, computed in one piece."""
     images, labels = images_and_labels(source)
-    found = jax.jit(lambda p, x: e.model.apply({"params": p}, x))(params, images)
+    found = jax.jit(lambda p, x: e.task.model.module.apply({"params": p}, x))(params, images)
     return np.asarray(found, np.float64), labels

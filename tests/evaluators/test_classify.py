@@ -84,7 +84,7 @@ def test_a_dataset_with_several_labels_is_scored_as_by_hand(loss, batch, real, t
     e, params = small.experiment(tmp_path, tfds_data_dir=real, loss=loss, batch_eval=batch)
     metrics = classify.make_evaluator(e, split="train", dataset="real")(e.parallelism.place(params))
     images = np.stack([pixels(i) for i in range(37)]) / np.float32(127.5) - 1
-    logits = np.asarray(e.model.apply({"params": params}, images.astype(np.float32)), np.float64)
+    logits = np.asarray(e.task.model.module.apply({"params": params}, images.astype(np.float32)), np.float64)
     hits, losses = [], []
     for i in range(37):
         if labels := list(real_labels(i)):

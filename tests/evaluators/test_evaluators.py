@@ -13,8 +13,9 @@ from tests import tiny
 from tests.evaluators import small
 from vit_jax import checkpoint
 from vit_jax.errors import UserError
-from vit_jax.evaluate import evaluate, make_evaluators
-from vit_jax.evaluators import classify, knn
+from vit_jax.evaluate import evaluate
+from vit_jax.evaluators import classify, knn, make_evaluators
+from vit_jax.run.writer import format_metrics
 from vit_jax.train import train_and_evaluate
 
 
@@ -103,7 +104,7 @@ def test_features_of_a_file_are_scored_whatever_its_head(num_classes, tmp_path):
     assert metrics == knn.make_evaluator(e)(e.parallelism.place(params))
     assert list(metrics) == ["knn_10", "knn_20", "knn_100"]
     written = (tmp_path / "run" / "train.log").read_text()
-    assert "  ".join(f"{name} {value:.5g}" for name, value in metrics.items()) in written
+    assert format_metrics(metrics) in written
     if num_classes == 3:
         c.evaluator = "calibration"
         with pytest.raises(UserError):
@@ -122,7 +123,7 @@ import json, sys
 from pathlib import Path
 import jax
 from tests.evaluators import small
-from vit_jax.evaluate import make_evaluators
+from vit_jax.evaluators import make_evaluators
 assert jax.device_count() == 4
 for parallelism in ("pmap", "mesh"):
     e, params = small.experiment(Path(sys.argv[1]), parallel=parallelism, evaluators=json.loads(sys.argv[2]))

@@ -8,7 +8,6 @@ import pytest
 
 from tests.evaluators import small
 from vit_jax.data import loader
-from vit_jax.data.host import view
 from vit_jax.evaluators import passes
 
 
@@ -40,8 +39,7 @@ def test_sums_count_every_example_once(batch, tmp_path):
 def test_what_several_processes_gather_is_put_in_order(processes, tmp_path, monkeypatch):
     e, _ = small.experiment(tmp_path)
     _, truth = small.images_and_labels(e.test_source)
-    transform = functools.partial(view.eval_image, crop=e.image_size)
-    share = functools.partial(loader.eval_batches, e.test_source, transform, batch_size=8, process_count=processes)
+    share = functools.partial(loader.eval_batches, e.test_source, e.task.eval_example, batch_size=8, process_count=processes)
     parts = zip(*(share(process_index=i) for i in range(processes)), strict=True)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     gathered = [passes._in_order({"label": np.concatenate([p["label"] for p in part])}) for part in parts]

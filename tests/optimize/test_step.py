@@ -12,7 +12,10 @@ from vit_jax.data.device import augment
 from vit_jax.errors import UserError
 from vit_jax.optimize import optim, parallel
 from vit_jax.optimize.step import State, make_update
-from vit_jax.tasks import classify
+from vit_jax.run.experiment import make_ema_decay
+from vit_jax.settings import Settings
+from vit_jax.tasks import classify, images
+from vit_jax.tasks.task import Loss
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def _state(model, optimizer) -> State:
 
 
 def _loss(model, **options):
-    return classify.make_task(model, classify.make_prepare(3, **options)).loss
+    return classify.make_loss(model, images.prepare(3, **options))
 
 
 @pytest.fixture(params=["pmap", "mesh"])
@@ -71,9 +74,8 @@ def test_an_update_is_that_of_plain_gradient_descent_on_the_mean_cross_entropy(m
 def test_every_micro_batch_and_every_step_draws_its_own_randomness(parallelism: parallel.Parallelism):
     """The gradient of a randomly masked sum is the mask: one mask for both micro-batches could never average to 1/2."""
 
-    def loss(params, frozen, batch, rng):
-        masked = jnp.sum(params * jax.random.bernoulli(rng, shape=params.shape)) + 0 * jnp.sum(batch["x"])
-        return masked, {"loss": masked}
+    def loss(params, context, batch, rng):
+        return Loss(jnp.sum(params * jax.random.bernoulli(rng, shape=params.shape)) + 0 * jnp.sum(batch["x"]))
 
     optimizer = optax.sgd(1.0)
     params = jnp.zeros(64)
@@ -124,9 +126,8 @@ def test_the_average_of_the_parameters_follows_them_and_what_is_frozen_stays(mod
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counter_if_asked_so():
     """1/0 in the second of three steps."""
 
-    def loss(params, frozen, batch, rng):
-        value = jnp.sum(params**2) / jnp.mean(batch["x"])
-        return value, {"loss": value}
+    def loss(params, context, batch, rng):
+        return Loss(jnp.sum(params**2) / jnp.mean(batch["x"]))
 
     parallelism, optimizer = parallel.Pmap(), optax.adam(0.1)
     params = jnp.ones(3)
@@ -154,3 +155,61 @@ def test_prefetching_keeps_order_and_everything_to_the_last_batch(parallelism: p
 def test_a_batch_that_cannot_be_shared_out_is_refused(batch: int, accum: int):
     with pytest.raises(UserError, match=f"batch={batch} .*accum_steps={accum}.* choose a multiple"):
         parallel.check_batch(batch, accum, shards=1)
+
+
+def _compared(params, context, embeddings):
+    """A contrastive loss over all examples of all devices: of this device's rows against every column."""
+    everything = context.devices.all_examples(embeddings)
+    b = embeddings.shape[0]
+    own = context.devices.device_index() * b + jnp.arange(b)
+    logits = params["t"] * embeddings @ everything.T
+    return Loss(optax.softmax_cross_entropy_with_integer_labels(logits, own).mean(), carry={"seen": context.carry["seen"] + 1})
+
+
+def _embedded(params, context, batch, key):
+    z = jnp.tanh(batch["x"] @ params["w"])
+    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def test_cached_gradients_of_a_loss_that_compares_all_examples_are_those_of_the_whole_batch(parallelism):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(5, 7)).astype(np.float32), "t": np.float32(3.0)}
+    batch, optimizer, results = {"x": rng.normal(size=(8, 5)).astype(np.float32)}, optax.sgd(0.5), []
+
+    def loss(params, context, batch, key):
+        return _compared(params, context, _embedded(params, context, batch, key))
+
+    for accum_steps in (1, 4):
+        options = {"seed": 0, "accum_steps": accum_steps, "embed": _embedded, "loss_of": _compared}
+        update = parallelism.train_step(make_update(loss, optimizer, parallelism, **options))
+        state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry={"seen": jnp.int32(0)})
+        results.append(parallelism.read(update(parallelism.place(state), parallelism.send(batch))))
+    (one, one_metrics), (four, four_metrics) = results
+    chex.assert_trees_all_close(one.params, four.params, atol=1e-6)
+    np.testing.assert_allclose(one_metrics["loss"], four_metrics["loss"], rtol=1e-6)
+    assert one.carry["seen"] == four.carry["seen"] == 1
+
+
+def test_totals_are_those_of_the_whole_batch_and_the_carry_goes_from_micro_batch_to_micro_batch(parallelism):
+    """Boxes are unevenly shared out: a mean of the micro-batches' means would be another number."""
+    x, valid = np.arange(16, dtype=np.float32).reshape(8, 2), np.arange(16).reshape(8, 2) % 5 == 0
+
+    def loss(params, context, batch, key):
+        total = jnp.sum(params * batch["x"] * batch["valid"])
+        return Loss(total / context.totals["boxes"], carry=context.carry + 1)
+
+    optimizer = optax.sgd(1.0)
+    for accum_steps in (1, 2, 4):
+        totals = {"totals": lambda batch: {"boxes": jnp.sum(batch["valid"])}}
+        update = parallelism.train_step(make_update(loss, optimizer, parallelism, seed=0, accum_steps=accum_steps, **totals))
+        state = State(jnp.zeros((), jnp.int32), jnp.float32(1.0), optimizer.init(jnp.float32(1.0)), carry=jnp.int32(0))
+        new, metrics = parallelism.read(update(parallelism.place(state), parallelism.send({"x": x, "valid": valid})))
+        np.testing.assert_allclose(metrics["loss"], (x * valid).sum() / valid.sum(), rtol=1e-6)
+        assert new.carry == accum_steps
+
+
+def test_the_average_may_follow_a_schedule():
+    settings = Settings(total_steps=4, ema_decay=0.9, ema_decay_end=1.0)
+    decay = make_ema_decay(settings)
+    expected = [1 - (1 - 0.9) * (np.cos(np.pi * step / 4) + 1) / 2 for step in range(5)]
+    np.testing.assert_allclose([float(decay(step)) for step in range(5)], expected, rtol=1e-6)

@@ -7,9 +7,10 @@ import logging
 import pytest
 
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.results import find_npz
 from vit_jax.errors import UserError
 from vit_jax.run import notes
-from vit_jax.run.workdir import check_classes, check_data, check_frozen, claim, find_npz, origin
+from vit_jax.run.workdir import check_classes, check_data, check_frozen, claim, origin
 from vit_jax.settings import Preprocessing, Settings
 
 CLASSES = ("cat", "dog")

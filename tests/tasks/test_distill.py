@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from flax import linen as nn
 
+from vit_jax import evaluators
 from vit_jax.errors import UserError
-from vit_jax.tasks import classify, distill
+from vit_jax.optimize import parallel, trainable
+from vit_jax.tasks import classify, distill, images
+from vit_jax.tasks.task import Context
 
 CLASSES = 5
 MEAN, STD = (110.0, 120.0, 130.0), (50.0, 60.0, 70.0)
@@ -88,12 +91,21 @@ def prepare():
     def mixed(images, targets, key):
         return 0.75 * images + 0.25 * jnp.roll(images, 1, 0), 0.75 * targets + 0.25 * jnp.roll(targets, 1, 0)
 
-    return classify.make_prepare(CLASSES, augmented=inverted, mixed=mixed, mean=MEAN, std=STD)
+    return images.prepare(CLASSES, augmented=inverted, mixed=mixed, mean=MEAN, std=STD)
 
 
-def task_of(kind, classifier, **fields):
-    numbers = {"mean": MEAN, "std": STD, "teacher_mean": TEACHER_MEAN, "teacher_std": TEACHER_STD, "temperature": 2.0}
-    return distill.make_task(Linear(classifier=classifier), Linear(), prepare(), kind=kind, alpha=0.3, **numbers | fields)
+def loss_of(kind, classifier):
+    """(trained parameters, frozen trees, batch, key) → (loss, metrics with the loss), as a training step computes it."""
+    student, renormalized = Linear(classifier=classifier), distill.renormalisation(MEAN, STD, TEACHER_MEAN, TEACHER_STD)
+    how = {"kind": kind, "temperature": 2.0, "alpha": 0.3, "renormalized": renormalized}
+    loss = distill.make_loss(student, Linear(), prepare(), **how)
+
+    def joined(params, frozen, batch, key):
+        context = Context(0, {"teacher": frozen["teacher"]}, None, {}, {}, parallel.Pmap())
+        result = loss(trainable.join(params, frozen.get("model")), context, batch, key)
+        return result.value, result.metrics | {"loss": result.value}
+
+    return joined
 
 
 def logits_by_hand(params, mean, std, *, train):
@@ -114,7 +126,7 @@ def logits_by_hand(params, mean, std, *, train):
 )
 def test_teacher_and_student_see_the_same_augmented_images(kind, classifier):
     student, teacher = params_of(1), params_of(2)
-    value, metrics = jax.jit(task_of(kind, classifier).loss)(student, {"teacher": teacher}, BATCH, jax.random.key(0))
+    value, metrics = jax.jit(loss_of(kind, classifier))(student, {"teacher": teacher}, BATCH, jax.random.key(0))
     cls, dist = logits_by_hand(student, MEAN, STD, train=True)
     taught, _ = logits_by_hand(teacher, TEACHER_MEAN, TEACHER_STD, train=False)
     mean = (cls + dist) / 2 if classifier == "distilled" else cls
@@ -134,7 +146,7 @@ def test_teacher_and_student_see_the_same_augmented_images(kind, classifier):
 def test_the_gradient_reaches_what_is_trained_and_never_the_teacher(kind):
     student, teacher = params_of(1), params_of(2)
     trained, rest = {"head": student["head"]}, {"head_dist": student["head_dist"]}
-    loss = task_of(kind, "distilled").loss
+    loss = loss_of(kind, "distilled")
     run = jax.grad(loss, argnums=(0, 1), has_aux=True)
     (mine, frozen), metrics = run(trained, {"teacher": teacher, "model": rest}, BATCH, jax.random.key(0))
     assert np.abs(mine["head"]["kernel"]).max() > 1e-3
@@ -143,14 +155,16 @@ def test_the_gradient_reaches_what_is_trained_and_never_the_teacher(kind):
 
 
 def test_function_matching_needs_no_labels():
-    loss, frozen = task_of("function_matching", "token").loss, {"teacher": params_of(2)}
+    loss, frozen = loss_of("function_matching", "token"), {"teacher": params_of(2)}
     values = [loss(params_of(1), frozen, BATCH | {"label": label}, jax.random.key(0))[0] for label in np.eye(6, dtype=np.int32)]
     assert len(set(map(float, values))) == 1
 
 
 def test_the_student_alone_is_evaluated():
     batch = {"image": BATCH["image"].astype(np.float32), "label": BATCH["label"], "valid": np.arange(6) < 4}
-    sums = task_of("soft", "distilled").evaluate(params_of(1), batch)
+    predict = classify.make_predict(Linear(classifier="distilled"), loss="softmax", mean=MEAN, std=STD)
+    logits = predict(params_of(1), batch)["logits"]
+    sums = evaluators.classify.one_label_sums(logits, batch["label"], batch["valid"], loss="softmax")
     logits = (batch["image"] - MEAN) / STD
     heads = [logits.reshape(6, -1) / 10 @ params_of(1)[n]["kernel"] + params_of(1)[n]["bias"] for n in ("head", "head_dist")]
     expected = F.cross_entropy(
@@ -175,4 +189,4 @@ def test_what_cannot_be_distilled_is_refused(change, message):
     fields = {"kind": "soft", "temperature": 1.0, "alpha": 0.5, "classifier": "distilled", "classes": CLASSES} | change
     student, teacher = Linear(classifier=fields.pop("classifier")), Linear(num_classes=fields.pop("classes"))
     with pytest.raises(UserError, match=message):
-        distill.make_task(student, teacher, prepare(), **fields)
+        distill.make_loss(student, teacher, prepare(), **fields)

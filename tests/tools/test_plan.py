@@ -16,7 +16,6 @@ from tests import command_line, plans, tiny
 from vit_jax import overrides
 from vit_jax.data import loader
 from vit_jax.errors import UserError
-from vit_jax.run import pipeline
 from vit_jax.settings import Settings
 from vit_jax.tools import plan
 from vit_jax.tools.plan import Plan
@@ -69,8 +68,7 @@ def test_state_and_batch_lie_on_the_devices_as_planned(found):
 def test_batch_is_the_loaders():
     c = tiny.config()
     e = plan.build(Settings.from_config(c), num_classes=1000)
-    transform = pipeline.train_transform(e.settings)
-    real = next(loader.train_batches(e.train_source, transform, batch_size=c.batch, seed=0, start_step=0))
+    real = next(loader.train_batches(e.train_source, e.task.train_example, batch_size=c.batch, seed=0, start_step=0))
     assert plan.abstract_batch(e) == {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in real.items()}
 
 

@@ -12,6 +12,7 @@ from vit_jax import overrides
 from vit_jax.data import features, sources
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
+from vit_jax.tasks import classify
 from vit_jax.tools import preview
 
 SIDE = 128  # an 8-pixel digit, enlarged
@@ -65,10 +66,10 @@ def test_mixed_with_the_reverse_of_its_column():
 
 def test_captions_name_the_largest_targets():
     names = ["ape", "bear", "cat"]
-    assert preview.caption(np.array([0.0, 1.0, 0.0]), names, 0) == "bear 1.00"
-    assert preview.caption(np.array([0.3, 0.7, 0.0]), names, 0) == "bear 0.70, ape 0.30"
-    assert preview.caption(np.array([0.04, 0.92, 0.04]), names, 0.04) == "bear 0.92"
-    assert preview.caption(np.array([0.3, 0.4, 0.3]), names, 0.1) == "bear 0.40, ape 0.30"
+    assert classify.caption(np.array([0.0, 1.0, 0.0]), names, 0) == "bear 1.00"
+    assert classify.caption(np.array([0.3, 0.7, 0.0]), names, 0) == "bear 0.70, ape 0.30"
+    assert classify.caption(np.array([0.04, 0.92, 0.04]), names, 0.04) == "bear 0.92"
+    assert classify.caption(np.array([0.3, 0.4, 0.3]), names, 0.1) == "bear 0.40, ape 0.30"
 
 
 def test_long_names_are_cut_to_the_picture():

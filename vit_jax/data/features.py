@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Image:
@@ -84,3 +86,16 @@ def digest(values: Iterable[object]) -> str:
     for value in values:
         digits.update(f"{value}\0".encode("utf-8", "surrogatepass"))
     return digits.hexdigest()
+
+
+def example(features: Mapping[str, Feature]) -> dict[str, Any]:
+    """The smallest example that has these fields, for whoever needs shapes alone."""
+    fields: dict[type, dict[str, Any]] = {
+        Image: {"image": np.zeros((8, 8, 3), np.uint8)},
+        Label: {"label": 0},
+        Labels: {"labels": (0,)},
+        Boxes: {"boxes": np.zeros((0, 4), np.float32), "box_labels": np.zeros(0, np.int32)},
+        Segmentation: {"segmentation": np.zeros((8, 8), np.uint8)},
+        Text: {"text": ("",)},
+    }
+    return {name: value for feature in features.values() for name, value in fields[type(feature)].items()}

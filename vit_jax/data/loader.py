@@ -19,11 +19,11 @@ import grain
 import numpy as np
 
 from vit_jax.data.features import Source
-from vit_jax.data.host.decode import ImageError, decode
+from vit_jax.data.host.decode import ImageError
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[..., np.ndarray]
+MakeExample = Callable[..., dict[str, np.ndarray]]
 
 RUN = 8
 """Examples that a thread loads in a row: handing each over by itself costs a tenth of the time."""
@@ -35,7 +35,7 @@ log = logging.getLogger("vit_jax")
 
 def train_batches(
     source: Source,
-    transform: Transform,
+    train_example: MakeExample,
     *,
     batch_size: int,
     seed: int,
@@ -45,19 +45,19 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Endless batches {"image": uint8 (b h w 3), "label": int32 (b,), "seed": uint32 (b,)} from `start_step` on.
+    """Endless batches from `start_step` on: what `train_example` makes, and "seed": uint32 (b,).
 
     Args:
-      transform: (encoded image or array, rng=generator, exif_rotated=) → uint8 image of the one size.
+      train_example: (example of the source, rng=generator, exif_rotated=) → dict of arrays of fixed shapes.
       batch_size: over all processes, which share a batch's examples out among themselves; this one gets its part.
       shuffle: False keeps the source's order.
-      skip_bad_images: replaces an image that cannot be decoded by the next one of the source, and logs it;
+      skip_bad_images: replaces an example whose image cannot be decoded by the next one of the source, and logs it;
         otherwise it is an error that names the image.
     """
     order = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         order = order.shuffle()
-    examples = order.repeat().random_map(_TrainExample(source, transform, skip_bad_images))
+    examples = order.repeat().random_map(_TrainExample(source, train_example, skip_bad_images))
     local = batch_size // process_count
     examples = examples[process_index::process_count][start_step * local :]
     return _batches(examples, local)
@@ -65,65 +65,55 @@ def train_batches(
 
 def eval_batches(
     source: Source,
-    transform: Callable[[np.ndarray], np.ndarray],
+    eval_example: MakeExample,
     *,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every example once: {"image": float32 (b h w 3), "label": int32 (b,), "valid": bool (b,)}.
+    """Every example once: what `eval_example` makes, and "valid": bool (b,).
 
-    Where a dataset has several labels an image, `labels`, bool (b classes), stands for `label`. The last batch is padded to
-    `batch_size`, with valid False; all processes get the same number of batches.
+    The last batch is padded to `batch_size`, with valid False; all processes get the same number of batches.
+
+    Args:
+      eval_example: (example of the source, exif_rotated=) → dict of arrays of fixed shapes.
     """
     rounded_up = -(-len(source) // batch_size) * batch_size
-    examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, transform))
+    examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, eval_example))
     return _batches(examples[process_index::process_count], batch_size // process_count)
 
 
-def load(source: Source, index: int, decode: Transform = decode) -> tuple[np.ndarray, int]:
-    """Example `index` as (uint8 image (h w 3), label); an error names the example.
-
-    `decode`: (encoded image or array, exif_rotated=) → image.
-    """
+def load(source: Source, index: int, make_example: MakeExample) -> dict[str, np.ndarray]:
+    """`make_example(source[index], exif_rotated=)`. A UserError names the example."""
     example = source[index]
-    if "labels" in example:
-        raise UserError(f"{source.where(index)} may have several labels: such a dataset can be evaluated, not trained on")
-    label = _checked_label(source, index, example["label"])
-    return _decode(source, index, example["image"], decode), label
-
-
-def _checked_label(source: Source, index: int, label: int) -> int:
-    if not 0 <= label < source.num_classes:
-        raise UserError(f"{source.where(index)} has label {label}, allowed are 0 to {source.num_classes - 1}")
-    return int(label)
-
-
-def _decode(source: Source, index: int, image: bytes | np.ndarray, decode: Transform = decode) -> np.ndarray:
     try:
-        return decode(image, exif_rotated=source.exif_rotated)
-    except ImageError as e:
-        raise ImageError(f"{source.where(index)}: {e}") from e
+        return make_example(example, exif_rotated=source.exif_rotated)
+    except UserError as e:
+        separator = " " if isinstance(e, ExampleError) else ": "
+        raise type(e)(f"{source.where(index)}{separator}{e}") from e
+
+
+class ExampleError(UserError):
+    """What is wrong with an example, as the rest of a sentence that begins with its name: "has label 12"."""
 
 
 class _TrainExample(grain.transforms.RandomMap):
-    def __init__(self, source: Source, transform: Transform, skip_bad_images: bool):
-        self.source, self.transform, self.skip_bad_images = source, transform, skip_bad_images
+    def __init__(self, source: Source, train_example: MakeExample, skip_bad_images: bool):
+        self.source, self.train_example, self.skip_bad_images = source, train_example, skip_bad_images
         self.bad: set[int] = set()
         self.lock = threading.Lock()  # examples are loaded on several threads
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, label = self._load(index, rng)
-        return {"image": image, "label": np.int32(label), "seed": rng.integers(2**32, dtype=np.uint32)}
+        example = self._load(index, functools.partial(self.train_example, rng=rng), rng)
+        return example | {"seed": rng.integers(2**32, dtype=np.uint32)}
 
-    def _load(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        decode = functools.partial(self.transform, rng=rng)
+    def _load(self, index: int, make_example: MakeExample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         if not self.skip_bad_images:
-            return load(self.source, index, decode)
+            return load(self.source, index, make_example)
         start = rng.bit_generator.state
         for candidate in ((index + i) % len(self.source) for i in range(len(self.source))):
             try:
-                return load(self.source, candidate, decode)
+                return load(self.source, candidate, make_example)
             except ImageError as e:
                 rng.bit_generator.state = start  # whatever was drawn for a bad image
                 with self.lock:
@@ -134,21 +124,12 @@ class _TrainExample(grain.transforms.RandomMap):
 
 
 class _EvalExample(grain.transforms.Map):
-    def __init__(self, source: Source, transform: Transform):
-        self.source, self.transform = source, transform
+    def __init__(self, source: Source, eval_example: MakeExample):
+        self.source, self.eval_example = source, eval_example
 
     def map(self, index: int) -> dict[str, Any]:
         padding = index >= len(self.source)
-        index = 0 if padding else index
-        example = self.source[index]
-        if "labels" in example:
-            labels = np.zeros(self.source.num_classes, bool)
-            labels[[_checked_label(self.source, index, label) for label in example["labels"]]] = True
-            answer = {"labels": labels}
-        else:
-            answer = {"label": np.int32(_checked_label(self.source, index, example["label"]))}
-        image = self.transform(_decode(self.source, index, example["image"]))
-        return {"image": image, "valid": np.bool_(not padding)} | answer
+        return load(self.source, 0 if padding else index, self.eval_example) | {"valid": np.bool_(not padding)}
 
 
 class _Loading:

@@ -12,6 +12,8 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
 from vit_jax.run.experiment import Experiment
 
+LOWER_IS_BETTER = ("ece",)
+
 
 def make_evaluator(
     experiment: Experiment, *, split: str | None = None, dataset: str | None = None, bins: int = 15
@@ -25,11 +27,10 @@ def make_evaluator(
     source = passes.open_split(experiment, split, dataset)
     passes.check_classes(experiment.train_source, source)
     passes.check_one_label(source)
-    logits = passes.make_logits(experiment)
-    probabilities = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[experiment.settings.loss]
+    predict = experiment.task.predict
 
     def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:
-        p = probabilities(logits(params, batch))
+        p = predict(params, batch)["probabilities"]
         return bin_sums(p.max(axis=-1), p.argmax(axis=-1) == batch["label"], batch["valid"], bins)
 
     run = passes.make_sums(experiment, source, sums_of)

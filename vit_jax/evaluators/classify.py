@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
 from vit_jax.run.experiment import Experiment
 from vit_jax.tasks import classify
+
+LOWER_IS_BETTER = ("loss",)
 
 
 def make_evaluator(
@@ -27,12 +30,13 @@ def make_evaluator(
 def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
     """parameters → (`accuracy` and `loss`, images per second and device)."""
     passes.check_classes(experiment.train_source, source)
-    logits = passes.make_logits(experiment)
+    predict, loss = experiment.task.predict, experiment.settings.loss
 
     def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:
+        logits = predict(params, batch)["logits"]
         if "labels" in batch:
-            return multi_label_sums(logits(params, batch), batch["labels"], batch["valid"], loss=experiment.settings.loss)
-        return experiment.task.evaluate(params, batch)
+            return multi_label_sums(logits, batch["labels"], batch["valid"], loss=loss)
+        return one_label_sums(logits, batch["label"], batch["valid"], loss=loss)
 
     run = passes.make_sums(experiment, source, sums_of)
 
@@ -43,6 +47,15 @@ def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any]
         return {name: float(sums[of] / sums["count"]) for name, of in (("accuracy", "correct"), ("loss", "loss"))}, rate
 
     return score
+
+
+def one_label_sums(
+    logits: Float[Array, "b classes"], label: Int[Array, " b"], valid: Bool[Array, " b"], *, loss: str
+) -> dict[str, Float[Array, ""]]:
+    """Sums over the valid images: `loss` as in training, `correct` where the highest logit is the label's, `count`."""
+    losses = classify.LOSSES[loss](logits, jax.nn.one_hot(label, logits.shape[-1]))
+    correct = jnp.argmax(logits, axis=-1) == label
+    return {"loss": jnp.sum(losses * valid), "correct": jnp.sum(correct & valid), "count": jnp.sum(valid)}
 
 
 def multi_label_sums(

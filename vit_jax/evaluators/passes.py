@@ -12,9 +12,8 @@ from jaxtyping import Array, Float, Int
 from vit_jax.data import loader, sources
 from vit_jax.data.device import augment
 from vit_jax.errors import UserError
-from vit_jax.features import image_features
-from vit_jax.run import pipeline
-from vit_jax.run.experiment import Experiment, normalisation
+from vit_jax.run.experiment import Experiment
+from vit_jax.tasks import images
 
 Params = Any
 Batch = dict[str, Array]
@@ -60,17 +59,6 @@ def check_one_label(source: sources.Source) -> None:
         raise UserError(f"{source.where(0)} may have several labels: only an evaluator of type classify can score it")
 
 
-def make_logits(experiment: Experiment) -> Callable[[Params, Batch], Float[Array, "b classes"]]:
-    """(parameters, evaluation batch) → logits in float32, to be called on the devices."""
-    mean, std = normalisation(experiment.origin)
-
-    def logits(params: Params, batch: Batch) -> Float[Array, "b classes"]:
-        images = augment.normalize(batch["image"], mean, std)
-        return experiment.model.apply({"params": params}, images, train=False).astype(jnp.float32)
-
-    return logits
-
-
 def make_sums(
     experiment: Experiment, source: sources.Source, function: Callable[[Params, Batch], dict[str, Array]]
 ) -> Callable[[Params], tuple[dict[str, Any], float]]:
@@ -104,22 +92,17 @@ def make_sums(
     return run
 
 
-def make_features(
-    experiment: Experiment,
-) -> Callable[[Params, sources.Source], tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]]:
-    """(parameters on the devices, source) → `cls` of `features.image_features`, and label, in the source's order.
+def make_rows(
+    experiment: Experiment, function: Callable[[Params, Batch], dict[str, Array]]
+) -> Callable[[Params, sources.Source], dict[str, np.ndarray]]:
+    """(parameters on the devices, source) → what `function` makes of every example, (n, …), in the source's order.
 
-    A head is ignored. The result is the same in all processes, and for any number of devices.
+    `function(params, batch)` gives arrays by example. The result is the same in all processes, and for any number of
+    devices.
     """
-    mean, std = normalisation(experiment.origin)
+    compute = experiment.parallelism.eval_examples(function)
 
-    def run(params: Params, batch: Batch) -> Batch:
-        outputs = image_features(experiment.model, params, augment.normalize(batch["image"], mean, std))
-        return {"cls": outputs["cls"], "label": batch["label"]}
-
-    compute = experiment.parallelism.eval_examples(run)
-
-    def features(params: Params, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
+    def rows(params: Params, source: sources.Source) -> dict[str, np.ndarray]:
         parts: list[dict[str, np.ndarray]] = []
         running = None
         for batch in batches_of(experiment, source):
@@ -128,7 +111,30 @@ def make_features(
                 parts.append(_in_order(experiment.parallelism.gather(running)))
             running = dispatched
         parts.append(_in_order(experiment.parallelism.gather(running)))
-        return tuple(np.concatenate([part[name] for part in parts])[: len(source)] for name in ("cls", "label"))
+        return {name: np.concatenate([part[name] for part in parts])[: len(source)] for name in parts[0]}
+
+    return rows
+
+
+def make_features(
+    experiment: Experiment,
+) -> Callable[[Params, sources.Source], tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]]:
+    """(parameters on the devices, source) → `cls` of `images.image_features`, and label, in the source's order.
+
+    A head is ignored.
+    """
+    mean, std = images.normalisation(experiment.origin)
+    model = experiment.task.model.module
+
+    def run(params: Params, batch: Batch) -> Batch:
+        features = images.image_features(model, params, augment.normalize(batch["image"], mean, std))
+        return {"cls": features["cls"], "label": batch["label"]}
+
+    rows = make_rows(experiment, run)
+
+    def features(params: Params, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
+        found = rows(params, source)
+        return found["cls"], found["label"]
 
     return features
 
@@ -137,7 +143,7 @@ def batches_of(experiment: Experiment, source: sources.Source) -> Iterator[Batch
     """The examples of a source on the devices, each once; the last batch padded."""
     batches = loader.eval_batches(
         source,
-        pipeline.eval_transform(experiment.settings),
+        experiment.task.eval_example,
         batch_size=batch_size(experiment, source),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -37,7 +37,7 @@ def make_evaluator(
         raise UserError(f"l2={tuple(l2)}: all must be positive, and one or more")
     train_source, test_source = passes.open_pair(experiment, train, test, dataset)
     if len(train_source) < 2:
-        raise UserError(f"a linear probe needs 2 images or more to learn from, not {len(learnt)}")
+        raise UserError(f"a linear probe needs 2 images or more to learn from, not {len(train_source)}")
     features = passes.make_features(experiment)
 
     def evaluator(params: Any) -> dict[str, float]:

@@ -26,8 +26,13 @@ def get_model(name: str, **overrides: Any) -> nn.Module:
 
     get_model("ViT-B_16", num_classes=10, transformer={"dropout_rate": 0.1}, dtype="bfloat16")
     """
-    architecture = architecture_of(model_type_of(name))
-    return architecture.build(_merge(architecture.sizes[name], overrides))
+    return build(*named(name, **overrides))
+
+
+def named(name: str, **overrides: Any) -> tuple[str, dict[str, Any]]:
+    """(model_type, fields) of the model called `name`, see `get_model`."""
+    kind = model_type_of(name)
+    return kind, _merge(ARCHITECTURES[kind].sizes[name], overrides)
 
 
 def build(model_type: str, fields: Mapping[str, Any]) -> nn.Module:

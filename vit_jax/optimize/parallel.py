@@ -61,9 +61,21 @@ class Pmap:
         """The mean over all devices, within `train_step`."""
         return tree if jax.device_count() == 1 else jax.lax.pmean(tree, _DEVICES)  # of one, XLA would copy it
 
-    def micro_batches(self, batch: dict[str, Array], n: int) -> dict[str, Array]:
+    def sum(self, tree: Tree) -> Tree:
+        """The sum over all devices, within `train_step`."""
+        return tree if jax.device_count() == 1 else jax.lax.psum(tree, _DEVICES)
+
+    def all_examples(self, tree: Tree) -> Tree:
+        """(b, …) of this device → (devices · b, …) of all devices, by device, within `train_step`."""
+        return tree if jax.device_count() == 1 else jax.lax.all_gather(tree, _DEVICES, tiled=True)
+
+    def micro_batches(self, batch: Tree, n: int) -> Tree:
         """(b, …) → (n, b/n, …), within `train_step`."""
         return _strided(batch, n)
+
+    def whole_batch(self, micro_batches: Tree) -> Tree:
+        """(n, b/n, …) → (b, …): undoes `micro_batches`."""
+        return _unstrided(micro_batches)
 
     def constrain(self, tree: Tree, path: str) -> Tree:
         """Nothing is sharded: the tree as it is."""
@@ -183,10 +195,22 @@ class Mesh:
         """The tree as it is: means are over the whole batch already."""
         return tree
 
-    def micro_batches(self, batch: dict[str, Array], n: int) -> dict[str, Array]:
+    def sum(self, tree: Tree) -> Tree:
+        """The tree as it is: sums are over the whole batch already."""
+        return tree
+
+    def all_examples(self, tree: Tree) -> Tree:
+        """The tree as it is: it has the whole batch already."""
+        return tree
+
+    def micro_batches(self, batch: Tree, n: int) -> Tree:
         """(b, …) → (n, b/n, …), within `train_step`, without moving an example to another device."""
         where = NamedSharding(self.mesh, PartitionSpec(None, (DATA, FSDP)))
         return jax.lax.with_sharding_constraint(_strided(batch, n), where)
+
+    def whole_batch(self, micro_batches: Tree) -> Tree:
+        """(n, b/n, …) → (b, …): undoes `micro_batches`."""
+        return jax.lax.with_sharding_constraint(_unstrided(micro_batches), self._batch)
 
     def constrain(self, tree: Tree, path: str) -> Tree:
         """The tree, sharded as the rules say for `path`, within `train_step`."""
@@ -347,9 +371,14 @@ def _sharded(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _strided(batch: dict[str, Array], n: int) -> dict[str, Array]:
+def _strided(batch: Tree, n: int) -> Tree:
     """(b, …) → (n, b/n, …): micro-batch i has the examples i, i + n, … so that every device keeps its own."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+
+
+def _unstrided(micro_batches: Tree) -> Tree:
+    """(n, b/n, …) → (b, …): the examples in their own order."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), micro_batches)
 
 
 def _local_copy(tree: Tree) -> Tree:

@@ -1,19 +1,20 @@
-"""One training step: gradients over micro-batches and devices, then the optimiser. One text for pmap and mesh."""
+"""One training step: gradients over micro-batches and devices, then the optimiser. One text for pmap, mesh and all tasks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from vit_jax.optimize import trainable
 from vit_jax.optimize.parallel import Parallelism
+from vit_jax.tasks.task import Batch, Context, Loss, Metrics, Params, Tree
 
-Tree = Any
-Batch = dict[str, Array]
 MeanGrad = Callable[[Tree], tuple[Tree, dict]]
+LossFunction = Callable[[Params, Context, Batch, jax.Array], Loss]
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
 @struct.dataclass
@@ -23,6 +24,7 @@ class State:
     Attributes:
       params: what is trained.
       ema: the running average of `params`, or None.
+      carry: what a task takes along from step to step, such as a centre; {} for most.
       frozen: trees by name that are not trained, such as the rest of the model or a teacher; no checkpoint holds them.
     """
 
@@ -30,57 +32,76 @@ class State:
     params: Tree
     opt_state: optax.OptState
     ema: Tree = None
+    carry: Tree = struct.field(default_factory=dict)
     frozen: dict[str, Tree] = struct.field(default_factory=dict)
 
 
 def make_update(
-    loss: Callable[[Tree, dict, Batch, jax.Array], tuple[Array, dict]],
+    loss: LossFunction,
     optimizer: optax.GradientTransformation,
     parallelism: Parallelism,
     *,
     seed: int,
     accum_steps: int = 1,
-    ema_decay: float | None = None,
+    ema_decay: float | Schedule | None = None,
     skip_nonfinite: bool = False,
     sharpness: Callable[[MeanGrad, Tree, Array], tuple[Tree, dict]] | None = None,
+    totals: Callable[[Batch], Metrics] = lambda batch: {},
+    embed: Callable[[Params, Context, Batch, jax.Array], Tree] | None = None,
+    loss_of: Callable[[Params, Context, Tree], Loss] | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict]]:
     """(state, batch) → (state, metrics), to be run by `parallelism.train_step`.
 
     Gradients are averaged over `accum_steps` micro-batches and over the devices. Every step, micro-batch and, with pmap,
-    device has a key of its own. Metrics are the means of the loss's own, `grad_norm` before clipping, `update_norm`, and
-    `stop` if the batch has a field of that name: whether any process asks to stop.
+    device has a key of its own. Metrics are the means of the loss and its own, `grad_norm` before clipping, `update_norm`,
+    and `stop` if the batch has a field of that name: whether any process asks to stop.
 
     Args:
-      loss: (params, frozen, batch, key) → (mean loss, metrics).
-      ema_decay: ema ← decay · ema + (1 − decay) · params after every step.
+      loss, totals, embed, loss_of: see `tasks.task.Task`. The loss gets the parameters of the whole model.
+      ema_decay: ema ← decay · ema + (1 − decay) · params after every step; it may depend on the step.
       skip_nonfinite: a step whose loss, gradient or update is not finite changes nothing but the counter.
-      sharpness: (mean_grad, params, step) → (gradient, metrics), see `vit_jax.sharpness`.
+      sharpness: (mean_grad, params, step) → (gradient, metrics), see `optimize.sharpness`.
     """
-    grad = jax.grad(loss, has_aux=True)
 
     def update(state: State, batch: Batch) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key = jax.random.fold_in(key, parallelism.device_index())
         batch = dict(batch)
         asks_to_stop = batch.pop("stop", None)
+        context = _context(state, batch, parallelism, totals, accum_steps)
+        frozen = state.frozen.get("model")
+
+        def whole_model(function: Callable) -> Callable:
+            return lambda params, *args: function(trainable.join(params, frozen), *args)
 
         def mean_grad(params: Tree) -> tuple[Tree, dict]:
-            def micro_step(i: Array, micro_batch: Batch) -> tuple[Tree, dict]:
-                grads, metrics = grad(params, state.frozen, micro_batch, jax.random.fold_in(key, i))
-                return parallelism.constrain(grads, "grads"), metrics
-
             if accum_steps == 1:
-                return parallelism.mean(micro_step(0, batch))
-            return parallelism.mean(_mean_over(micro_step, parallelism.micro_batches(batch, accum_steps), accum_steps))
+                grads, metrics, carry = _grad(whole_model(loss), params, context, batch, jax.random.fold_in(key, 0))
+                grads = parallelism.constrain(grads, "grads")
+            else:
+                micro_batches = parallelism.micro_batches(batch, accum_steps)
+                if embed is None:
+                    sums = _accumulated(whole_model(loss), params, context, micro_batches, key, accum_steps)
+                else:
+                    functions = whole_model(embed), whole_model(loss_of)
+                    sums = _cached(*functions, params, context, micro_batches, key, accum_steps)
+                grads, metrics, carry = sums
+            grads, metrics = parallelism.mean((grads, metrics))
+            return grads, metrics | {"carry": carry}
 
+        # The gradient, and what the optimiser makes of it
         grads, metrics = sharpness(mean_grad, state.params, state.step) if sharpness else mean_grad(state.params)
+        carry = metrics.pop("carry")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
-            ema = jax.tree.map(lambda average, x: ema_decay * average + (1 - ema_decay) * x, ema, params)
-        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+            decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+            ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, carry=carry)
+
+        # What must not happen, and who asks to stop
         if skip_nonfinite:
             good = jnp.isfinite(jnp.stack([metrics[name] for name in ("loss", "grad_norm", "update_norm")])).all()
             new = _choose(good, new, state.replace(step=state.step + 1))
@@ -91,15 +112,77 @@ def make_update(
     return update
 
 
-def _mean_over(micro_step: Callable, micro_batches: Batch, n: int) -> Tree:
+def _context(state: State, batch: Batch, parallelism: Parallelism, totals: Callable, accum_steps: int) -> Context:
+    frozen = {name: tree for name, tree in state.frozen.items() if name != "model"}
+    ema = None if state.ema is None else trainable.join(state.ema, state.frozen.get("model"))
+    means = {name: parallelism.mean(x / accum_steps) for name, x in totals(batch).items()}
+    return Context(state.step, frozen, ema, state.carry, means, parallelism)
+
+
+def _grad(loss: LossFunction, params: Tree, context: Context, batch: Batch, key: jax.Array) -> tuple[Tree, dict, Tree]:
+    """(gradient, metrics, carry) of one micro-batch on this device."""
+
+    def value(params: Tree) -> tuple[Array, tuple[dict, Tree]]:
+        result = loss(params, context, batch, key)
+        return result.value, ({"loss": result.value} | result.metrics, result.carry)
+
+    grads, (metrics, carry) = jax.grad(value, has_aux=True)(params)
+    return grads, metrics, carry
+
+
+def _accumulated(
+    loss: LossFunction, params: Tree, context: Context, micro_batches: Batch, key: jax.Array, n: int
+) -> tuple[Tree, dict, Tree]:
+    """The mean over n micro-batches (n, b/n, …); the carry goes from one to the next."""
+
+    def micro_step(carry: Tree, i: Array, batch: Batch) -> tuple[Tree, tuple[Tree, dict]]:
+        context_ = context._replace(carry=carry)
+        grads, metrics, carry = _grad(loss, params, context_, batch, jax.random.fold_in(key, i))
+        return carry, (context.devices.constrain(grads, "grads"), metrics)
+
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, 0, first))
+    _, shapes = jax.eval_shape(micro_step, context.carry, 0, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def add(total: Tree, i_and_batch: tuple[Array, Batch]) -> tuple[Tree, None]:
-        return jax.tree.map(lambda a, b: a + b, total, micro_step(*i_and_batch)), None
+    def add(total: tuple[Tree, Tree], i_and_batch: tuple[Array, Batch]) -> tuple[tuple[Tree, Tree], None]:
+        total, carry = total
+        carry, result = micro_step(carry, *i_and_batch)
+        return (jax.tree.map(lambda a, b: a + b, total, result), carry), None
 
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro_batches))
-    return jax.tree.map(lambda x: x / n, total)
+    (total, carry), _ = jax.lax.scan(add, (zeros, context.carry), (jnp.arange(n), micro_batches))
+    grads, metrics = jax.tree.map(lambda x: x / n, total)
+    return grads, metrics, carry
+
+
+def _cached(
+    embed: Callable, loss_of: Callable, params: Tree, context: Context, micro_batches: Batch, key: jax.Array, n: int
+) -> tuple[Tree, dict, Tree]:
+    """The gradient of a loss that compares all examples, with the memory of one micro-batch (n, b/n, …).
+
+    The embeddings of all micro-batches first, without what a backward pass needs; then the gradient of the loss with
+    respect to them; then every micro-batch again, with its part of that gradient (https://arxiv.org/abs/2101.06983).
+    """
+
+    def embedded(params: Tree, i: Array, batch: Batch) -> Tree:
+        return embed(params, context, batch, jax.random.fold_in(key, i))
+
+    def value(params: Tree, embeddings: Tree) -> tuple[Array, tuple[dict, Tree]]:
+        result = loss_of(params, context, embeddings)
+        return result.value, ({"loss": result.value} | result.metrics, result.carry)
+
+    def add(total: Tree, part: tuple[Array, Batch, Tree]) -> tuple[Tree, None]:
+        i, batch, cotangent = part
+        _, pullback = jax.vjp(lambda params: embedded(params, i, batch), params)
+        (grads,) = pullback(cotangent)
+        return jax.tree.map(lambda a, b: a + b, total, context.devices.constrain(grads, "grads")), None
+
+    numbers = jnp.arange(n)
+    parts = jax.lax.map(lambda part: embedded(params, *part), (numbers, micro_batches))
+    whole = context.devices.whole_batch(parts)
+    (own, cotangents), (metrics, carry) = jax.grad(value, (0, 1), has_aux=True)(params, whole)
+    cotangents = context.devices.micro_batches(cotangents, n)
+    grads, _ = jax.lax.scan(add, context.devices.constrain(own, "grads"), (numbers, micro_batches, cotangents))
+    return grads, metrics, carry
 
 
 def _choose(condition: Bool[Array, ""], yes: Tree, no: Tree) -> Tree:

@@ -9,8 +9,10 @@ from vit_jax.checkpoint import describe, lora_file
 from vit_jax.checkpoint.describe import Description
 from vit_jax.optimize import parallel, trainable
 from vit_jax.optimize.step import State
-from vit_jax.run import pipeline
-from vit_jax.run.experiment import Experiment, normalisation, pretrained_path
+from vit_jax.run.experiment import Experiment
+from vit_jax.run.start import pretrained_path
+from vit_jax.tasks import images
+from vit_jax.tasks.images import patch_grid
 
 log = logging.getLogger("vit_jax")
 
@@ -47,21 +49,20 @@ def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any
 
 def description(experiment: Experiment, step: int, metrics: dict[str, float]) -> Description:
     """What `predict` and others need to know of the trained parameters: the content of `model.json`."""
-    settings, origin = experiment.settings, experiment.origin
-    mean, std = normalisation(origin)
+    settings, task, origin = experiment.settings, experiment.task, experiment.origin
+    mean, std = images.normalisation(origin)
     return Description(
-        model_name=experiment.model_fields.get("model_name"),
-        model_type=experiment.model_type,
-        model=experiment.model_fields,
-        image_size=experiment.image_size,
-        grid=experiment.grid,
+        model_name=task.model.fields.get("model_name"),
+        model_type=task.model.type,
+        model=task.model.fields,
+        image_size=settings.image_size,
+        grid=patch_grid(task.model, settings.image_size),
         resize=origin.resize if origin else "bilinear",
         mean=mean,
         std=std,
-        preprocessing=pipeline.preprocessing(settings),
-        class_names=experiment.train_source.class_names,
-        head="sigmoid" if settings.loss == "sigmoid" else "softmax",
+        preprocessing=images.preprocessing(settings),
         dataset=settings.dataset,
         step=step,
         metrics=metrics,
+        **task.describe(),
     )

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint import classes, lora_file, state
+from vit_jax.checkpoint import classes, state
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.results import RESULTS
 from vit_jax.errors import UserError
 from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel
@@ -17,8 +18,6 @@ from vit_jax.run import notes
 from vit_jax.settings import Settings
 
 log = logging.getLogger("vit_jax")
-
-RESULTS = "model.npz", lora_file.FILE
 
 # These may differ when a run is continued: they do not touch what is learnt.
 _FREE = {
@@ -148,17 +147,6 @@ def check_classes(workdir: Path, class_names: Sequence[str]) -> None:
 def _notes(workdir: Path) -> dict[str, Any]:
     """What is known of the run that `workdir` holds; nothing of one that never came to a result."""
     return notes.read(workdir) if has_results(workdir) else {}
-
-
-def find_npz(source: str | os.PathLike) -> str | os.PathLike:
-    """What the run of a workdir left behind; any other source as it is. UserError for the workdir of a run that goes on."""
-    folder = Path(source).expanduser()
-    for name in RESULTS:
-        if (folder / name).is_file():
-            return folder / name
-    if (folder / "train.log").is_file():
-        raise UserError(f"{source} holds no {RESULTS[0]}: the run there has not finished; continue it, or name a file")
-    return source
 
 
 def has_model(workdir: Path) -> bool:

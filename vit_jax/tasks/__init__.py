@@ -1,1 +1,75 @@
-"""What is optimised and measured, one module a task."""
+"""What is optimised, predicted and measured: `config.task = {"type": …, options}`, one module a type.
+
+The options are the keywords of the module's `make_task`. Without a type the task is classification, and distillation where
+`config.distill` names a teacher.
+"""
+
+from types import ModuleType
+
+from vit_jax import options
+from vit_jax.checkpoint import Description
+from vit_jax.data import features
+from vit_jax.errors import UserError, unknown
+from vit_jax.settings import Preprocessing, Settings
+from vit_jax.tasks import classify, distill
+from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Context, Loss, Model, Shown, Task
+
+TYPES: dict[str, ModuleType] = {"classify": classify, "distill": distill}
+
+__all__ = ["TYPES", "Context", "Loss", "Model", "Setup", "Shown", "Task", "chosen", "make", "of_description", "check_usable"]
+
+
+def chosen(settings: Settings) -> dict[str, object]:
+    """`config.task` with its type; `config.distill` is another way to write that of distillation."""
+    default = {"type": "classify"}
+    if settings.distill.teacher:
+        default = {"type": "distill"} | {name: value for name, value in vars(settings.distill).items()}
+    return default | dict(settings.task)
+
+
+def make(setup: Setup) -> Task:
+    """The task of a recipe. UserError for options that it does not have, and data that lacks what it needs."""
+    task_options = chosen(setup.settings)
+    kind = task_options["type"]
+    if kind not in TYPES:
+        raise unknown("config.task.type", kind, TYPES)
+    make_task = TYPES[kind].make_task
+    task = make_task(setup, **options.checked(make_task, task_options, "config.task", reserved=("type",)))
+    if missing := [name for name in task.needs if name not in setup.features and f"{name}s" not in setup.features]:
+        raise UserError(
+            f"{setup.settings.dataset} offers {', '.join(setup.features)}; the task {kind} also needs {', '.join(missing)}"
+        )
+    return task
+
+
+def check_usable(description: Description, source: object) -> None:
+    """Raises UserError for a checkpoint, called `source`, that lacks what its task predicts with."""
+    kind = description.task.get("type")
+    if kind not in TYPES:
+        raise unknown(f"task of {source}", str(kind), TYPES)
+    TYPES[kind].check_usable(description, source)
+
+
+def of_description(description: Description) -> Task:
+    """The task that a model was trained for, as its description says, to predict with it."""
+    height, width = description.image_size
+    how, names = dict(description.preprocessing), description.class_names
+    pp = Preprocessing(crop=height, crop_width=width, eval_resize=how.pop("resize_to", None), **how)
+    settings = Settings(
+        trainer="evaluate",
+        task=description.task,
+        model_type=description.model_type,
+        model=description.model,
+        loss=description.head,
+        dataset=description.dataset or "this model",
+        pp=pp,
+    )
+    offered = {
+        "image": features.Image(),
+        "label": features.Label(names),
+        "boxes": features.Boxes(names),
+        "segmentation": features.Segmentation(names),
+        "text": features.Text(),
+    }
+    return make(Setup(settings, offered, description))

@@ -1,72 +1,100 @@
-"""Image classification: what is optimised, and what is measured."""
+"""Image classification: what is optimised, what is predicted, and how it is shown."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from vit_jax.data.device import augment, mix
-from vit_jax.optimize import trainable
+from vit_jax.checkpoint import Description
+from vit_jax.data.device import augment
+from vit_jax.data.loader import ExampleError
+from vit_jax.errors import UserError, printable
+from vit_jax.tasks import images
+from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Batch, Context, Loss, Params, Shown, Task
 
-Params = Any
-Batch = dict[str, Array]
-Metrics = dict[str, Float[Array, ""]]
-Prepare = Callable[[Batch, jax.Array], tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]]
-
-
-class Task(NamedTuple):
-    """What training and evaluation need of a task.
-
-    loss: (trained params, frozen, batch, rng) → (mean loss, metrics), where `frozen` are trees by name that are not trained,
-    `frozen["model"]` the rest of the model's parameters;
-    evaluate: (the model's params, batch) → sums over the valid examples.
-    """
-
-    loss: Callable[[Params, dict[str, Params], Batch, jax.Array], tuple[Float[Array, ""], Metrics]]
-    evaluate: Callable[[Params, Batch], Metrics]
+Logits = Float[Array, "b classes"]
 
 
-def make_prepare(
-    num_classes: int,
-    *,
-    augmented: Callable | None = None,
-    erased: Callable | None = None,
-    mixed: Callable | None = None,
-    label_smoothing: float = 0.0,
-    mean: Sequence[float] = (augment.MEAN,) * 3,
-    std: Sequence[float] = (augment.STD,) * 3,
-) -> Prepare:
-    """(training batch, key) → (normalised images as the model sees them, targets that sum to one).
-
-    Args:
-      augmented: (uint8 images, seeds) → uint8 images; erased: (normalised images, seeds) → normalised images;
-      mixed: (normalised images, targets, key) → the same; None leaves each out. They act in this order.
-      mean, std: of the 0..255 pixels, by channel.
-    """
-
-    def prepare(batch: Batch, key: jax.Array) -> tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]:
-        images = augmented(batch["image"], batch["seed"]) if augmented else batch["image"]
-        images = augment.normalize(images, mean, std)
-        if erased:
-            images = erased(images, batch["seed"])
-        targets = mix.smooth(batch["label"], num_classes, label_smoothing)
-        return mixed(images, targets, key) if mixed else (images, targets)
-
-    return prepare
+def make_task(setup: Setup) -> Task:
+    """Images to classes, as `config.loss`, `config.augment` and `config.label_smoothing` say."""
+    names = class_names(setup)
+    model = setup.build_model(num_classes=len(names) or None)  # without classes: a model of features alone
+    if "unpooled" in (classifier := model.fields.get("classifier", "")):
+        raise UserError(f"this model scores every token ({classifier}); images are classified as a whole, by token or gap")
+    settings = setup.settings
+    mean, std = setup.normalisation
+    prepare = images.make_prepare(settings, len(names), mean, std)
+    return Task(
+        model=model,
+        needs=("image", "label"),
+        train_example=make_train_example(images.train_image(settings), len(names)),
+        eval_example=make_eval_example(images.eval_image(settings), len(names)),
+        init=make_init(model.module, settings.image_size),
+        loss=make_loss(model.module, prepare, loss=settings.loss),
+        predict=make_predict(model.module, loss=settings.loss, mean=mean, std=std),
+        evaluators=("classify",),
+        describe=lambda: {"class_names": names, "head": settings.loss},
+        show=make_show(names),
+        preview=make_preview(prepare, names, mean, std, floor=settings.label_smoothing / max(1, len(names))),
+        load=images.make_load(model, settings.image_size),
+    )
 
 
-def make_task(
-    model: nn.Module,
-    prepare: Prepare,
-    *,
-    loss: str = "softmax",
-    mean: Sequence[float] = (augment.MEAN,) * 3,
-    std: Sequence[float] = (augment.STD,) * 3,
-) -> Task:
+def check_usable(description: Description, source: Any) -> None:
+    """Raises UserError for a checkpoint that cannot predict."""
+    if not description.model.get("num_classes"):
+        raise UserError(f"{source} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
+
+
+def class_names(setup: Setup) -> tuple[str, ...]:
+    """The classes that the data offers. UserError for data without."""
+    for field in ("label", "labels"):
+        if field in setup.features:
+            return tuple(setup.features[field].names)
+    raise UserError(f"{setup.settings.dataset} offers {', '.join(setup.features)}: a classifier needs a label for each image")
+
+
+def make_init(model: nn.Module, image_size: tuple[int, int]) -> Callable[[jax.Array], Params]:
+    """key → fresh parameters of a model of normalised images."""
+    return lambda key: model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+
+
+def make_train_example(train_image: Callable, num_classes: int) -> Callable[..., dict[str, np.ndarray]]:
+    """(example, rng=, exif_rotated=) → image, label. An example with several labels is a UserError."""
+
+    def train_example(example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool) -> dict[str, np.ndarray]:
+        if "labels" in example:
+            raise ExampleError("may have several labels: such a dataset can be evaluated, not trained on")
+        label = _checked_label(example["label"], num_classes)
+        return {"image": train_image(example["image"], rng=rng, exif_rotated=exif_rotated), "label": label}
+
+    return train_example
+
+
+def make_eval_example(eval_image: Callable, num_classes: int) -> Callable[..., dict[str, np.ndarray]]:
+    """(example, exif_rotated=) → image and label, or labels (classes,), or no label where the example has none."""
+
+    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
+        answer: dict[str, np.ndarray] = {}
+        if "labels" in example:
+            answer["labels"] = np.zeros(num_classes, bool)
+            answer["labels"][[_checked_label(label, num_classes) for label in example["labels"]]] = True
+        elif "label" in example:
+            answer["label"] = _checked_label(example["label"], num_classes)
+        return {"image": eval_image(example["image"], exif_rotated=exif_rotated)} | answer
+
+    return eval_example
+
+
+def make_loss(
+    model: nn.Module, prepare: images.Prepare, *, loss: str = "softmax"
+) -> Callable[[Params, Context, Batch, jax.Array], Loss]:
     """Cross-entropy with the targets of `prepare`, in float32, and accuracy.
 
     "softmax" is −Σ t log softmax(z); "sigmoid" the sum over the classes of the binary one (https://arxiv.org/abs/2006.07159).
@@ -75,35 +103,80 @@ def make_task(
       model: normalised images (b h w 3) → logits (b classes).
     """
 
-    def training_loss(params: Params, frozen: dict[str, Params], batch: Batch, rng: jax.Array):
-        mix_key, dropout_key = jax.random.split(rng)
-        images, targets = prepare(batch, mix_key)
-        variables = {"params": trainable.join(params, frozen.get("model"))}
-        logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
+    def training_loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
+        mix_key, dropout_key = jax.random.split(key)
+        inputs, targets = prepare(batch, mix_key)
+        logits = model.apply({"params": params}, inputs, train=True, rngs={"dropout": dropout_key})
         value = LOSSES[loss](logits.astype(jnp.float32), targets).mean()
         correct = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        return value, {"loss": value, "accuracy": correct.mean(dtype=jnp.float32)}
+        return Loss(value, {"accuracy": correct.mean(dtype=jnp.float32)})
 
-    return Task(training_loss, make_evaluate(model, loss=loss, mean=mean, std=std))
-
-
-def make_evaluate(
-    model: nn.Module, *, loss: str = "softmax", mean: Sequence[float], std: Sequence[float]
-) -> Callable[[Params, Batch], Metrics]:
-    """(params, evaluation batch) → sums over the valid examples: `loss`, `correct`, `count`."""
-
-    def evaluate(params: Params, batch: Batch) -> Metrics:
-        logits = model.apply({"params": params}, augment.normalize(batch["image"], mean, std), train=False)
-        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        losses = LOSSES[loss](logits.astype(jnp.float32), targets)
-        correct, valid = jnp.argmax(logits, axis=-1) == batch["label"], batch["valid"]
-        return {"loss": jnp.sum(losses * valid), "correct": jnp.sum(correct & valid), "count": jnp.sum(valid)}
-
-    return evaluate
+    return training_loss
 
 
-def _sigmoid_cross_entropy(logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]) -> Float[Array, " b"]:
+def make_predict(
+    model: nn.Module, *, loss: str, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Params, Batch], dict[str, Array]]:
+    """(parameters, batch with `image`) → `logits` and `probabilities`, (b, classes) in float32."""
+
+    def predict(params: Params, batch: Batch) -> dict[str, Array]:
+        inputs = augment.normalize(batch["image"], mean, std)
+        logits = model.apply({"params": params}, inputs, train=False).astype(jnp.float32)
+        return {"logits": logits, "probabilities": PROBABILITIES[loss](logits)}
+
+    return predict
+
+
+def make_show(names: Sequence[str]) -> Callable[..., Shown]:
+    """(outputs, size, top=5) → the most probable classes."""
+
+    def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int], *, top: int = 5) -> Shown:
+        p = outputs["probabilities"]
+        best = np.argsort(-p, kind="stable")[:top]
+        predictions = [{"label": names[i], "index": int(i), "probability": float(p[i])} for i in best]
+        return Shown([f"{x['probability']:7.2%}  {printable(x['label'])}" for x in predictions], {"predictions": predictions})
+
+    return show
+
+
+def make_preview(
+    prepare: images.Prepare, names: Sequence[str], mean: Sequence[float], std: Sequence[float], *, floor: float
+) -> Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]:
+    """See `Task.preview`: images, each with the two largest targets above `floor`, which smoothing gives to every class."""
+    prepare, names = jax.jit(prepare), [printable(name) for name in names]
+
+    def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
+        if key is None:
+            return _pixels(batch["image"]), [names[label] for label in batch["label"]]
+        inputs, targets = prepare(batch, key)
+        captions = [caption(target, names, floor) for target in np.asarray(targets)]
+        return _pixels(np.asarray(inputs) * std + mean), captions
+
+    return preview
+
+
+def caption(target: Float[np.ndarray, " classes"], names: Sequence[str], floor: float) -> str:
+    """'cat 0.72, dog 0.24': the two largest targets, as far as they are above `floor`."""
+    largest = np.argsort(-target, kind="stable")[:2]
+    return ", ".join(f"{names[i]} {target[i]:.2f}" for i in largest if target[i] > floor + 0.005)
+
+
+def _pixels(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
+    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
+
+
+def _checked_label(label: int, num_classes: int) -> np.int32:
+    if not 0 <= label < num_classes:
+        raise ExampleError(f"has label {label}, allowed are 0 to {num_classes - 1}")
+    return np.int32(label)
+
+
+def _sigmoid_cross_entropy(logits: Logits, targets: Logits) -> Float[Array, " b"]:
     return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
 
 
-LOSSES = {"softmax": optax.softmax_cross_entropy, "sigmoid": _sigmoid_cross_entropy}
+LOSSES: dict[str, Callable[[Logits, Logits], Float[Array, " b"]]] = {
+    "softmax": optax.softmax_cross_entropy,
+    "sigmoid": _sigmoid_cross_entropy,
+}
+PROBABILITIES: dict[str, Callable[[Logits], Logits]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}

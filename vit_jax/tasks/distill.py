@@ -1,7 +1,7 @@
 """Knowledge distillation: a classifier learns what a fixed teacher says of the same images."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,41 +10,73 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.data.device import augment
+from vit_jax import checkpoint, models
+from vit_jax.checkpoint.classes import match_classes
+from vit_jax.checkpoint.results import find_npz
 from vit_jax.errors import UserError, unknown
-from vit_jax.optimize import trainable
-from vit_jax.tasks import classify
-from vit_jax.tasks.classify import Batch, Metrics, Params
+from vit_jax.tasks import classify, images
+from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Task
 
 KINDS = ("soft", "hard", "function_matching")
 
 Images = Float[Array, "b h w c"]
 Logits = Float[Array, "b classes"]
+Numbers = Sequence[float]
 
 
 def make_task(
+    setup: Setup, *, teacher: str | None = None, kind: str = "soft", temperature: float = 1.0, alpha: float = 0.5
+) -> Task:
+    """A classifier that learns from `teacher`, anything that `config.pretrained` may name, with a head for the same classes.
+
+    kind, temperature, alpha: see `losses`. The teacher computes in the dtype of the student.
+    """
+    student = classify.make_task(setup)
+    if setup.settings.trainer != "train":  # nothing is learnt from a teacher then
+        return student
+    if not teacher:
+        raise UserError("config.distill needs a teacher: --config.distill.teacher names a trained classifier")
+    opened = checkpoint.open_checkpoint(find_npz(teacher))
+    description = opened.description
+    names = classify.class_names(setup)
+    match_classes(description.class_names, names, where=str(opened.path))  # before anything is computed
+    mean, std = setup.normalisation
+    settings = setup.settings
+    loss = make_loss(
+        student.model.module,
+        models.build(description.model_type, description.model | {"dtype": settings.dtype}),
+        images.make_prepare(settings, len(names), mean, std),
+        kind=kind,
+        temperature=temperature,
+        alpha=alpha,
+        renormalized=renormalisation(mean, std, description.mean, description.std),
+    )
+    return dataclasses.replace(
+        student, loss=loss, frozen=lambda: {"teacher": _teacher_params(opened, settings.image_size, names)}
+    )
+
+
+def make_loss(
     student: nn.Module,
     teacher: nn.Module,
-    prepare: classify.Prepare,
+    prepare: images.Prepare,
     *,
     kind: str = "soft",
     temperature: float = 1.0,
     alpha: float = 0.5,
-    mean: Sequence[float] = (augment.MEAN,) * 3,
-    std: Sequence[float] = (augment.STD,) * 3,
-    teacher_mean: Sequence[float] = (augment.MEAN,) * 3,
-    teacher_std: Sequence[float] = (augment.STD,) * 3,
-) -> classify.Task:
-    """The loss of `losses`; the teacher, `frozen["teacher"]`, sees the very images that the student sees.
+    renormalized: Callable[[Images], Images] = lambda images: images,
+) -> Callable[[Params, Context, Batch, jax.Array], Loss]:
+    """The loss of `losses`; the teacher, `context.frozen["teacher"]`, sees the very images that the student sees.
 
     A student with a distillation token learns the labels with the head of its class token and the teacher's answers with
     the other one; with the mean of both, by which it is evaluated, if the kind is "function_matching".
 
     Args:
       student, teacher: normalised images → logits of the same classes.
-      prepare: see `classify.make_prepare`.
+      prepare: see `images.prepare`.
       kind, temperature, alpha: see `losses`.
-      mean, std, teacher_mean, teacher_std: of the 0..255 pixels, by channel.
+      renormalized: images as the student sees them → as the teacher does.
 
     Raises:
       UserError: for an unknown kind, a temperature or alpha out of range, a teacher of another number of classes, and hard
@@ -52,29 +84,26 @@ def make_task(
     """
     two_heads = getattr(student, "classifier", None) == "distilled"
     _check(student, teacher, kind, temperature, alpha, two_heads)
-    renormalized = _renormalisation(mean, std, teacher_mean, teacher_std)
 
-    def loss(params: Params, frozen: dict[str, Params], batch: Batch, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
-        mix_key, dropout_key = jax.random.split(rng)
-        images, targets = prepare(batch, mix_key)
-        variables = {"params": trainable.join(params, frozen.get("model"))}
+    def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
+        mix_key, dropout_key = jax.random.split(key)
+        inputs, targets = prepare(batch, mix_key)
         method = "head_logits" if two_heads else None
-        logits = student.apply(variables, images, train=True, method=method, rngs={"dropout": dropout_key})
+        logits = student.apply({"params": params}, inputs, train=True, method=method, rngs={"dropout": dropout_key})
         logits = jnp.stack(logits if two_heads else (logits, logits)).astype(jnp.float32)
         mean_logits = logits.mean(axis=0)
         cls, dist = (mean_logits, mean_logits) if kind == "function_matching" else logits
 
-        teacher_logits = teacher.apply({"params": frozen["teacher"]}, renormalized(images), train=False)
+        teacher_logits = teacher.apply({"params": context.frozen["teacher"]}, renormalized(inputs), train=False)
         teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
         value = losses(cls, dist, teacher_logits, targets, kind=kind, temperature=temperature, alpha=alpha).mean()
-        answers = jnp.argmax(mean_logits, axis=-1)
-        return value, {
-            "loss": value,
-            "accuracy": jnp.mean(answers == jnp.argmax(targets, axis=-1), dtype=jnp.float32),
-            "agreement": jnp.mean(answers == jnp.argmax(teacher_logits, axis=-1), dtype=jnp.float32),
-        }
 
-    return classify.Task(loss, classify.make_evaluate(student, mean=mean, std=std))
+        answers = jnp.argmax(mean_logits, axis=-1)
+        accuracy = jnp.mean(answers == jnp.argmax(targets, axis=-1), dtype=jnp.float32)
+        agreement = jnp.mean(answers == jnp.argmax(teacher_logits, axis=-1), dtype=jnp.float32)
+        return Loss(value, {"accuracy": accuracy, "agreement": agreement})
+
+    return loss
 
 
 def losses(
@@ -98,7 +127,7 @@ def losses(
     return (1 - alpha) * optax.softmax_cross_entropy(cls, targets) + alpha * from_teacher
 
 
-def _renormalisation(mean: Any, std: Any, other_mean: Any, other_std: Any) -> Callable[[Images], Images]:
+def renormalisation(mean: Numbers, std: Numbers, other_mean: Numbers, other_std: Numbers) -> Callable[[Images], Images]:
     """Images normalised by mean and std → normalised by the others."""
     mean, std, other_mean, other_std = (np.asarray(x, np.float32) for x in (mean, std, other_mean, other_std))
     factor, shift = std / other_std, (mean - other_mean) / other_std
@@ -120,3 +149,12 @@ def _check(student: nn.Module, teacher: nn.Module, kind: str, temperature: float
             "hard distillation trains the head of a distillation token: set --config.model.classifier=distilled, "
             "or --config.distill.kind=soft"
         )
+
+
+def _teacher_params(opened: checkpoint.Opened, image_size: tuple[int, int], names: Sequence[str]) -> Params:
+    """The teacher's parameters for images of this size, with the head in the order of these classes, on the host."""
+    kind, fields = opened.description.model_type, opened.description.model
+    teacher = Model(kind, fields, models.build(kind, fields))
+    shapes = jax.eval_shape(classify.make_init(teacher.module, image_size), jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory
+    return images.make_load(teacher, image_size)({"": opened}, zeros, classes=names)

@@ -10,22 +10,22 @@ Parameters, memory of a device, FLOPs and traffic of one training step on so man
 import dataclasses
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from vit_jax import overrides
-from vit_jax.data import sources
+from vit_jax.data import features, sources
 from vit_jax.errors import UserError
 from vit_jax.optimize import parallel
 from vit_jax.run import experiment as experiments
-from vit_jax.run.experiment import Experiment, abstract_state, make_update
+from vit_jax.run.experiment import Experiment, make_update
+from vit_jax.run.start import abstract_state, find_origin
 from vit_jax.settings import Mesh, Settings
 from vit_jax.tools import hlo
 
@@ -96,7 +96,6 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
     started = time.perf_counter()
     settings = Settings.from_config(config)
     experiment = build(settings, num_classes)
-    parallel.check_batch(settings.batch, settings.accum_steps, experiment.parallelism.batch_shards)
     state, batch = abstract_arguments(experiment)
     compiled = make_update(experiment).lower(state, batch).compile(NEARER_TO_A_GPU)
     memory = compiled.memory_analysis()
@@ -107,7 +106,7 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
     model_flops = step_flops(settings, num_classes, remat="none")
     return Plan(
         settings=settings,
-        model_name=experiment.model_fields.get("model_name") or settings.model_type,
+        model_name=experiment.task.model.fields.get("model_name") or experiment.task.model.type,
         num_classes=experiment.train_source.num_classes,
         devices=jax.device_count(),
         layout=_layout(experiment),
@@ -222,6 +221,7 @@ class _Unseen:
 
     def __init__(self, num_classes: int):
         self.num_classes, self.class_names = num_classes, tuple(map(str, range(num_classes)))
+        self.features = {"image": features.Image(), "label": features.Label(self.class_names)}
 
 
 def build(settings: Settings, num_classes: int) -> Experiment:
@@ -232,8 +232,7 @@ def build(settings: Settings, num_classes: int) -> Experiment:
             return sources.get_source(dataset, split, **where)
         return _Unseen(num_classes)
 
-    with tempfile.TemporaryDirectory() as empty:
-        return experiments.build(settings, Path(empty), get_source)
+    return experiments.build(settings, origin=find_origin(settings), get_source=get_source)
 
 
 def step_flops(settings: Settings, num_classes: int, *, remat: str) -> float:
@@ -249,17 +248,17 @@ def step_flops(settings: Settings, num_classes: int, *, remat: str) -> float:
 
 def _abstract_state(experiment: Experiment) -> Tree:
     state = abstract_state(experiment)
-    if experiment.teacher is None:
-        return state
-    teacher = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.teacher.params)
-    return state.replace(frozen=state.frozen | {"teacher": teacher})
+    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.task.frozen())
+    return state.replace(frozen=state.frozen | own)
 
 
 def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as the loader makes it."""
+    example = features.example(experiment.train_source.features)
+    rng = np.random.default_rng(0)
+    arrays = experiment.task.train_example(example, rng=rng, exif_rotated=False) | {"seed": np.uint32(0)}
     b = experiment.settings.batch
-    image = jax.ShapeDtypeStruct((b, *experiment.image_size, 3), jnp.uint8)
-    return {"image": image, "label": jax.ShapeDtypeStruct((b,), jnp.int32), "seed": jax.ShapeDtypeStruct((b,), jnp.uint32)}
+    return {name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in arrays.items()}
 
 
 def _count(tree: Tree) -> int:

@@ -11,20 +11,21 @@ stand the classes with the two largest targets, and those targets. `--config.see
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from vit_jax import overrides
+from vit_jax import overrides, tasks
 from vit_jax.data import loader, memory, sources
-from vit_jax.errors import UserError, printable
-from vit_jax.run import pipeline, runtime
-from vit_jax.run.experiment import normalisation
+from vit_jax.errors import UserError
+from vit_jax.run import runtime
+from vit_jax.run.start import find_origin
 from vit_jax.settings import Settings
+from vit_jax.tasks.setup import Setup
 
 _OUT = flags.DEFINE_string("out", None, "The picture to write, such as grid.png.")
 _ROWS = flags.DEFINE_integer("rows", 6, "How many images.", lower_bound=1)
@@ -42,33 +43,25 @@ def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Ima
         settings.dataset, settings.pp.train, tfds_data_dir=settings.tfds_data_dir, tfds_manual_dir=settings.tfds_manual_dir
     )
     source = memory.kept_in_memory(source, settings.cache_gb)  # as in training: it decides at which scale photos are decoded
+    task = tasks.make(Setup(settings, source.features, find_origin(settings)))
     chosen = np.random.default_rng(settings.seed).permutation(len(source))[:rows]
-    images, labels = zip(*(loader.load(source, int(i)) for i in chosen), strict=True)
-    evaluated, trained = pipeline.eval_transform(settings), pipeline.train_transform(settings)
-    originals = np.stack([np.clip(np.rint(evaluated(image)), 0, 255).astype(np.uint8) for image in images])
-    class_names = [printable(name) for name in source.class_names]
-    grid = [(originals, [class_names[label] for label in labels])]
-    mean, std = normalisation(None)
-    prepare = jax.jit(pipeline.make_prepare(settings, source.num_classes, mean, std))
+
+    # As in evaluation, then as in training, drawn anew for every column
+    grid = [task.preview(_stacked(loader.load(source, int(i), task.eval_example) for i in chosen), None)]
     for column in range(1, columns):
-        rngs = [np.random.default_rng((settings.seed, column, row)) for row in range(len(images))]
-        decode = [functools.partial(trained, rng=rng) for rng in rngs]
-        batch = {
-            "image": np.stack([loader.load(source, int(i), d)[0] for i, d in zip(chosen, decode, strict=True)]),
-            "label": np.array(labels, np.int32),
-            "seed": np.array([rng.integers(2**32, dtype=np.uint32) for rng in rngs]),
-        }
-        pixels, targets = prepare(batch, jax.random.fold_in(jax.random.key(settings.seed), column))
-        pixels = np.clip(np.rint(np.asarray(pixels) * std + mean), 0, 255).astype(np.uint8)
-        floor = settings.label_smoothing / source.num_classes
-        grid.append((pixels, [caption(target, class_names, floor) for target in np.asarray(targets)]))
+        rngs = [np.random.default_rng((settings.seed, column, row)) for row in range(len(chosen))]
+        examples = [
+            loader.load(source, int(i), functools.partial(task.train_example, rng=rng))
+            | {"seed": rng.integers(2**32, dtype=np.uint32)}
+            for i, rng in zip(chosen, rngs, strict=True)
+        ]
+        grid.append(task.preview(_stacked(examples), jax.random.fold_in(jax.random.key(settings.seed), column)))
     return draw(grid)
 
 
-def caption(target: Float[np.ndarray, " classes"], class_names: Sequence[str], floor: float) -> str:
-    """'cat 0.72, dog 0.24': the two largest targets, as far as they are above `floor`, which smoothing gives to every class."""
-    largest = np.argsort(-target, kind="stable")[:2]
-    return ", ".join(f"{class_names[i]} {target[i]:.2f}" for i in largest if target[i] > floor + 0.005)
+def _stacked(examples: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    examples = list(examples)
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def draw(grid: Sequence[tuple[UInt8[np.ndarray, "b h w 3"], Sequence[str]]]) -> Image.Image:

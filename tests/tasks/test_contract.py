@@ -1,0 +1,131 @@
+"""What every task in `tasks.TYPES` gets from the loop: resume, accumulation, devices, a plan, and prediction after training."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from vit_jax import predictor, tasks, train
+from vit_jax.run import experiment as experiments
+from vit_jax.run import start
+from vit_jax.run.signals import GracefulExit
+from vit_jax.settings import Settings
+from vit_jax.tools import plan
+from vit_jax.train import train_and_evaluate
+
+STEPS = 4
+
+
+def classify(tmp_path):
+    return tiny.config()
+
+
+def distill(tmp_path):
+    """The teacher is the model that another run left, of other classes' order."""
+    teacher = tmp_path / "teacher"
+    if not teacher.exists():
+        train_and_evaluate(tiny.config(total_steps=1, eval_every=1, seed=5), teacher)
+    c = tiny.config()
+    c.distill.teacher = str(teacher)
+    return c
+
+
+RECIPES = {"classify": classify, "distill": distill}
+"""By type, the smallest recipe of a task: (folder for what it needs) → config. A new task adds a line."""
+
+
+def config(kind, folder, **overrides):
+    """Plain gradient descent without dropout, so that devices and micro-batches can be compared."""
+    c = RECIPES[kind](folder)
+    c.update({"total_steps": STEPS, "eval_every": STEPS, "warmup_steps": 0, "optimizer": "sgd", "weight_decay": 0.0})
+    c.update({"optim_dtype": "float32", "base_lr": 0.05})
+    if "transformer" in c.model:
+        c.model.transformer.dropout_rate = 0.0
+    c.update(overrides)
+    return c
+
+
+@pytest.fixture(scope="module", params=sorted(tasks.TYPES))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(kind, tmp_path_factory):
+    return tmp_path_factory.mktemp(kind)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(kind, folder):
+    """(workdir, trained parameters) of a run with checkpoints at 2 and 4 and a running average."""
+    workdir = folder / "undisturbed"
+    return workdir, train_and_evaluate(config(kind, folder, ema_decay=0.5, checkpoint_every=2, keep=2), workdir)
+
+
+def three_steps(kind, folder, **overrides):
+    """(losses, trained parameters) of three steps."""
+    experiment = experiments.build(Settings.from_config(config(kind, folder, **overrides)))
+    state, update, losses = start.new_state(experiment), experiments.make_update(experiment), []
+    for batch in itertools.islice(train._train_batches(experiment, 0, GracefulExit()), 3):
+        state, metrics = update(state, batch)
+        losses.append(experiment.parallelism.read(metrics)["loss"])
+    return losses, experiment.parallelism.read(state.params)
+
+
+def test_every_task_stands_in_the_table():
+    assert set(RECIPES) == set(tasks.TYPES)
+
+
+def test_a_mesh_and_micro_batches_learn_what_pmap_and_one_batch_do(kind, folder):
+    losses, params = three_steps(kind, folder)
+    assert np.isfinite(losses).all() and losses[0] != losses[2]
+    whole_batch = tasks.TYPES[kind].__dict__.get("WHOLE_BATCH", False)
+    others = [{"parallel": "mesh"}] + ([] if whole_batch else [{"accum_steps": 2}, {"parallel": "mesh", "accum_steps": 2}])
+    for overrides in others:
+        other_losses, other_params = three_steps(kind, folder, **overrides)
+        np.testing.assert_allclose(other_losses, losses, rtol=1e-6, err_msg=str(overrides))
+        chex.assert_trees_all_close(other_params, params, atol=1e-6)
+
+
+def test_a_run_cut_off_after_step_2_ends_in_the_same_bits(kind, folder, undisturbed):
+    workdir, _ = undisturbed
+    again = folder / "again"
+    shutil.copytree(workdir, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    for left in again.glob("model*"):
+        left.unlink()
+    train_and_evaluate(config(kind, folder, ema_decay=0.5, checkpoint_every=2, keep=2), again)
+    for name in ("model.npz", "model_ema.npz"):
+        chex.assert_trees_all_equal(*(dict(np.load(path / name)) for path in (workdir, again)))
+    losses = [tiny.metrics(path, "train_loss") for path in (workdir, again)]
+    assert losses[0] == losses[1]
+
+
+def test_a_saved_model_predicts_what_the_trained_one_does(kind, folder, undisturbed):
+    workdir, params = undisturbed
+    experiment = experiments.build(Settings.from_config(config(kind, folder)))
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 9, 11, 3), np.uint8)
+    loaded = predictor.load(workdir, batch_size=4)
+    examples = [experiment.task.eval_example({"image": picture}, exif_rotated=False) for picture in pictures]
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    outputs, expected = loaded(pictures), jax.jit(experiment.task.predict)(params, batch)
+    assert outputs.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(outputs[name], x, atol=1e-6, err_msg=name)
+    shown = loaded.task.show({name: x[0] for name, x in outputs.items()}, pictures[0].shape[:2])
+    assert shown.text and json.dumps(shown.json)
+
+
+def test_a_plan_has_the_shapes_of_the_step(kind, folder):
+    experiment = plan.build(Settings.from_config(config(kind, folder)), num_classes=10)
+    state, batch = plan.abstract_arguments(experiment)
+    real = start.new_state(experiment)
+    real_batch = next(train._train_batches(experiment, 0, GracefulExit()))
+    chex.assert_trees_all_equal_shapes_and_dtypes((state, batch), (real, real_batch))
+    assert dataclasses.is_dataclass(experiment.task)

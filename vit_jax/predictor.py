@@ -1,0 +1,170 @@
+"""A trained model, ready to use: `load(source)` gives a Predictor for images of any size, whatever its task."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from vit_jax import checkpoint, models, tasks
+from vit_jax.checkpoint import Description, describe
+from vit_jax.checkpoint.results import find_npz
+from vit_jax.data.device import augment
+from vit_jax.errors import UserError
+from vit_jax.finite import check_outputs
+from vit_jax.tasks import images
+from vit_jax.tasks.task import Params, Task
+
+Pixels = UInt8[np.ndarray, "h w 3"]
+Outputs = dict[str, np.ndarray]
+KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A task with trained parameters.
+
+    `source` names it in errors. It computes in batches of `batch_size`, the last one padded, so that one program is compiled.
+    """
+
+    task: Task
+    params: Params
+    description: Description
+    source: str = "the model"
+    batch_size: int = 8
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) of the images as the model sees them."""
+        return self.description.image_size
+
+    def __call__(self, pictures: Sequence[Pixels]) -> Outputs:
+        """What `Task.predict` makes of decoded images of any sizes, (n, …). UserError for results that are not finite."""
+        outputs = self._batched(self._predict, pictures)
+        check_outputs(outputs, self.source)
+        return outputs
+
+    def features(self, pictures: Sequence[Pixels], *, kind: str = "cls") -> Outputs:
+        """`cls` (n, d), `patches` (n, h, w, d) or both of decoded images of any sizes, see `images.image_features`."""
+        return self._batched(functools.partial(self._features, kind=kind), pictures)
+
+    @functools.cached_property
+    def _predict(self) -> Callable:
+        return jax.jit(self.task.predict)
+
+    @functools.cached_property
+    def _features(self) -> Callable:
+        def run(params: Params, batch: dict[str, Any], *, kind: str) -> dict[str, Any]:
+            inputs = augment.normalize(batch["image"], self.description.mean, self.description.std)
+            outputs = images.image_features(self.task.model.module, params, inputs)
+            return {name: outputs[name] for name in KINDS[kind]}
+
+        return jax.jit(run, static_argnames="kind")
+
+    def _batched(self, function: Callable, pictures: Sequence[Pixels]) -> Outputs:
+        parts = []
+        for i in range(0, len(pictures), self.batch_size):
+            part = pictures[i : i + self.batch_size]
+            examples = [self.task.eval_example({"image": picture}, exif_rotated=False) for picture in part]
+            batch = {name: _padded([x[name] for x in examples], self.batch_size) for name in examples[0]}
+            outputs = jax.device_get(function(self.params, batch))
+            parts.append({name: x[: len(part)] for name, x in outputs.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    size: tuple[int, int] | None = None,
+    model_name: str | None = None,
+    head: bool = True,
+    batch_size: int = 8,
+    **changes: Any,
+) -> Predictor:
+    """The model in a workdir, or in anything that `checkpoint.open_checkpoint` reads.
+
+    `model.json` or `config.json` beside the parameters describe it; without one the architecture and its resolution are
+    read from names and shapes, and 1,000 classes are taken for ImageNet's.
+
+    Args:
+      size: (h, w) of the images, if not the file's own; position embeddings are resampled by the rule of its family.
+      model_name: insists on an architecture.
+      head: False leaves the head out, for features alone.
+      changes: fields of the description to be set, such as mean and std.
+
+    Raises:
+      UserError: for a size that this model cannot have, and a file that does not fit what is said of it.
+    """
+    opened = checkpoint.open_checkpoint(find_npz(source))
+    description = dataclasses.replace(opened.description, **changes)
+    if model_name:
+        description = _insisted(description, model_name)
+    if head:
+        tasks.check_usable(description, source)
+    else:
+        headless = {name: None for name in ("num_classes", "representation_size") if name in description.model}
+        description = dataclasses.replace(description, model={**description.model, **headless}, class_names=())
+    if size is None and description.image_size is None:
+        raise UserError(
+            f"{source} has position embeddings that are no square, and no model.json tells their grid, so that it "
+            "does not tell the size of its images: give --size=H,W in pixels"
+        )
+    described = describe.path_beside(opened.path)
+    if (count := description.model.get("num_classes") or 0) != len(description.class_names):
+        raise UserError(f"{described} names {len(description.class_names)} classes, the head of {opened.path} has {count}")
+
+    if size is not None:
+        _check_whole_patches(size, description)
+        description = _at_size(description, size)
+    task = tasks.of_description(description)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    if size is None and head:
+        checkpoint.check_fit(opened.params, shapes, opened.path)
+        params = opened.params
+    else:
+        zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory
+        params = task.load({"": opened}, zeros, classes=description.class_names if head else None)
+    return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size)
+
+
+def _insisted(description: Description, model_name: str) -> Description:
+    """The description with the fields of a named architecture, but for its head."""
+    known = models.architecture_of(models.model_type_of(model_name)).cls.__dataclass_fields__
+    kept = {name: description.model.get(name) for name in ("num_classes", "representation_size") if name in known}
+    kind, fields = models.named(model_name, **kept)
+    return dataclasses.replace(description, model_type=kind, model=fields, model_name=model_name)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'224' or '224,448' as (h, w)."""
+    numbers = text.split(",")
+    if len(numbers) > 2 or not all(number.strip().isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--size={text} must be a side in pixels, such as 224, or height and width, such as 224,448")
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _check_whole_patches(size: tuple[int, int], description: Description) -> None:
+    """Raises UserError for a size of which a plain ViT would cut off the edges."""
+    patch = models.architecture_of(description.model_type).cut(description.model)
+    if patch and any(length % p for length, p in zip(size, patch, strict=True)):
+        near = ",".join(str(max(1, round(length / p)) * p) for length, p in zip(size, patch, strict=True))
+        sizes = "x".join(map(str, size)), "x".join(map(str, patch))
+        raise UserError(f"images of {sizes[0]} px are no whole number of patches of {sizes[1]} px: use --size={near}")
+
+
+def _at_size(description: Description, size: tuple[int, int]) -> Description:
+    """The description for images of this size: of a centre crop, the same part of the image is seen at any size."""
+    how = dict(description.preprocessing)
+    if how.get("resize_to"):
+        how["resize_to"] = round(how["resize_to"] * min(size) / min(description.image_size))
+    return dataclasses.replace(description, image_size=size, grid=None, preprocessing=how)
+
+
+def _padded(arrays: list[np.ndarray], n: int) -> np.ndarray:
+    """Stacks them, with zeros up to n."""
+    return np.stack(arrays + [np.zeros_like(arrays[0])] * (n - len(arrays)))

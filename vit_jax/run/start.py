@@ -1,0 +1,118 @@
+"""What a run starts from: its own newest checkpoint, a file, or nothing."""
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from vit_jax import checkpoint
+from vit_jax.checkpoint import lora_file
+from vit_jax.checkpoint.results import find_npz
+from vit_jax.checkpoint.state import Checkpointer
+from vit_jax.optimize import trainable
+from vit_jax.optimize.step import State
+from vit_jax.run import workdir
+from vit_jax.run.experiment import Experiment
+from vit_jax.settings import Settings
+from vit_jax.tasks.task import Params
+
+log = logging.getLogger("vit_jax")
+
+
+def find_origin(settings: Settings, directory: Path | None = None) -> checkpoint.Description | None:
+    """The description of what the run in a workdir started from, or a new one would; None if that is nothing."""
+    if directory is not None and workdir.is_known(directory):
+        return workdir.origin(directory)
+    return checkpoint.open_checkpoint(find_npz(settings.pretrained)).description if settings.pretrained else None
+
+
+def pretrained_path(settings: Settings) -> str | Path | None:
+    """The file or folder that a recipe starts from, None for nothing."""
+    if settings.pretrained:
+        return find_npz(settings.pretrained)
+    if not settings.pretrained_dir:
+        return None
+    name = settings.model.get("model_name")
+    if settings.model_or_filename:
+        name = checkpoint.augreg_filename(settings.model_or_filename, settings.pretrained_dir)
+    return os.path.join(settings.pretrained_dir, f"{name}.npz")
+
+
+def split_params(experiment: Experiment, params: Params) -> tuple[Params, dict[str, Params]]:
+    """(what of the parameters is trained, the rest as {"model": …}, or {} if there is none)."""
+    settings = experiment.settings
+    if settings.lora.rank:
+        options = dataclasses.asdict(settings.lora)
+        trained, frozen = trainable.add_lora(params, jax.random.key(settings.seed), **options)
+    else:
+        trained, frozen = trainable.split(params, train=settings.train_only or (".*",), freeze=settings.freeze)
+    return trained, {"model": frozen} if frozen else {}
+
+
+def new_state(experiment: Experiment, params: Params | None = None) -> State:
+    """Step 0 on the devices, with fresh parameters or the given ones."""
+    create = experiment.parallelism.create
+    if params is None:
+        return _with_frozen(experiment, create(lambda: _state_of(experiment, experiment.init_params())))
+    return _with_frozen(experiment, create(lambda params: _state_of(experiment, params), params))
+
+
+def abstract_state(experiment: Experiment) -> State:
+    """Shapes and dtypes of step 0's state, without the task's own frozen trees. Nothing is computed."""
+    return jax.eval_shape(lambda: _state_of(experiment, experiment.init_params()))
+
+
+def restore_or_load(experiment: Experiment, checkpointer: Checkpointer, *, keep_head: bool = False) -> State | None:
+    """The state to start from, on the devices, in this order, or None if there is none:
+
+    1. this workdir's own newest checkpoint, and what is frozen from where it came first; 2. the parameters that
+    `config.pretrained` names; 3. a published file in `config.pretrained_dir`. Only a file's head may be replaced, unless
+    `keep_head`.
+    """
+    if checkpointer.latest_step() is None:
+        path = pretrained_path(experiment.settings)
+        if path is None:
+            return None
+        log.info("start    from %s%s", path, "" if keep_head else ", with a new head")
+        return new_state(experiment, _pretrained_params(experiment, path, keep_head))
+    shapes = abstract_state(experiment)
+    wanted = experiment.parallelism.restore_shapes(shapes.replace(frozen={}))
+    state = experiment.parallelism.place(checkpointer.restore(wanted))
+    log.info("start    from this workdir's step %d", experiment.parallelism.read(state.step))
+    if not shapes.frozen:
+        return _with_frozen(experiment, state)
+    path = pretrained_path(experiment.settings)
+    params = None if path is None else _pretrained_params(experiment, path, keep_head=False)
+    return state.replace(frozen=new_state(experiment, params).frozen)
+
+
+def frozen_fingerprints(experiment: Experiment, state: State) -> dict[str, str]:
+    """By name of the trees that are not trained: what tells whether they are the same as in another process."""
+    frozen = experiment.parallelism.read(state.frozen)
+    return {name: lora_file.fingerprint(flatten_dict(tree, sep="/")) for name, tree in frozen.items()}
+
+
+def _state_of(experiment: Experiment, params: Params) -> State:
+    trained, frozen = split_params(experiment, params)
+    ema = None if experiment.settings.ema_decay is None else jax.tree.map(jnp.copy, trained)
+    carry = experiment.task.init_carry()
+    return State(jnp.zeros((), jnp.int32), trained, experiment.optimizer.init(trained), ema, carry, frozen)
+
+
+def _with_frozen(experiment: Experiment, state: State) -> State:
+    place = experiment.parallelism.place
+    own = {name: place(tree, f"frozen/{name}") for name, tree in experiment.task.frozen().items()}
+    return state.replace(frozen=state.frozen | own) if own else state
+
+
+def _pretrained_params(experiment: Experiment, path: str | Path, keep_head: bool) -> Params:
+    """The parameters in a file, made to fit."""
+    opened, task = checkpoint.open_checkpoint(path), experiment.task
+    if experiment.settings.lora.rank and opened.family == lora_file.FAMILY:
+        raise lora_file.no_base(opened.path)
+    classes = experiment.test_source.class_names if keep_head else None
+    return task.load({"": opened}, experiment.init_params(), classes=classes)

@@ -1,0 +1,149 @@
+"""What happens to images as a recipe says: on the host, in training and in evaluation, and on the devices."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vit_jax import checkpoint, models
+from vit_jax.checkpoint.classes import match_classes
+from vit_jax.data.device import augment, mix
+from vit_jax.data.host import view
+from vit_jax.data.host.decode import decode
+from vit_jax.settings import Settings
+from vit_jax.tasks.task import Batch, Model, Params
+
+Numbers = Sequence[float]
+Prepare = Callable[[Batch, jax.Array], tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]]
+
+
+def normalisation(origin: checkpoint.Description | None) -> tuple[Numbers, Numbers]:
+    """Mean and standard deviation, by channel of the 0..255 pixels, that parameters of this origin expect."""
+    return (origin.mean, origin.std) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
+
+
+def train_image(settings: Settings) -> Callable:
+    """(encoded image or array, rng=, exif_rotated=) → uint8 image of the model's size: what the host does in training."""
+    pp = settings.pp
+    return functools.partial(
+        view.train_image,
+        crop=settings.image_size,
+        resize_to=pp.resize,
+        crop_method=pp.crop_method,
+        area=tuple(pp.area),
+        interpolation=pp.interpolation,
+        antialias=pp.antialias,
+        scaled_decoding=pp.scaled_decoding,
+    )
+
+
+def eval_image(settings: Settings) -> Callable:
+    """(encoded image or array, exif_rotated=) → float32 image of the model's size: what the host does in evaluation."""
+    options = preprocessing(settings)
+
+    def evaluated(image: Any, *, exif_rotated: bool):
+        return view.eval_image(decode(image, exif_rotated=exif_rotated), crop=settings.image_size, **options)
+
+    return evaluated
+
+
+def preprocessing(settings: Settings) -> dict[str, Any]:
+    """The keywords of `view.eval_image` that do not follow from the model."""
+    pp = settings.pp
+    return {"resize_to": pp.eval_resize, "interpolation": pp.interpolation, "antialias": pp.antialias}
+
+
+def make_augment(settings: Settings) -> Callable:
+    """(uint8 images, seeds) → uint8 images: flips and colours, on the devices."""
+    a = settings.augment
+    return augment.make_augment(
+        flip=settings.pp.flip, color_jitter=a.color_jitter, randaug=a.randaug, three_augment=a.three_augment
+    )
+
+
+def make_prepare(settings: Settings, num_classes: int, mean: Numbers, std: Numbers) -> Prepare:
+    """What the devices do to training images and labels before the model sees them, see `prepare`."""
+    a = settings.augment
+    mixing = {"mixup": a.mixup, "cutmix": a.cutmix, "mix_prob": a.mix_prob, "switch_prob": a.switch_prob}
+    return prepare(
+        num_classes,
+        augmented=make_augment(settings),
+        erased=functools.partial(augment.random_erasing, probability=a.erasing) if a.erasing else None,
+        mixed=mix.make_mix(**mixing) if a.mixup or a.cutmix else None,
+        label_smoothing=settings.label_smoothing,
+        mean=mean,
+        std=std,
+    )
+
+
+def prepare(
+    num_classes: int,
+    *,
+    augmented: Callable | None = None,
+    erased: Callable | None = None,
+    mixed: Callable | None = None,
+    label_smoothing: float = 0.0,
+    mean: Numbers = (augment.MEAN,) * 3,
+    std: Numbers = (augment.STD,) * 3,
+) -> Prepare:
+    """(training batch, key) → (normalised images as the model sees them, targets that sum to one).
+
+    Args:
+      augmented: (uint8 images, seeds) → uint8 images; erased: (normalised images, seeds) → normalised images;
+      mixed: (normalised images, targets, key) → the same; None leaves each out. They act in this order.
+      mean, std: of the 0..255 pixels, by channel.
+    """
+
+    def prepared(batch: Batch, key: jax.Array) -> tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]:
+        images = augmented(batch["image"], batch["seed"]) if augmented else batch["image"]
+        images = augment.normalize(images, mean, std)
+        if erased:
+            images = erased(images, batch["seed"])
+        targets = mix.smooth(batch["label"], num_classes, label_smoothing)
+        return mixed(images, targets, key) if mixed else (images, targets)
+
+    return prepared
+
+
+def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
+    """See `Task.load`: the parameters of a file, at this size of the images."""
+
+    def load(sources: Mapping[str, checkpoint.Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
+        opened, columns = sources[""], None
+        if classes is not None:
+            columns = match_classes(opened.description.class_names, classes, where=str(opened.path))
+        return checkpoint.load_pretrained(
+            pretrained_path=opened,
+            init_params=init_params,
+            model_config=model.fields,
+            grid=patch_grid(model, image_size),
+            keep_head=classes is not None,
+            columns=columns,
+        )
+
+    return load
+
+
+def patch_grid(model: Model, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the patches that the model cuts such an image into."""
+    return models.architecture_of(model.type).grid(model.fields, image_size)
+
+
+def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"]) -> dict[str, Float[Array, "b ..."]]:
+    """Features of normalised images, in float32, after the last LayerNorm.
+
+    That norm is the encoder's: a model with `fc_norm` has none there, and its tokens come as the last block leaves them.
+
+    Returns:
+      cls: (b, d), the class token, or the mean of the patches for a model that has none;
+      patches: (b, h, w, d), without class, distillation and register tokens. DINOv2's classification feature is cls
+        and the mean of these, side by side.
+    """
+    outputs = model.apply({"params": params}, images, train=False, method="features")
+    patches = outputs["map"].astype(jnp.float32)
+    cls = patches.mean(axis=(1, 2)) if outputs["cls"] is None else outputs["cls"].astype(jnp.float32)
+    return {"cls": cls, "patches": patches}

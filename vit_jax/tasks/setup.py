@@ -1,0 +1,69 @@
+"""What a task is made from: a recipe, what the data offers, and what the parameters come from."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Array
+
+from vit_jax import checkpoint, models
+from vit_jax.errors import UserError
+from vit_jax.settings import Settings
+from vit_jax.tasks.images import normalisation
+from vit_jax.tasks.task import Model
+
+log = logging.getLogger("vit_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What `make_task` of every task gets.
+
+    Attributes:
+      features: what the data offers, by field, see `data.features`.
+      origin: the description of the parameters that training starts from; None if it starts from nothing.
+      constrain: lays activations (b, …) on the devices by example; None if nothing is trained.
+    """
+
+    settings: Settings
+    features: Mapping[str, Any]
+    origin: checkpoint.Description | None
+    constrain: Callable[[Array], Array] | None = None
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation, by channel of the 0..255 pixels, that the model expects."""
+        return normalisation(self.origin)
+
+    def build_model(self, **changes: Any) -> Model:
+        """The recipe's model, or that of the origin where the recipe names none, with some fields changed.
+
+        The activation and epsilon that the parameters were trained with count, whatever a recipe's table says.
+        """
+        settings, origin = self.settings, self.origin
+        if not settings.model and origin is None:
+            raise UserError("config.model is empty, and this run began from nothing: repeat its --config")
+        kind = settings.model_type if settings.model else origin.model_type
+        fields = {**(settings.model or origin.model), **changes}
+        if origin:
+            fields = _with_numerics_of(origin, fields)
+        architecture = models.architecture_of(kind)
+        if self.constrain is None:
+            return Model(kind, fields, architecture.build(fields))
+        of_blocks = {"remat": settings.remat, "scan": settings.scan, "constrain": self.constrain}
+        return Model(
+            kind, fields, architecture.build(architecture.with_memory_options(fields, dtype=settings.dtype, **of_blocks))
+        )
+
+
+def _with_numerics_of(origin: checkpoint.Description, fields: dict[str, Any]) -> dict[str, Any]:
+    transformer = dict(fields.get("transformer", {}))
+    for name in ("activation", "norm_eps"):
+        theirs = origin.model.get("transformer", {}).get(name)
+        if theirs is not None and transformer.get(name) != theirs:
+            log.info("model    %s=%s, as in the checkpoint", name, theirs)
+            transformer[name] = theirs
+    if transformer:
+        fields = fields | {"transformer": transformer}
+    return fields | {"model_name": fields.get("model_name") or origin.model_name}

@@ -1,0 +1,127 @@
+"""What a task is: all that the loop, the evaluators and the commands need to know of it.
+
+A batch is a flat dict of arrays with the examples in front: `image`, `label`, `seed`; `boxes`, `box_labels`, `box_valid`;
+`tokens`; `segmentation`; in evaluation `valid`, False on padding. An example is the same without the leading axis.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+from PIL import Image
+
+Tree = Any
+Params = Any
+Batch = dict[str, Array]
+Example = dict[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Devices(Protocol):
+    """What a loss may ask of the devices that share the batch, see `optimize.parallel`."""
+
+    def mean(self, tree: Tree) -> Tree:
+        """The mean over all devices."""
+
+    def sum(self, tree: Tree) -> Tree:
+        """The sum over all devices of what each has counted of its own examples."""
+
+    def all_examples(self, tree: Tree) -> Tree:
+        """(b, …) of this device → (devices · b, …) of all of them, in the same order everywhere. Gradients flow back."""
+
+    def device_index(self) -> Int[Array, ""]:
+        """Where this device's examples stand in `all_examples`: from device_index · b on."""
+
+
+class Context(NamedTuple):
+    """What a loss may read besides the parameters.
+
+    Attributes:
+      step: steps done so far.
+      frozen: trees by name that are not trained, such as a fixed teacher.
+      ema: the running average of the parameters, None without `config.ema_decay`.
+      carry: what the last loss returned as its carry: centres, queues. It is the same on all devices.
+      totals: what `Task.totals` says of the whole batch, as the mean over devices and micro-batches.
+      devices: see `Devices`.
+    """
+
+    step: Int[Array, ""]
+    frozen: Mapping[str, Params]
+    ema: Params | None
+    carry: Tree
+    totals: dict[str, Array]
+    devices: Devices
+
+
+class Loss(NamedTuple):
+    """The mean loss of a (micro-)batch on this device, named numbers to be averaged and shown, and the new carry."""
+
+    value: Float[Array, ""]
+    metrics: Metrics = {}
+    carry: Tree = {}
+
+
+class Model(NamedTuple):
+    """A model, and what it is made from: a name in `models.ARCHITECTURES` and the fields that recipes and model.json hold."""
+
+    type: str
+    fields: dict[str, Any]
+    module: nn.Module
+
+
+class Shown(NamedTuple):
+    """A prediction for people: lines of text, for programs: a JSON object, and, where it can be drawn, as a picture."""
+
+    text: list[str]
+    json: dict[str, Any]
+    draw: Callable[[Image.Image], Image.Image] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task: functions, and what they are about.
+
+    Attributes:
+      model: the model that is trained.
+      needs: fields that the examples of a source must offer, such as ("image", "label").
+      train_example: (example of a source, rng=numpy generator, exif_rotated=) → dict of arrays of fixed shapes.
+      eval_example: (example of a source, exif_rotated=) → dict of arrays of fixed shapes.
+      init: key → fresh parameters of the model.
+      loss: (parameters of the model, Context, batch, key) → Loss. It draws all randomness from the key.
+      predict: (parameters of the model, evaluation batch) → dict of arrays by example.
+      evaluators: types of `evaluators.TYPES` that run on the test split by default; their metrics end with `_test`.
+      describe: () → the fields of `checkpoint.Description` that only this task knows: class_names, head, task.
+      show: (outputs of `predict` for one example, its picture's (h, w), keyword options) → Shown.
+      preview: (training batch, key), or (evaluation batch, None) → (what the model sees of it, uint8 (b h w 3), captions).
+      load: (checkpoints by prefix, fresh parameters, classes=) → parameters made to fit; the prefix of the whole is "".
+        A head starts anew, unless it is to score these classes.
+      frozen: () → other trees by name, on the host, that the loss reads and nobody trains.
+      init_carry: () → the carry before the first step.
+      totals: batch → sums over its examples that a loss divides by, such as the number of boxes.
+      whole_batch: the loss of an example depends on the others of the batch. Micro-batches then need `embed`.
+      embed: (parameters, Context, batch, key) → tree of arrays by example, from which `loss_of` makes the loss of
+        the whole batch: loss = loss_of(parameters, Context, embed(…)). Gradients are cached (https://arxiv.org/abs/2101.06983).
+    """
+
+    model: Model
+    needs: tuple[str, ...]
+    train_example: Callable[..., dict[str, np.ndarray]]
+    eval_example: Callable[..., dict[str, np.ndarray]]
+    init: Callable[[jax.Array], Params]
+    loss: Callable[[Params, Context, Batch, jax.Array], Loss]
+    predict: Callable[[Params, Batch], dict[str, Array]]
+    evaluators: tuple[str, ...]
+    describe: Callable[[], dict[str, Any]]
+    show: Callable[..., Shown]
+    preview: Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]
+    load: Callable[..., Params]
+    frozen: Callable[[], dict[str, Params]] = field(default=dict)
+    init_carry: Callable[[], Tree] = field(default=dict)
+    totals: Callable[[Batch], dict[str, Array]] = field(default=lambda batch: {})
+    whole_batch: bool = False
+    embed: Callable[[Params, Context, Batch, jax.Array], Tree] | None = None
+    loss_of: Callable[[Params, Context, Tree], Loss] | None = None

@@ -1,20 +1,35 @@
-"""Multi-head attention with the parameter names and shapes of the published checkpoints."""
+"""Multi-head attention with the parameter names and shapes of the published checkpoints.
+
+`attend` is the one attention of this package. Which kernel computes it is chosen by the platform that a program is lowered
+for, not by the machine that traces it: a program exported for a GPU or TPU on a CPU machine is the one that runs there.
+
+    CUDA            cuDNN's, which keeps no n x m weights, where `cudnn_takes` the heads and there is neither mask nor dropout
+    CPU             XLA's, with the batch shared out to cores
+    all others      XLA's
+"""
 
 import functools
 import logging
 import math
 import os
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
 
 from vit_jax.errors import UserError
-from vit_jax.models.linear import Linear, linear
+from vit_jax.models.linear import LINEAR, Linear, unnamed_linear
 
 log = logging.getLogger("vit_jax")
+Mask = Bool[Array, "#b #k #n #m"] | Float[Array, "#b #k #n #m"]
+CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+"""What cuDNN's attention is called in a program. `jax.export` for CUDA wants to be told that these are accepted:
+`disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUDNN_CALLS]`."""
 _WORTH_SHARING = 2**22
 """Multiplications in q·kᵀ from which on a product is shared out to cores."""
 _MOST_PARTS = 4
@@ -36,58 +51,53 @@ class MultiHeadDotProductAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], inputs: Float[Array, "b m d"] | None = None, *, train: bool = False
+        self,
+        x: Float[Array, "b n d"],
+        inputs: Float[Array, "b m d"] | None = None,
+        *,
+        mask: Mask | None = None,
+        train: bool = False,
     ) -> Float[Array, "b n d"]:
-        """Attends from `x` to `inputs`, or to `x` itself."""
+        """Attends from `x` to `inputs`, or to `x` itself; `mask` is that of `attend`."""
         d = x.shape[-1]
         if d % self.num_heads:
             raise UserError(f"a width of {d} cannot be shared out to {self.num_heads} heads: choose a multiple")
         maps = [Linear((self.num_heads, d // self.num_heads), dtype=self.dtype, name=n) for n in ("query", "key", "value")]
-        if inputs is None and jax.default_backend() != "cpu":
+        if inputs is None:
             q, k, v = project(x, maps)
         else:
             query, key, value = maps
-            source = x if inputs is None else inputs
-            q, k, v = query(x), key(source), value(source)
+            q, k, v = query(x), key(inputs), value(inputs)
         if self.qk_norm_eps is not None:
             q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
+        dropout_mask = None
         if train and self.dropout_rate > 0:
-            ones = jnp.ones((len(q), self.num_heads, q.shape[1], k.shape[1]))
-            y = attend(q, k, v, nn.Dropout(self.dropout_rate, deterministic=False)(ones))
-        elif cudnn_takes(q.dtype.name, q.shape[-1]):
-            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        else:
-            y = attend(q, k, v)
+            ones = jnp.ones((q.shape[0], self.num_heads, q.shape[1], k.shape[1]))
+            dropout_mask = nn.Dropout(self.dropout_rate, deterministic=False)(ones)
+        y = attend(q, k, v, dropout_mask, mask=mask)
         return Linear((d,), 2, dtype=self.dtype, name="out")(y)
 
 
 def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
-    """Queries, keys and values by one product, of stacked kernels: a GPU or TPU is better used by a large product.
+    """Queries, keys and values: on a GPU or TPU by one product, of stacked kernels, as they are better used by a large one.
 
-    On a CPU that is no faster, and the stacks take memory.
+    On a CPU that is no faster, and the stacks take memory: there by three.
     """
     kernels, biases = zip(*(f.parameters(x.shape[-1:]) for f in maps), strict=True)
-    kernel, bias = jnp.stack(kernels, axis=1), jnp.stack(biases)
-    return tuple(jnp.moveaxis(linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=maps[0].dtype)), 2, 0))
+    x, *parameters = nn.dtypes.promote_dtype(x, *kernels, *biases, dtype=maps[0].dtype)
+    kernels, biases = tuple(parameters[:3]), tuple(parameters[3:])
+    outputs = jax.lax.platform_dependent(x, kernels, biases, cpu=project_one_by_one, default=project_at_once)
+    return tuple(checkpoint_name(y, LINEAR) for y in outputs)
 
 
-@functools.cache
-def cudnn_takes(dtype: str, head_dim: int) -> bool:
-    """Whether this device has cuDNN's attention for such heads, which keeps no n x n weights in memory; logged where tried.
+def project_one_by_one(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x·kernel + bias for each."""
+    return tuple(unnamed_linear(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
 
-    It wants bfloat16 or float16, heads whose size is a multiple of 8, and Ampere or later: whether it works is tried.
-    """
-    if jax.default_backend() != "gpu" or dtype == "float32":
-        return False
-    shape = jax.ShapeDtypeStruct((1, 16, 1, head_dim), dtype)
-    try:
-        attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-        jax.jit(jax.grad(lambda *qkv: attention(*qkv).sum(dtype=jnp.float32), (0, 1, 2))).lower(*[shape] * 3).compile()
-    except Exception as e:  # of many kinds: the version, the GPU, the shape
-        log.info("model    attention by XLA: cuDNN refused heads of %d in %s (%s)", head_dim, dtype, str(e).partition("\n")[0])
-        return False
-    log.info("model    attention by cuDNN, heads of %d in %s", head_dim, dtype)
-    return True
+
+def project_at_once(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The same by one product."""
+    return tuple(jnp.moveaxis(unnamed_linear(x, jnp.stack(kernels, axis=1), jnp.stack(biases)), 2, 0))
 
 
 def attend(
@@ -95,61 +105,188 @@ def attend(
     k: Float[Array, "b m k h"],
     v: Float[Array, "b m k h"],
     dropout_mask: Float[Array, "b k n m"] | None = None,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "b n k h"]:
-    """(softmax(q·kᵀ / √h) ∘ mask)·v, of which XLA makes more than of `jax.nn.dot_product_attention`.
+    """(softmax(scale · q·kᵀ + mask) ∘ dropout_mask)·v, the softmax in float32, with gradients to q, k, v and a float mask.
 
-    Heads are in front, and the sums divide at the end. The n x m weights are not kept for the backward pass, but computed
-    again, as in https://arxiv.org/abs/2205.14135; its products take the dtype of q, where autodiff's would be float32.
-    On CPUs, where a product by heads runs on one core, several cores have each their part of the batch.
+    Args:
+      mask: broadcastable to (b, k, n, m), for padding, causality, or anything else. Boolean: True where a query may look.
+        Float: added to the logits, such as -inf, or a learned bias. A query that may look nowhere gets zeros, and gradients
+        of zero.
+      scale: 1 / √h if None.
     """
-    n = min(_cores(), _MOST_PARTS, len(q)) if q.size * k.shape[1] >= _WORTH_SHARING else 1
-    parts = [[None] * n if x is None else jnp.array_split(x, n) for x in (q, k, v, dropout_mask)]
-    return jnp.concatenate([_attend(*part) for part in zip(*parts, strict=True)])
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    whole = functools.partial(_attend, divisor=math.sqrt(q.shape[-1]) if scale is None else 1 / scale)
+    arrays, kernels = (q, k, v, dropout_mask, mask), {}
+    if (parts := _parts(q, k)) > 1:
+        kernels["cpu"] = functools.partial(_share_out, whole, parts)
+    if dropout_mask is None and mask is None and _fits_cudnn(q, k):
+        kernels["cuda"] = functools.partial(_attend_by_cudnn, scale=scale)
+    return jax.lax.platform_dependent(*arrays, **kernels, default=whole) if kernels else whole(*arrays)
+
+
+# On CPUs a product by heads runs on one core
+
+
+def _parts(q: Array, k: Array) -> int:
+    """Into how many parts of the batch attention is cut on CPUs; 1 for sizes that are symbols."""
+    size = q.size * k.shape[1]
+    return min(_cores(), _MOST_PARTS, q.shape[0]) if isinstance(size, int) and size >= _WORTH_SHARING else 1
 
 
 def _cores() -> int:
-    """Of the machine, for each of this process's devices; 1 where they are no CPUs."""
-    return max(1, (os.cpu_count() or 1) // jax.local_device_count()) if jax.default_backend() == "cpu" else 1
+    """Of this machine, for each of this process's devices that are CPUs."""
+    devices = sum(device.platform == "cpu" for device in jax.local_devices())
+    return max(1, (os.cpu_count() or 1) // max(1, devices))
 
 
-@jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, dropout_mask: Array | None) -> Array:
-    return _forward(q, k, v, dropout_mask)[0]
+def _share_out(function: Any, parts: int, *arrays: Array | None) -> Float[Array, "b n k h"]:
+    """function(*arrays), computed for each part of the batch by itself, so that several cores have each theirs."""
+    b = arrays[0].shape[0]
+    cut = [[x] * parts if x is None or x.shape[0] != b else jnp.array_split(x, parts) for x in arrays]
+    return jnp.concatenate([function(*part) for part in zip(*cut, strict=True)])
 
 
-def _forward(q: Array, k: Array, v: Array, dropout_mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+# cuDNN's
+
+
+def _fits_cudnn(q: Array, k: Array) -> bool:
+    sizes = *q.shape, *k.shape
+    return all(isinstance(n, int) for n in sizes) and cudnn_takes(q.dtype.name, q.shape[3], q.shape[1], k.shape[1])
+
+
+@functools.cache
+def cudnn_takes(dtype: str, head_dim: int, n: int = 16, m: int = 16) -> bool:
+    """Whether CUDA's program attends by cuDNN, for such heads and n queries to m keys.
+
+    cuDNN wants bfloat16 or float16, heads whose size is a multiple of 8, and Ampere or later. Where this process has a GPU it
+    is tried, values and gradients, once, and the log tells what came out. Where it has none, the program is for another
+    machine: Ampere, or later, is taken for granted, which have heads of up to 128 in common.
+    """
+    if dtype not in ("bfloat16", "float16") or head_dim % 8:
+        return False
+    if jax.default_backend() != "gpu":
+        return head_dim <= 128
+    try:
+        with jax.ensure_compile_time_eval():
+            _try_cudnn(dtype, head_dim, n, m)
+    except Exception as e:  # of many kinds: the version, the GPU, the shape, the values
+        log.info("model    attention by XLA: cuDNN refused heads of %d in %s (%s)", head_dim, dtype, str(e).partition("\n")[0])
+        return False
+    log.info("model    attention by cuDNN, heads of %d in %s", head_dim, dtype)
+    return True
+
+
+def _try_cudnn(dtype: str, head_dim: int, n: int, m: int) -> None:
+    """Raises whatever cuDNN does for such heads, or an ArithmeticError for values or gradients that are not XLA's."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (jnp.asarray(rng.standard_normal((2, length, 1, head_dim)), dtype) for length in (n, m, m, n))
+
+    def with_gradients(function: Any) -> Any:
+        def run(q: Array, k: Array, v: Array) -> Any:
+            y, vjp = jax.vjp(function, q, k, v)
+            return y, *vjp(dy)
+
+        return jax.device_get(jax.jit(run)(q, k, v))
+
+    whole = functools.partial(_attend, dropout_mask=None, mask=None, divisor=math.sqrt(head_dim))
+    for found, expected in zip(with_gradients(_attend_by_cudnn), with_gradients(whole), strict=True):
+        found, expected = found.astype(np.float32), expected.astype(np.float32)
+        if not np.abs(found - expected).max() <= 0.05 * np.abs(expected).max():
+            raise ArithmeticError("its numbers differ from XLA's")
+
+
+def _attend_by_cudnn(
+    q: Array, k: Array, v: Array, dropout_mask: None = None, mask: None = None, *, scale: float | None = None
+) -> Float[Array, "b n k h"]:
+    """jax lets cuDNN train on even lengths only: an odd one is padded, and cuDNN told the true one."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    b, n, m = q.shape[0], q.shape[1], k.shape[1]
+    lengths = {}
+    if n % 2 or m % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = {name: jnp.full(b, size) for name, size in (("query_seq_lengths", n), ("key_value_seq_lengths", m))}
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", scale=scale)
+    if cudnn.cuda_versions is not None:
+        return attention(q, k, v, **lengths)[:, :n]
+    # jax asks for the version of cuDNN, of which this machine has none; the program for Ampere to Hopper does not depend on it
+    with mock.patch.object(cudnn, "check_cudnn_version", lambda: 90_000):
+        return attention(q, k, v, **lengths)[:, :n]
+
+
+# XLA's, of which it makes more than of `jax.nn.dot_product_attention`
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("divisor",))
+def _attend(
+    q: Array, k: Array, v: Array, dropout_mask: Array | None, mask: Mask | None, divisor: float
+) -> Float[Array, "b n k h"]:
+    """Heads are in front, and the sums divide at the end.
+
+    The n x m weights are not kept for the backward pass, but computed again, as in https://arxiv.org/abs/2205.14135; its
+    products take the dtype of q, where autodiff's would be float32.
+    """
+    return _forward(q, k, v, dropout_mask, mask, divisor)[0]
+
+
+def _forward(
+    q: Array, k: Array, v: Array, dropout_mask: Array | None, mask: Mask | None, divisor: float
+) -> tuple[Array, tuple[Array | None, ...]]:
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
-    logits = _logits(q, k)
+    logits = _masked(_logits(q, k, divisor), mask)
     largest = logits.max(axis=-1, keepdims=True)
+    if mask is not None:
+        largest = jnp.where(jnp.isneginf(largest), 0, largest)
     weights = jnp.exp(logits - largest)
     sums = weights.sum(axis=-1, keepdims=True)
+    if mask is not None:
+        sums = jnp.where(sums == 0, 1, sums)  # of a query that may look nowhere
     weights = (weights if dropout_mask is None else weights * dropout_mask).astype(v.dtype)
     y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
     y = _by_head((y / sums).astype(v.dtype))
-    return y, (q, k, v, dropout_mask, y, largest, sums)
+    return y, (q, k, v, dropout_mask, mask, y, largest, sums)
 
 
-def _backward(saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
+def _backward(divisor: float, saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
     """All n x m arrays are transposed here, (b k m n): XLA would find products of the forward pass, and keep them instead."""
-    q, k, v, dropout_mask, y, largest, sums = saved
+    q, k, v, dropout_mask, mask, y, largest, sums = saved
     ddropout_mask = None if dropout_mask is None else jnp.zeros_like(dropout_mask)  # it is drawn, not learnt
     dropout_mask = None if dropout_mask is None else _transposed(dropout_mask)
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
     dy = _by_head(dy)
-    weights = jnp.exp(_logits(k, q) - _transposed(largest)) / _transposed(sums)
+    logits = _masked(_logits(k, q, divisor), None if mask is None else _transposed(mask))
+    weights = jnp.exp(logits - _transposed(largest)) / _transposed(sums)
     dweights = matmul(v, _transposed(dy))
-    masked, dweights = (weights, dweights) if dropout_mask is None else (weights * dropout_mask, dweights * dropout_mask)
-    dlogits = (weights * (dweights - mean) / math.sqrt(q.shape[-1])).astype(q.dtype)
-    gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(masked.astype(q.dtype), dy)
-    return *(_by_head(x.astype(q.dtype)) for x in gradients), ddropout_mask
+    dropped, dweights = (weights, dweights) if dropout_mask is None else (weights * dropout_mask, dweights * dropout_mask)
+    dlogits = weights * (dweights - mean)
+    dmask = None if mask is None or mask.dtype == bool else _sum_to(_transposed(dlogits), mask)
+    dlogits = (dlogits / divisor).astype(q.dtype)
+    gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(dropped.astype(q.dtype), dy)
+    return *(_by_head(x.astype(q.dtype)) for x in gradients), ddropout_mask, dmask
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _logits(q: Float[Array, "b k n h"], k: Float[Array, "b k m h"]) -> Float[Array, "b k n m"]:
-    return jnp.matmul(q * (1 / math.sqrt(q.shape[-1])), _transposed(k), preferred_element_type=jnp.float32)
+def _logits(q: Float[Array, "b k n h"], k: Float[Array, "b k m h"], divisor: float) -> Float[Array, "b k n m"]:
+    return jnp.matmul(q * (1 / divisor), _transposed(k), preferred_element_type=jnp.float32)
+
+
+def _masked(logits: Float[Array, "b k n m"], mask: Mask | None) -> Float[Array, "b k n m"]:
+    if mask is None:
+        return logits
+    return jnp.where(mask, logits, -jnp.inf) if mask.dtype == bool else logits + mask.astype(logits.dtype)
+
+
+def _sum_to(x: Float[Array, "b k n m"], mask: Float[Array, "#b #k #n #m"]) -> Float[Array, "#b #k #n #m"]:
+    """The sum over the axes along which a mask was broadcast."""
+    axes = [i for i, size in enumerate(mask.shape) if size == 1]
+    return x.sum(axis=axes, keepdims=True).astype(mask.dtype)
 
 
 def _transposed(x: Float[Array, "b k n m"]) -> Float[Array, "b k m n"]:

@@ -227,7 +227,7 @@ class Encoder(nn.Module):
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if registers is not None:
             x = jnp.concatenate([x[:, :num_prefix], registers.astype(x.dtype), x[:, num_prefix:]], axis=1)
-        kept = self._keep(len(x), train)
+        kept = self._keep(x.shape[0], train)
         if self.scan and not self.is_initializing():
             x, layers = self._scan_blocks(x, kept, train, with_layers)
         else:

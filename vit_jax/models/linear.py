@@ -53,14 +53,24 @@ def linear(
     axes: int = 1,
     activation: str | None = None,
 ) -> Float[Array, "*batch_and_out"]:
-    """activation(x)·kernel + bias over the last `axes` dimensions of x.
+    """activation(x)·kernel + bias over the last `axes` dimensions of x, by the name `LINEAR`."""
+    return checkpoint_name(unnamed_linear(x, kernel, bias, axes, activation), LINEAR)
+
+
+def unnamed_linear(
+    x: Float[Array, "*batch_and_in"],
+    kernel: Float[Array, "*in_and_out"],
+    bias: Float[Array, "*out"],
+    axes: int = 1,
+    activation: str | None = None,
+) -> Float[Array, "*batch_and_out"]:
+    """`linear` without a name, for what is named as a whole.
 
     All batch dimensions are flattened to one: a product that sums over two, as for the gradient of the kernel, is
     preceded by a transposition.
     """
     batch, inputs = x.shape[: x.ndim - axes], x.shape[x.ndim - axes :]
-    y = _linear(x.reshape(-1, *inputs), kernel, bias, activation)
-    return checkpoint_name(y, LINEAR).reshape(*batch, *kernel.shape[axes:])
+    return _linear(x.reshape(-1, *inputs), kernel, bias, activation).reshape(*batch, *kernel.shape[axes:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -80,9 +90,11 @@ def _linear_backward(activation, saved, dy):
     x, kernel = saved
     x, slope = (x, None) if activation is None else _value_and_slope(x, activation)
     dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-    dbias = dy.reshape(len(dy), -1).sum(0).reshape(dy.shape[1:])  # of a matrix XLA sums the columns faster
-    if jax.default_backend() == "cpu":  # whose scheduler would put them off to the end, and keep x and dy until then
-        dkernel, dbias, dy = jax.lax.optimization_barrier((dkernel, dbias, dy))
+    dbias = dy.reshape(dy.shape[0], -1).sum(0).reshape(dy.shape[1:])  # of a matrix XLA sums the columns faster
+    # on a CPU the scheduler would put these off to the end, and keep x and dy until then
+    dkernel, dbias, dy = jax.lax.platform_dependent(
+        dkernel, dbias, dy, cpu=lambda *x: jax.lax.optimization_barrier(x), default=lambda *x: x
+    )
     outputs = tuple(range(1, dy.ndim)), tuple(range(kernel.ndim - dy.ndim + 1, kernel.ndim))
     dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())))
     return dx if slope is None else dx * slope, dkernel, dbias

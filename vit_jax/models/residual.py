@@ -53,5 +53,5 @@ def add(
     if kept is None:
         return x + branch(x)
     if jnp.issubdtype(kept.dtype, jnp.integer):
-        return x.at[kept].add(len(x) / len(kept) * branch(x[kept]), unique_indices=True)
+        return x.at[kept].add(x.shape[0] / kept.shape[0] * branch(x[kept]), unique_indices=True)
     return x + kept.astype(x.dtype)[:, None, None] * branch(x)

@@ -1,0 +1,241 @@
+"""What `tests/fuzz.py` damages: sound checkpoints of every layout and images of every format, and cases made by hand."""
+
+import functools
+import io
+import json
+import math
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors.numpy
+from PIL import Image
+
+from tests.fuzz import Files, Target
+from tests.models import small
+from vit_jax import checkpoint, convert, finite, predict
+from vit_jax.checkpoint import describe, fit, lora_file
+from vit_jax.data.host import decode, view
+from vit_jax.optimize import trainable
+
+SIDE = 8
+NAMES = ("ape", "bear", "cat")
+IMAGE = np.random.default_rng(0).integers(256, size=(9, 11, 3), dtype=np.uint8)
+
+
+# Checkpoints.
+
+
+def tiny(**overrides):
+    """(a model of 8 x 8 pixels, its parameters, its description)."""
+    fields = {"hidden_size": 16, "patches": {"size": (4, 4)}, "num_classes": len(NAMES)} | overrides
+    encoder = {"num_layers": 2, "mlp_dim": 32, "num_heads": 2, "activation": "gelu"} | overrides.get("transformer", {})
+    model = small.vit(**fields | {"transformer": encoder})
+    params = small.random_params(model, small.random_images(SIDE, SIDE, batch=1))
+    plain = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0} | encoder
+    described = describe.Description(
+        model_type="ViT",
+        model={"classifier": "token", "representation_size": None, "resnet": None} | fields | {"transformer": plain},
+        image_size=(SIDE, SIDE),
+        grid=(2, 2),
+        mean=(127.5,) * 3,
+        std=(127.5,) * 3,
+        class_names=NAMES if fields["num_classes"] else (),
+    )
+    return model, params, described
+
+
+def written(to: str, **overrides) -> Files:
+    """A tiny model in one of the layouts of `checkpoint.write_checkpoint`."""
+    _, params, description = tiny(**overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ours.npz"
+        checkpoint.save(params, path)
+        describe.write(path, description)
+        checkpoint.write_checkpoint(checkpoint.open_checkpoint(path), Path(folder) / "out", to)
+        return {file.name: file.read_bytes() for file in (Path(folder) / "out").iterdir()}
+
+
+def torch_file(flat: Mapping[str, np.ndarray]) -> bytes:
+    """The file that torch.save would write of float32 tensors, without torch."""
+
+    def text(x: str) -> bytes:
+        return b"X" + len(x).to_bytes(4, "little") + x.encode()
+
+    def numbers(values) -> bytes:
+        return b"(" + b"".join(b"J" + int(v).to_bytes(4, "little") for v in values) + b"t"
+
+    data = b"\x80\x02}("
+    for i, (name, x) in enumerate(flat.items()):
+        storage = (
+            b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(i)) + text("cpu") + numbers([x.size])[1:-1] + b"tQ"
+        )
+        strides = [s // x.itemsize for s in np.ascontiguousarray(x).strides]
+        view = b"K\x00" + numbers(x.shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)R"
+        data += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"tR"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("model/data.pkl", data + b"u.")
+        for i, x in enumerate(flat.values()):
+            archive.writestr(f"model/data/{i}", x.astype(np.float32).tobytes())
+    return out.getvalue()
+
+
+def adapter() -> Files:
+    """A LoRA run's adapter and its base; `@FOLDER@` stands for where they lie."""
+    model, params, description = tiny()
+    with tempfile.TemporaryDirectory() as folder:
+        base, run = Path(folder) / "base.npz", Path(folder) / "adapter.npz"
+        checkpoint.save(params, base)
+        describe.write(base, description)
+        origin = lora_file.base_of(base, checkpoint.open_checkpoint(base), params)
+        chosen = {"targets": [".*/query/kernel"]}
+        trained, frozen = trainable.add_lora(params, jax.random.key(0), rank=2, alpha=3, train=("head/.*",), **chosen)
+        lora_file.save_adapter(run, trained, frozen, base=origin, alpha=3, description=description, **chosen)
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        return {name: x.replace(str(Path(folder).resolve()).encode(), b"@FOLDER@") for name, x in files.items()}
+
+
+def opens(folder: Path, source: str = "", always: bool = False) -> str | None:
+    """What inspect and (of some, for it takes long) predict and features do with a checkpoint."""
+    for path in folder.glob("*.json"):
+        if b"@FOLDER@" in (content := path.read_bytes()):
+            path.write_bytes(content.replace(b"@FOLDER@", str(folder).encode()))
+    opened = checkpoint.open_checkpoint(folder / source)
+    d = opened.description
+    if shown := [line for line in convert.summary(opened) if not line.isprintable()]:
+        return f"inspect prints {shown[0]!r}"
+    if bad := finite.non_finite(opened.flat):
+        return f"opened with parameters that are not finite: {bad}"
+    if not all(map(math.isfinite, (*d.mean, *d.std))):
+        return f"opened with mean {d.mean} and std {d.std}"
+    if not always and zlib.crc32(b"".join(x.tobytes() for x in opened.flat.values())) % 8:
+        return None
+    if not d.model.get("num_classes"):
+        convert.compare(opened, opened)
+        return None  # features that are not finite are counted where they are written
+    p = predict.load_classifier(folder / source)([IMAGE])
+    return None if np.all((p >= 0) & (p <= 1)) and abs(p.sum() - 1) < 1e-4 else f"predicted {p}"
+
+
+def _shards() -> Files:
+    files = written("hf")
+    flat = safetensors.numpy.load(files.pop("model.safetensors"))
+    names = sorted(flat)
+    parts = {f"model-{i}.safetensors": names[i::2] for i in range(2)}
+    places = {name: part for part, inside in parts.items() for name in inside}
+    index = {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": places}).encode()}
+    return files | index | {part: safetensors.numpy.save({n: flat[n] for n in inside}) for part, inside in parts.items()}
+
+
+def _torch() -> Files:
+    files = written("timm")
+    return {"config.json": files["config.json"], "model.pth": torch_file(safetensors.numpy.load(files["model.safetensors"]))}
+
+
+def _layout(files: Callable[[], Files], source: str, kind: str) -> Callable[[], Target]:
+    def make() -> Target:
+        found = files()
+        damaged = tuple(sorted(name for name in found if name.endswith(".json") == (kind == "json")))
+        return Target(found, damaged, functools.partial(opens, source=source))
+
+    return make
+
+
+def _index() -> Target:
+    rows = "name,ds,filename,final_val\na,i21k,B_16-i21k-a,0.5\nb,i21k,B_16-i21k-b,0.6\nc,i1k,S_16-x,0.7\n"
+
+    def read(folder: Path) -> str | None:
+        name = fit.augreg_filename("B_16", folder)
+        return None if name.startswith("B_16-") else f"chose {name!r}"
+
+    return Target({"index.csv": rows.encode()}, ("index.csv",), read)
+
+
+# Images.
+
+
+def encoded(kind: str) -> bytes:
+    """A sound image of 24 x 16 pixels."""
+    y, x = np.mgrid[:16, :24]
+    rgb = np.stack([x * 10, y * 15, (x * y) % 256], -1).astype(np.uint8)
+    image, out = Image.fromarray(rgb), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {"exif": exif}
+    match kind:
+        case "jpeg":
+            image.save(out, "JPEG", quality=90, **turned)
+        case "progressive jpeg":
+            image.save(out, "JPEG", progressive=True, subsampling=2)
+        case "grey jpeg":
+            image.convert("L").save(out, "JPEG")
+        case "cmyk jpeg":
+            image.convert("CMYK").save(out, "JPEG")
+        case "png":
+            image.save(out, "PNG", **turned)
+        case "palette png":
+            image.quantize(16).save(out, "PNG", transparency=0)
+        case "16-bit png":
+            Image.fromarray(rgb[..., 0].astype(np.uint16) << 8).save(out, "PNG")
+        case "webp":
+            image.save(out, "WEBP", quality=80, **turned)
+        case "lossless webp":
+            image.convert("RGBA").save(out, "WEBP", lossless=True)
+        case "gif":
+            image.quantize(16).save(out, "GIF", save_all=True, append_images=[image.rotate(180).quantize(16)])
+        case "bmp":
+            image.save(out, "BMP")
+        case "palette bmp":
+            image.quantize(16).save(out, "BMP")
+        case "tiff":
+            image.save(out, "TIFF", **turned)
+        case "packed tiff":
+            image.save(out, "TIFF", compression="tiff_lzw")
+        case "deflated tiff":
+            image.convert("RGBA").save(out, "TIFF", compression="tiff_adobe_deflate")
+    return out.getvalue()
+
+
+IMAGES = (
+    *("jpeg", "progressive jpeg", "grey jpeg", "cmyk jpeg", "png", "palette png", "16-bit png", "webp", "lossless webp", "gif"),
+    *("bmp", "palette bmp", "tiff", "packed tiff", "deflated tiff"),
+)
+
+
+def sees(folder: Path) -> str | None:
+    """What training, prediction and the count of sizes do with an image."""
+    data = (folder / "image").read_bytes()
+    pixels = decode.decode(data, exif_rotated=True)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        return f"decoded to {pixels.dtype} {pixels.shape}"
+    size = decode.header_size(data)
+    if sorted(size) != sorted(pixels.shape[:2]):
+        return f"the header says {size}, decoded were {pixels.shape}"
+    crop = view.train_image(data, np.random.default_rng(0), exif_rotated=True, crop=8)
+    return None if crop.shape == (8, 8, 3) else f"cropped to {crop.shape}"
+
+
+def _image(kind: str) -> Callable[[], Target]:
+    return lambda: Target({"image": encoded(kind)}, ("image",), sees)
+
+
+DINOV2 = {"transformer": {"layer_scale": True}, "num_classes": None, "classifier": "cls_mean"}
+LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
+    "npz": (lambda: written("npz"), ""),
+    "hf": (lambda: written("hf"), ""),
+    "timm": (lambda: written("timm"), ""),
+    "torch": (_torch, "model.pth"),
+    "dinov2": (lambda: written("dinov2", **DINOV2), ""),
+    "hf dinov2": (lambda: written("hf", **DINOV2), ""),
+    "shards": (_shards, ""),
+    "adapter": (adapter, "adapter.npz"),
+}
+PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
+DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}
+CHECKPOINTS = PARAMETERS | DESCRIPTIONS
+TARGETS = CHECKPOINTS | {kind: _image(kind) for kind in IMAGES}

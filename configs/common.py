@@ -7,7 +7,7 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-from vit_jax.data.sources import split_range
+from vit_jax.data.splits import split_range
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings, nested
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import features, loader
+from vit_jax.data.digits import DigitsSource
 from vit_jax.data.host import view
 from vit_jax.data.host.decode import ImageError
 from vit_jax.data.memory import InMemory, kept_in_memory
-from vit_jax.data.sources import DigitsSource
 
 SIZE = 20
 

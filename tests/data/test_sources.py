@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from vit_jax.data import sources
-from vit_jax.data.sources import DigitsSource, FolderSource, get_source, split_range
+from vit_jax.data.digits import DigitsSource
+from vit_jax.data.sources import FolderSource, get_source
+from vit_jax.data.splits import split_range
 from vit_jax.errors import UserError
 
 

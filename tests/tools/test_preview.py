@@ -10,6 +10,7 @@ from tests import tiny
 from tests.command_line import arguments
 from vit_jax import overrides
 from vit_jax.data import features, sources
+from vit_jax.data.digits import DigitsSource
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
 from vit_jax.tasks import classify
@@ -42,7 +43,7 @@ def test_originals_stand_first_and_unchanged_images_beside_them():
 
 def test_classes_of_any_name_are_drawn(monkeypatch):
     names = ("bad \udcff", "two\nlines", "bell\x07", "dög", *"456789")
-    digits = sources.DigitsSource("digits", "train")
+    digits = DigitsSource("digits", "train")
     digits.features = {"image": features.Image(), "label": features.Label(names)}
     monkeypatch.setattr(sources, "get_source", lambda *args, **kwargs: digits)
     assert preview.preview(recipe(), rows=8, columns=1).height == 8 * (SIDE + preview.LINE + preview.GAP) + preview.GAP

@@ -18,7 +18,7 @@ import yaml
 from vit_jax.data.features import Boxes, Image, Source, digest
 from vit_jax.data.host import view
 from vit_jax.data.listing import list_images, shown
-from vit_jax.data.sources import TEST_NAMES, split_range
+from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import read_regular
 

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Boxes, Image, Source
-from vit_jax.data.sources import DigitsSource, split_range
+from vit_jax.data.splits import split_range
 
 SIDE = 64
 COUNTS = {"train": 20_000, "test": 500}
@@ -65,6 +66,9 @@ class DigitScenesSource(Source):
 
     def where(self, index: int) -> str:
         return f"digit_scenes {self._split}, example {self._part[index]}"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return super().fingerprint() | {"split": self._split, "first": self._part.start}
 
 
 @cache

@@ -5,15 +5,17 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from fractions import Fraction
+from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
 
-from vit_jax.data import listing
+from vit_jax.data import detection, listing
+from vit_jax.data.digit_scenes import DigitScenesSource
+from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, Listing, shown
+from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError
 from vit_jax.files import read_regular
 
@@ -21,7 +23,6 @@ log = logging.getLogger("vit_jax")
 
 SIZES = 1000  # so many files, evenly spaced, tell by their sizes whether contents have changed
 HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder itself keeps none
-TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
 # Where these stand for classes, splits were meant: training must not take them for its classes.
 SPLIT_LIKE = (*TEST_NAMES, "train", "training", "testing")
 
@@ -36,13 +37,9 @@ def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tf
     if dataset in ("digits", "digits_0to4"):
         return DigitsSource(dataset, split)
     if dataset == "digit_scenes":
-        from vit_jax.data.digit_scenes import DigitScenesSource  # which imports this module
-
         return DigitScenesSource(split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        from vit_jax.data import detection  # which imports this module
-
         return detection.open_folder(path, split) or FolderSource(path, split)
     # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z]\w*(:[\w.*]+)?(/[\w.+-]+(:[\w.*]+)?)?", dataset):
@@ -58,83 +55,6 @@ def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tf
         if "/" not in dataset:
             raise
         raise UserError(f"there is no folder {dataset}; as a tfds dataset: {e}") from e
-
-
-def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:
-    """Reads tfds' syntax for (parts of) splits: 'train[:98%]' → ('train', range(0, 98 % of sizes['train'])).
-
-    A bound is a number of examples or a percentage, and counts from the end if negative. A percentage is rounded in the
-    same way wherever it stands, so that 'train[:98%]' and 'train[98%:]', or 'train[-2%:]', tile the split.
-    Raises UserError for a name that `sizes` lacks, for bounds outside the split, and for an empty part.
-    """
-    match = re.fullmatch(r"([\w-]+)(?:\[(-?[\d.]+)?(%)?:(-?[\d.]+)?(%)?\])?", split)
-    if not match or match[1] not in sizes:
-        raise UserError(f"unknown split {split!r}: allowed are {', '.join(sizes)}, and parts such as 'train[:98%]'")
-    name, start, start_unit, stop, stop_unit = match.groups()
-    size = sizes[name]
-
-    def position(bound: str | None, default: int) -> int:
-        if bound is None:
-            return default
-        try:
-            if start_unit or stop_unit:  # as with tfds, one % is enough for both
-                percent = Fraction(bound)
-                return round(size * (100 + percent if percent < 0 else percent) / 100)
-            return size + int(bound) if int(bound) < 0 else int(bound)
-        except ValueError:
-            raise UserError(f"split {split!r}: {bound!r} is no number of examples") from None
-
-    part = range(position(start, 0), position(stop, size))
-    if part.start < 0 or part.stop > size:
-        raise UserError(f"split {split!r} reaches beyond the {size:,} examples of {name!r}")
-    if not part:
-        raise UserError(f"split {split!r} is empty: {name!r} has {size:,} examples")
-    return name, part
-
-
-class DigitsSource(Source):
-    """Handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 for training, 360 for testing, stratified.
-
-    `digits_0to4` keeps the classes 0 to 4 only. Images are uint8 (8 8 1), 0..255. Their order is fixed and mixed.
-    """
-
-    exif_rotated = False
-
-    def __init__(self, dataset: str, split: str):
-        names = tuple("01234" if dataset == "digits_0to4" else "0123456789")
-        self.features = {"image": Image(), "label": Label(names)}
-        splits = {}
-        for name, (images, labels) in _digits().items():
-            kept = labels < len(names)
-            splits[name] = images[kept], labels[kept]
-        name, part = split_range(split, {name: len(labels) for name, (_, labels) in splits.items()})
-        self._images, self._labels = (array[part.start : part.stop] for array in splits[name])
-        self._name = f"{dataset} {split}"
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self._images[index], "label": int(self._labels[index])}
-
-    def where(self, index: int) -> str:
-        return f"{self._name}, example {index}"
-
-    def fingerprint(self) -> dict[str, str | int]:
-        return super().fingerprint() | {"labels": digest(self._labels)}
-
-
-@cache
-def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns images uint8 (b 8 8 1) and labels (b,) of `train` and `test`."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(images, digits.target, test_size=360, stratify=digits.target, random_state=0)
-    train_images, test_images, train_labels, test_labels = parts
-    return {"train": (train_images, train_labels), "test": (test_images, test_labels)}
 
 
 class FolderSource(Source):

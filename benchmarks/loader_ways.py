@@ -6,7 +6,6 @@ of its own: it imports nothing of ours, and its batches stay on the host where t
 
 import itertools
 import pickle
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,7 +27,10 @@ class Photos:
     num_classes, exif_rotated = 1000, True
 
     def __init__(self, images: list[bytes | np.ndarray]):
+        from vit_jax.data import features
+
         self.images = images
+        self.features = {"image": features.Image(), "label": features.Label(tuple(map(str, range(self.num_classes))))}
 
     def __len__(self) -> int:
         return EPOCH
@@ -44,18 +46,19 @@ def ours(job: dict[str, Any]) -> Iterator[dict]:
     """`loader.train_batches`, uint8, sent to the device ahead of time."""
     import functools
 
-    from vit_jax.data import features, loader
+    from vit_jax.data import loader
     from vit_jax.data.host.decode import decode
     from vit_jax.data.host.view import train_image
     from vit_jax.optimize import parallel
+    from vit_jax.tasks import classify
 
     images = _jpegs(job)
     if job.get("kept"):
         images = [decode(image, exif_rotated=True) for image in images]
     transform = functools.partial(train_image, crop=SIZE, scaled_decoding=job.get("scaled", True))
     photos = Photos(images)
-    photos.features = {"image": features.Image(), "label": features.Label(tuple(map(str, range(photos.num_classes))))}
-    return parallel.Pmap().prefetch(loader.train_batches(photos, transform, batch_size=job["batch"], seed=0), 2)
+    example = classify.make_train_example(transform, photos.num_classes)
+    return parallel.Pmap().prefetch(loader.train_batches(photos, example, batch_size=job["batch"], seed=0), 2)
 
 
 def pil(job: dict[str, Any]) -> Iterator[dict]:
@@ -124,16 +127,15 @@ def train(job: dict[str, Any]) -> Callable[[int], float]:
     import jax
 
     from configs import common, models
-    from vit_jax.run import experiment
+    from vit_jax.run import experiment, start
     from vit_jax.settings import Settings
 
     config = common.get_config()
     models.use(config, job["model"])
     config.update({"dataset": "photos", "batch": job["batch"], "accum_steps": 1, "total_steps": 1000, "pretrained_dir": ""})
     s = Settings.from_config(config)
-    with tempfile.TemporaryDirectory() as folder:
-        e = experiment.build(s, Path(folder), lambda *_, **__: Photos([]))
-    state, update, batches = experiment.new_state(e), experiment.make_update(e), ours(job)
+    e = experiment.build(s, get_source=lambda *_, **__: Photos([]))
+    state, update, batches = start.new_state(e), experiment.make_update(e), ours(job)
     if job["data"] == "device":
         batch = jax.block_until_ready(next(batches))
         batches.close()

@@ -70,7 +70,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     from vit_jax import models
     from vit_jax.data.device import augment
     from vit_jax.optimize import parallel
-    from vit_jax.run import experiment, runtime
+    from vit_jax.run import experiment, runtime, start
     from vit_jax.settings import Settings
     from vit_jax.tools import plan
 
@@ -96,7 +96,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     config.update({"optimizer": "sgd", "optim_dtype": "float32", "weight_decay": 0.0, "base_lr": LEARNING_RATE})
     e = plan.build(Settings.from_config(config), num_classes=NUM_CLASSES)
     update = experiment.make_update(e)
-    state = experiment.new_state(e)
+    state = start.new_state(e)
     facts = _facts_of_jax(state.params)
     batch = e.parallelism.send({"image": images, "label": labels, "seed": np.arange(len(labels), dtype=np.uint32)})
     holder = [state]

@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from vit_jax.overrides import parse
-from vit_jax.run import experiment
+from vit_jax.run import experiment, start
 from vit_jax.settings import Settings
 from vit_jax.tools import hlo, plan
 
@@ -55,7 +55,7 @@ def measure(layout: str, steps: int) -> dict:
         },
         "sent": hlo.sent_bytes(found),
         "state": plan.bytes_a_device(state),
-        "parameters": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.abstract_state(e).params)),
+        "parameters": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(start.abstract_state(e).params)),
         "seconds": _time(e, update, steps) if steps else None,
     }
 
@@ -63,7 +63,7 @@ def measure(layout: str, steps: int) -> dict:
 def _time(e: experiment.Experiment, update, steps: int) -> float:
     """The median of a step's seconds."""
     rng = np.random.default_rng(0)
-    state = experiment.new_state(e)
+    state = start.new_state(e)
     host = {name: rng.integers(0, 10, x.shape).astype(x.dtype) for name, x in plan.abstract_batch(e).items()}
     batch, seconds = e.parallelism.send(host), []
     for _ in range(WARM_UP + steps):

@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from vit_jax.run import runtime
+from vit_jax.files import COMPILED_PROGRAMS
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,5 +20,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch = 8
     config.num_classes = 1000
     config.image_size = 224
-    config.compilation_cache = runtime.CACHE
+    config.compilation_cache = COMPILED_PROGRAMS
     return config

@@ -9,6 +9,9 @@ from typing import Any, BinaryIO
 
 from vit_jax.errors import UserError
 
+COMPILED_PROGRAMS = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vit_jax", "xla")
+"""The folder where compiled programs are kept, unless `config.compilation_cache` says otherwise."""
+
 
 def read_regular(path: str | os.PathLike, most: int = 1 << 31) -> bytes:
     """The content of a regular file (or of the one that a link leads to) of at most `most` bytes.

@@ -17,8 +17,8 @@ import numpy as np
 from vit_jax import models
 from vit_jax.data.device import augment
 from vit_jax.errors import UserError
+from vit_jax.files import COMPILED_PROGRAMS
 from vit_jax.optimize import parallel
-from vit_jax.run import runtime
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.writer import Writer, logging_to
 from vit_jax.settings import check_names
@@ -38,7 +38,7 @@ class InferenceSettings:
     batch: int = 8
     num_classes: int = 1000
     image_size: int = 224
-    compilation_cache: str | None = runtime.CACHE
+    compilation_cache: str | None = COMPILED_PROGRAMS
 
 
 def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, float]:

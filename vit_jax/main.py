@@ -14,6 +14,7 @@ from absl import flags
 
 from vit_jax import overrides
 from vit_jax.errors import UserError, leave_at_once, say, unknown
+from vit_jax.files import COMPILED_PROGRAMS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if several processes train one model.")
@@ -40,7 +41,7 @@ def main() -> None:
         raise unknown("config.trainer", trainer, TRAINERS)
     from vit_jax.run import cluster, runtime, signals  # they import JAX, which --help does without
 
-    runtime.set_up(config.get("compilation_cache", runtime.CACHE))
+    runtime.set_up(config.get("compilation_cache", COMPILED_PROGRAMS))
     cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     module, name = TRAINERS[trainer]
     run = getattr(importlib.import_module(module), name)

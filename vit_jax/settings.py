@@ -9,12 +9,13 @@ from typing import Any
 from vit_jax.data.host import resize, view
 from vit_jax.errors import UserError, unknown
 from vit_jax.fields import unknown_field
+from vit_jax.files import COMPILED_PROGRAMS
 from vit_jax.models import zoo
-from vit_jax.optimize import parallel
-from vit_jax.run import runtime
 
 TRAINERS = ("train", "evaluate", "inference_time")
 DTYPES = ("float32", "bfloat16", "float16")
+PARALLEL = ("pmap", "mesh")
+MESH_RULES = ("fsdp", "zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Mesh:
     data: int = -1  # copies of the state, each with a share of the batch
     fsdp: int = 1  # a share of the batch and of the state each
     tensor: int = 1  # a share of the heads and hidden units each
-    rules: str = "fsdp"  # or zero (gradients and optimiser only), see parallel.RULES
+    rules: str = "fsdp"  # or zero (gradients and optimiser only), see optimize/parallel.py
     more_rules: tuple[Any, ...] = ()  # (pattern, axes) that come before those
 
 
@@ -100,7 +101,7 @@ class Settings:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     remat: str = "none"  # or dots, full: what of a block is computed again rather than kept
     scan: bool = False  # compile one block and loop over it
-    compilation_cache: str | None = runtime.CACHE  # folder of compiled programs, which later runs take from there; "": none
+    compilation_cache: str | None = COMPILED_PROGRAMS  # folder of compiled programs, which later runs take from there; "": none
     # data
     dataset: str | None = None  # digits, a folder of images, or a name that tensorflow-datasets knows
     tfds_data_dir: str | None = None
@@ -176,8 +177,8 @@ class Settings:
             "changed_data": ("error", "accept"),
             "dtype": DTYPES,
             "optim_dtype": DTYPES,
-            "parallel": parallel.KINDS,
-            "mesh.rules": parallel.RULES,
+            "parallel": PARALLEL,
+            "mesh.rules": MESH_RULES,
             "remat": ("none", "dots", "full"),
             "loss": ("softmax", "sigmoid"),
             "nonfinite": ("stop", "skip"),

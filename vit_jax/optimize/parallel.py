@@ -317,7 +317,6 @@ class Mesh:
 
 
 Parallelism = Pmap | Mesh
-KINDS = ("pmap", "mesh")
 
 
 def check_batch(batch_size: int, accum_steps: int, shards: int) -> None:

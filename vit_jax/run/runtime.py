@@ -15,12 +15,10 @@ import jax
 import jaxlib
 
 from vit_jax.errors import UserError
-from vit_jax.files import write_atomically
+from vit_jax.files import COMPILED_PROGRAMS, write_atomically
 
 log = logging.getLogger("vit_jax")
 
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vit_jax", "xla")
-"""Where compiled programs are kept, unless `config.compilation_cache` says otherwise."""
 LIMIT = 2 * 2**30
 """Bytes that the folder may hold; a training step of B/16 takes one million."""
 
@@ -40,7 +38,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 """What JAX calls the event that a program has been compiled, or loaded."""
 
 
-def set_up(cache: str | None = CACHE) -> None:
+def set_up(cache: str | None = COMPILED_PROGRAMS) -> None:
     """`set_xla_flags`, `keep_compiled` …: what every command does before anything asks JAX for its devices."""
     allow_files()
     set_xla_flags()
@@ -94,7 +92,7 @@ def trim_memory() -> None:
         trim(0)
 
 
-def keep_compiled(folder: str | None = CACHE) -> None:
+def keep_compiled(folder: str | None = COMPILED_PROGRAMS) -> None:
     """Keeps every program that is compiled from now on in a folder, where the next process finds it; None or "": does not.
 
     JAX finds a program by its code, the version and flags of the compiler, and the features of the processor or the kind of

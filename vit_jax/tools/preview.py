@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vit_jax import overrides, tasks
 from vit_jax.data import loader, memory, sources
 from vit_jax.errors import UserError
+from vit_jax.files import COMPILED_PROGRAMS
 from vit_jax.run import runtime
 from vit_jax.run.start import find_origin
 from vit_jax.settings import Settings
@@ -97,7 +98,7 @@ def main() -> None:
         raise UserError(f"--{'config' if config is None else 'out'} is missing: --config=FILE[:ARG] --out=grid.png")
     if os.path.splitext(out)[1].lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out={out}: name a picture that ends in .png, .jpg or .webp")
-    runtime.set_up(config.get("compilation_cache", runtime.CACHE))
+    runtime.set_up(config.get("compilation_cache", COMPILED_PROGRAMS))
     picture = preview(Settings.from_config(config), rows=_ROWS.value, columns=_COLUMNS.value)
     try:
         picture.save(out)

@@ -255,26 +255,29 @@ def _resnet(name: str, *, dilated: bool = False) -> Fields:
     }
 
 
-def _yolos(width: int, num_heads: int, image_size: tuple[int, int], *, mid_positions: bool) -> Fields:
-    return {
+def _yolos(name: str, width: int, num_heads: int, image_size: tuple[int, int], *, mid: bool) -> tuple[str, Fields]:
+    return name, {
+        "model_name": name,
         "image_size": image_size,
         "width": width,
         "num_heads": num_heads,
         "mlp_dim": 4 * width,
         "num_layers": 12,
-        "mid_positions": mid_positions,
+        "mid_positions": mid,
     }
 
 
 _FRONT = r"(backbone|input_proj)/.*"
 DETR = Architecture(
     cls=Detr,
-    sizes={
-        "DETR-R50": _resnet("R50"),
-        "DETR-R50-DC5": _resnet("R50", dilated=True),
-        "DETR-R101": _resnet("R101"),
-        "DETR-R101-DC5": _resnet("R101", dilated=True),
-    },
+    sizes=dict(
+        [
+            _detr("DETR-R50", "R50"),
+            _detr("DETR-R50-DC5", "R50", dilated=True),
+            _detr("DETR-R101", "R101"),
+            _detr("DETR-R101-DC5", "R101", dilated=True),
+        ]
+    ),
     num_layers=lambda fields: fields["num_decoder_layers"],
     first=rf"{_FRONT}|query_embed|encoder/.*",
     block=r"decoder/layer_(\d+)/.*",
@@ -285,11 +288,13 @@ DETR = Architecture(
 )
 YOLOS = Architecture(
     cls=Yolos,
-    sizes={
-        "YOLOS-Ti": _yolos(192, 3, (800, 1333), mid_positions=False),
-        "YOLOS-S": _yolos(384, 6, (512, 864), mid_positions=True),
-        "YOLOS-B": _yolos(768, 12, (800, 1344), mid_positions=True),
-    },
+    sizes=dict(
+        [
+            _yolos("YOLOS-Ti", 192, 3, (800, 1333), mid=False),
+            _yolos("YOLOS-S", 384, 6, (512, 864), mid=True),
+            _yolos("YOLOS-B", 768, 12, (800, 1344), mid=True),
+        ]
+    ),
     num_layers=lambda fields: fields["num_layers"],
     first=r"(embedding/.*|cls|queries|pos_embedding|mid_pos_embedding)",
     block=r"block_(\d+)/.*",

@@ -247,12 +247,9 @@ def _grid(fields: Fields, image_size: tuple[int, int]) -> tuple[int, int]:
     return tuple(-(-length // stride) for length in image_size)
 
 
-def _resnet(name: str, *, dilated: bool = False) -> Fields:
-    return {
-        "body": {"resnet": {"num_layers": SIZES[name], "dilated": dilated}},
-        "num_encoder_layers": 6,
-        "num_decoder_layers": 6,
-    }
+def _detr(name: str, resnet: str, *, dilated: bool = False) -> tuple[str, Fields]:
+    body = {"resnet": {"num_layers": SIZES[resnet], "dilated": dilated}}
+    return name, {"model_name": name, "body": body, "num_encoder_layers": 6, "num_decoder_layers": 6}
 
 
 def _yolos(name: str, width: int, num_heads: int, image_size: tuple[int, int], *, mid: bool) -> tuple[str, Fields]:

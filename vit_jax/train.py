@@ -52,6 +52,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             log.info("start    from nothing, seed %d", settings.seed)
             state = start.new_state(experiment)
         workdirs.check_frozen(directory, start.frozen_fingerprints(experiment, state))
+        data = {"train": experiment.train_source.fingerprint(), "test": experiment.test_source.fingerprint()}
+        workdirs.check_data(directory, data, accept=settings.changed_data == "accept")
         done = int(experiment.parallelism.read(state.step))
 
         update = make_update(experiment)

@@ -140,3 +140,16 @@ def test_a_workdir_deleted_or_in_use_while_a_run_writes_to_it_is_one_message(
     assert refused
     assert "Traceback" not in (out := "".join(capfd.readouterr())), out
     assert not workdir.exists()
+
+
+def test_a_photo_more_is_noticed_when_a_run_is_started_again(undisturbed: Path, tmp_path: Path):
+    photos, workdir = undisturbed / "photos", tmp_path / "run"
+    shutil.copytree(undisturbed, workdir, ignore=shutil.ignore_patterns("photos"))
+    more = shutil.copy(photos / "train" / "a" / "0.png", photos / "train" / "a" / "more.png")
+    try:
+        with pytest.raises(UserError, match=r"(?s)train.count: 40 before, 41 now\n.*train.names: changed.*changed_data=accept"):
+            train_and_evaluate(recipe(photos), workdir)
+        train_and_evaluate(recipe(photos).to_dict() | {"changed_data": "accept"}, workdir)
+    finally:
+        Path(more).unlink()
+    assert "nothing to do" in (workdir / "train.log").read_text()

@@ -17,6 +17,7 @@ from vit_jax.data.digits import DigitsSource
 from vit_jax.data.host import view
 from vit_jax.data.host.decode import ImageError
 from vit_jax.data.memory import InMemory, kept_in_memory
+from vit_jax.tasks import classify
 
 SIZE = 20
 
@@ -56,7 +57,7 @@ BYTES = SIZE * 40 * 50 * 3
 
 
 def batches(source, steps=15, **options):
-    transform = functools.partial(view.train_image, crop=32)
+    transform = classify.make_train_example(functools.partial(view.train_image, crop=32), num_classes=2)
     with contextlib.closing(loader.train_batches(source, transform, batch_size=8, seed=1, **options)) as found:
         return list(itertools.islice(found, steps))
 

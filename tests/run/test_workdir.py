@@ -97,6 +97,12 @@ def test_what_does_not_change_what_is_learnt_may_change(used):
     assert {name: written(used)[name] for name in FREE} == FREE
 
 
+def test_more_steps_are_refused_with_how_to_train_longer(used):
+    more, fewer = (refusal(used, changed(total_steps=steps)) for steps in (15, 5))
+    assert f"--config.pretrained={used} --config.total_steps=5." in more and "To train longer" in more
+    assert "longer" not in fewer
+
+
 def test_without_results_the_folder_may_be_claimed_anew(tmp_path):
     claim(tmp_path, SETTINGS, CLASSES)
     (tmp_path / "checkpoints").mkdir()

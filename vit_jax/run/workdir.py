@@ -83,7 +83,20 @@ def _check_config(workdir: Path, config: dict[str, Any], noted: dict[str, Any] |
                 f"{workdir} belongs to a run with another config (- before, + now):\n"
                 + "\n".join(lines)
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
+                + _train_longer(workdir, old, new)
             )
+
+
+def _train_longer(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What to add where more steps are asked for: the rate of the old run followed its own number of steps."""
+    before, now = old.get("total_steps"), new.get("total_steps")
+    if not isinstance(before, int) or not isinstance(now, int) or now <= before:
+        return ""
+    return (
+        f"\nTo train longer, begin anew in another --workdir, since the learning rate followed the {before} steps; or go on"
+        f" there from this model, with a new head and a schedule of its own: --config.pretrained={workdir} "
+        f"--config.total_steps={now - before}."
+    )
 
 
 def origin(workdir: Path) -> Description | None:

@@ -1,9 +1,10 @@
 """Opens a checkpoint of any family: `open_checkpoint(source)` gives our parameters and a description of the model."""
 
+import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vit_jax.checkpoint.family import Facts, Family
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 GOOGLE = Family("Google npz", lambda swiglu: (), google.facts, normalize=google.normalize)
 log = logging.getLogger("vit_jax")
@@ -52,6 +53,26 @@ def _read(source: str | os.PathLike, *, online: bool = True) -> tuple[Path, Flat
     return path, readers.read(path)
 
 
+def _understood(open_: Callable[[Path, Flat], Opened]) -> Callable[[Path, Flat], Opened]:
+    """Makes a UserError of what parameters of other shapes than any model's raise where they are taken apart."""
+
+    @functools.wraps(open_)
+    def run(path: Path, arrays: Flat) -> Opened:
+        if empty := [name for name, x in arrays.items() if not x.size]:
+            shape = arrays[empty[0]].shape
+            raise UserError(f"{path}: {printable(empty[0])} has the shape {shape}: no parameter of a model is empty")
+        try:
+            return open_(path, arrays)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as e:
+            why = f"{type(e).__name__}: {printable(e)}"
+            raise UserError(f"{path}: its parameters, or their shapes, are those of no model known here ({why})") from e
+
+    return run
+
+
+@_understood
 def _open(path: Path, arrays: Flat) -> Opened:
     if detector := detectors.open_detector(path, arrays):
         return detector

@@ -312,3 +312,10 @@ def test_scores_of_every_token_classify_no_image(tmp_path):
     write_model(tmp_path / "model.npz", model=FIELDS | {"classifier": "token_unpooled"})
     with pytest.raises(UserError, match="scores every token .token_unpooled."):
         predict.load_classifier(tmp_path)
+
+
+def test_a_classifier_has_no_boxes_to_draw_and_no_threshold(workdir, photos):
+    with pytest.raises(UserError, match="--threshold means nothing to the task of this model"):
+        predict.main([f"--model={workdir}", "--threshold=0.5", str(photos[0])])
+    with pytest.raises(UserError, match="--draw: the task of this model has nothing to draw"):
+        predict.main([f"--model={workdir}", "--draw=out", str(photos[0])])

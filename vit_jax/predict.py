@@ -8,20 +8,22 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from PIL import Image
 
 from vit_jax import arguments, predictor
 from vit_jax.data.host.decode import decode
 from vit_jax.data.host.inputs import read_images
 from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
-from vit_jax.files import json_text, read_regular
+from vit_jax.files import json_text, read_regular, write_atomically
 from vit_jax.run import runtime
+from vit_jax.tasks.task import Shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, metavar="WORKDIR_OR_NPZ", help="the workdir of a run, or an .npz")
     parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
     parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
-    parser.add_argument("--top", type=int, help="how many classes to show (default 5)")
+    parser.add_argument("--top", type=int, help="how many answers to show, of a classifier (default 5)")
+    parser.add_argument("--threshold", type=float, help="the least score that is shown, of a detector (default 0.5)")
+    parser.add_argument("--draw", metavar="DIR", help="write pictures with what was found, of a task that has places for it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
     args = parser.parse_args(argv)
@@ -61,28 +65,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = list(find_images(args.images))
     size = args.size and predictor.parse_size(args.size)
     loaded = predictor.load(args.model, size=size, model_name=args.model_name, batch_size=min(args.batch, len(paths)))
-    show, options = loaded.task.show, {"top": args.top}
+    options = _options_of(loaded.task.show, {"top": args.top, "threshold": args.threshold})
+    width, count = max(len(shown(path)) for path in paths), 0
+    for path, image, outputs in _predicted(loaded, paths):
+        prediction = loaded.task.show(outputs, image.shape[:2], **options)
+        _print(path, prediction.json if args.json else prediction.text, width=width)
+        if args.draw:
+            _draw(Path(args.draw), f"{count}_{path.stem}.png", image, prediction)
+        count += 1
+    if failures := len(paths) - count:
+        print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _options_of(show: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """What was given of the options of a task's `show`. UserError for an option of another task."""
     known = inspect.signature(show).parameters
-    options = {name: value for name, value in options.items() if value is not None and name in known}
-    width = max(len(shown(path)) for path in paths)
-    failures = 0
+    given = {name: value for name, value in given.items() if value is not None}
+    if unused := [name for name in given if name not in known]:
+        raise UserError(f"--{unused[0]} means nothing to the task of this model")
+    return given
+
+
+def _predicted(
+    loaded: predictor.Predictor, paths: Sequence[Path]
+) -> Iterator[tuple[Path, UInt8[np.ndarray, "h w 3"], dict[str, np.ndarray]]]:
+    """(path, image, outputs) of every image that can be read; the others are named on stderr."""
     for i in range(0, len(paths), loaded.batch_size):
         readable = []
         for path in paths[i : i + loaded.batch_size]:
             try:
                 readable.append((path, decode(read_regular(path), exif_rotated=True)))
             except (UserError, OSError) as e:
-                failures += 1
                 print(f"error: {shown(path)}: {e}", file=sys.stderr)
-        if not readable:
-            continue
-        outputs = loaded([image for _, image in readable])
-        for row, (path, image) in enumerate(readable):
-            prediction = show({name: x[row] for name, x in outputs.items()}, image.shape[:2], **options)
-            _print(path, prediction.json if args.json else prediction.text, width=width)
-    if failures:
-        print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
-    return 1 if failures else 0
+        if readable:
+            outputs = loaded([image for _, image in readable])
+            for row, (path, image) in enumerate(readable):
+                yield path, image, {name: x[row] for name, x in outputs.items()}
+
+
+def _draw(folder: Path, name: str, image: UInt8[np.ndarray, "h w 3"], prediction: Shown) -> None:
+    if prediction.draw is None:
+        raise UserError("--draw: the task of this model has nothing to draw")
+    picture = prediction.draw(Image.fromarray(image))
+    write_atomically(folder / name, lambda f: picture.save(f, "PNG"))
 
 
 def _print(path: Path, prediction: dict[str, Any] | list[str], *, width: int) -> None:

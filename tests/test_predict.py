@@ -319,3 +319,24 @@ def test_a_classifier_has_no_boxes_to_draw_and_no_threshold(workdir, photos):
         predict.main([f"--model={workdir}", "--threshold=0.5", str(photos[0])])
     with pytest.raises(UserError, match="--draw: the task of this model has nothing to draw"):
         predict.main([f"--model={workdir}", "--draw=out", str(photos[0])])
+
+
+def test_a_head_of_sigmoids_gives_each_class_a_probability_for_itself(tmp_path, workdir, photos):
+    write_model(tmp_path / "model.npz", head="sigmoid")
+    images = [pixels(*SIZE, 3)]
+    odds = predict.load_classifier(workdir)(images)
+    each = predict.load_classifier(tmp_path)(images)
+    logits = np.log(each / (1 - each))
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), odds, atol=1e-5, rtol=0)
+    assert abs(each.sum() - 1) > 1e-2
+
+
+def test_mean_std_and_interpolation_can_be_set(tmp_path, workdir):
+    write_model(tmp_path / "model.npz", mean=[1.0, 2.0, 3.0], std=[90.0, 91.0, 92.0])
+    image = [pixels(*SIZE, 3)]
+    told = predict.load_classifier(workdir, mean=(1, 2, 3), std=(90, 91, 92), interpolation="bicubic")
+    np.testing.assert_array_equal(told(image), predict.load_classifier(tmp_path)(image))
+    assert told.predictor.description.preprocessing == {"interpolation": "bicubic", "antialias": True}
+    for bad in ("--mean=1,2", "--std=0,0,0", "--mean=a,b,c"):
+        with pytest.raises(UserError, match=bad.split("=")[0].strip("-")):
+            predict.main([f"--model={workdir}", bad, str(workdir / "model.npz")])

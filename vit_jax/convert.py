@@ -7,24 +7,28 @@ python -m vit_jax.convert hf://timm/vit_base_patch16_224.augreg_in21k B_16.npz -
 import functools
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from vit_jax import arguments, checkpoint, models
+from vit_jax.checkpoint import pixels
 from vit_jax.checkpoint.export import FORMATS
-from vit_jax.errors import command
+from vit_jax.data.host.view import eval_image
+from vit_jax.errors import command, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts, then reads the written file back and compares both models on a random image."""
+    """Converts, then reads the written files back and compares both models, and both ways that a photo takes to them."""
     parser = arguments.parser(__doc__)
     parser.add_argument("source", help="a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]")
     parser.add_argument("destination", help="a folder, or for npz a file")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the layout to write")
+    pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
-    opened = checkpoint.open_checkpoint(args.source)
+    opened = pixels.with_pixels(checkpoint.open_checkpoint(args.source), **pixels.pixel_options(args))
     print("\n".join(summary(opened)))
     written = checkpoint.write_checkpoint(opened, args.destination, args.to)
     print(f"wrote       {written}")
@@ -37,7 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not difference < 1e-4:
         print("error: the written file is another model", file=sys.stderr)
         return 1
+    if args.to == "dinov2":
+        print("photos      the layout tells nothing of them: whoever reads it decides how they are resized and normalised")
+        return 0
+    return _check_photo(opened, again, args.to)
+
+
+def _check_photo(opened: checkpoint.Opened, again: checkpoint.Opened, to: str) -> int:
+    """Compares what both files make of a photo of another size, and says what the other library does otherwise by itself."""
+    before, after = opened.description, again.description
+    size = tuple(round(1.7 * n) + 3 for n in before.image_size)
+    photo = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    fixed = {name: after.preprocessing.get(name, False) for name in ("antialias", "floor_crop")}
+    seen = [_pixels(photo, before, **fixed), _pixels(photo, after), _pixels(photo, before)]
+    name = "x".join(map(str, size))
+    if before.head != after.head or seen[0].shape != seen[1].shape or not np.abs(seen[0] - seen[1]).max() < 1e-4:
+        print(f"error: {to} makes something else of a photo of {name} px", file=sys.stderr)
+        return 1
+    print(f"photos      one of {name} px reaches both models as the same pixels")
+    if (difference := float(np.abs(seen[2] - seen[1]).mean())) > 1e-3:
+        shrunk = not before.preprocessing.get("antialias")
+        why = "photos are shrunk with antialiasing" if shrunk else "the middle is cut out at pixels rounded down"
+        print(f"            but in {to} {why}: on noise they differ by {difference:.2g} standard deviations")
     return 0
+
+
+def _pixels(photo: np.ndarray, description: checkpoint.Description, **changes: bool) -> np.ndarray:
+    """What the model sees of a photo."""
+    seen = eval_image(photo, crop=description.image_size, **{**description.preprocessing, **changes})
+    return (seen - np.float32(description.mean)) / np.float32(description.std)
 
 
 def summary(opened: checkpoint.Opened) -> list[str]:
@@ -52,11 +84,20 @@ def summary(opened: checkpoint.Opened) -> list[str]:
     lines = [
         f"source      {opened.path}",
         f"family      {opened.family}",
-        f"model       {d.model_type}: {', '.join(f'{k}={v}' for k, v in told.items())}",
+        *textwrap.wrap(
+            f"model       {d.model_type}: {', '.join(f'{k}={v}' for k, v in told.items())}",
+            100,
+            subsequent_indent=" " * 12,
+            break_on_hyphens=False,
+        ),
         f"parameters  {count:,}",
         f"image       {size} px, patches {grid}, mean {_short(d.mean)}, std {_short(d.std)} of 255",
     ]
-    classes = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    classes = ", ".join(map(printable, names[:4])) + (", …" if len(names) > 4 else "")
+    if d.preprocessing:
+        lines.append(f"photos      {', '.join(f'{name}={value}' for name, value in d.preprocessing.items() if value)}")
+    if d.head != "softmax" and names:
+        lines.append("head        a sigmoid for each class: probabilities do not sum to 1")
     return [*lines, f"classes     {f'{len(names)}: {classes}' if names else 'none, features only'}"]
 
 
@@ -66,7 +107,7 @@ def compare(a: checkpoint.Opened, b: checkpoint.Opened) -> float:
     for opened in (a, b):
         d = opened.description
         model = models.build(d.model_type, d.model)
-        image = np.random.default_rng(0).normal(size=(1, *a.description.image_size, 3)).astype(np.float32)
+        image = np.random.default_rng(0).normal(size=(1, *a.description.native_size, 3)).astype(np.float32)
         wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
         checkpoint.check_fit(opened.params, wanted, opened.path)
         method = "__call__" if d.model.get("num_classes") else "features"

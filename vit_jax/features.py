@@ -17,6 +17,7 @@ from safetensors.numpy import save as to_safetensors
 from tqdm import tqdm
 
 from vit_jax import arguments, predictor
+from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
 from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
@@ -37,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
     parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
+    pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
     out, size = _writable(args.out), args.size and predictor.parse_size(args.size)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
     runtime.set_up()
     paths = list(find_images(args.images))
-    loaded = predictor.load(args.model, size=size, head=False, batch_size=min(args.batch, len(paths)))
+    how = {"head": False, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
+    loaded = predictor.load(args.model, size=size, **how)
     read, outputs = _extract(loaded, paths, args.kind)
     failures = len(paths) - len(read)
     if failures:

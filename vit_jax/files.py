@@ -30,7 +30,7 @@ def read_regular(path: str | os.PathLike, most: int = 1 << 31) -> bytes:
             raise UserError(f"this is {kind}, not a file: only regular files are read")
         if status.st_size > most:
             raise UserError(f"the file has {status.st_size:,} bytes, allowed are {most:,}")
-        return f.read(most)
+        return f.read(min(most, status.st_size + 1))  # it takes memory for as many bytes as it may read
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

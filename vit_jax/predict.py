@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vit_jax import arguments, predictor
+from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
 from vit_jax.data.host.inputs import read_images
 from vit_jax.data.listing import find_images, shown
@@ -58,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", metavar="DIR", help="write pictures with what was found, of a task that has places for it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
+    pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
     if args.batch < 1 or (args.top is not None and args.top < 1):
         raise UserError(f"--top={args.top} and --batch={args.batch} must be at least 1")
     runtime.set_up()
     paths = list(find_images(args.images))
     size = args.size and predictor.parse_size(args.size)
-    loaded = predictor.load(args.model, size=size, model_name=args.model_name, batch_size=min(args.batch, len(paths)))
+    how = {"model_name": args.model_name, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
+    loaded = predictor.load(args.model, size=size, **how)
     options = _options_of(loaded.task.show, {"top": args.top, "threshold": args.threshold})
     width, count = max(len(shown(path)) for path in paths), 0
     for path, image, outputs in _predicted(loaded, paths):

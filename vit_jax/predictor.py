@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vit_jax import checkpoint, models, tasks
-from vit_jax.checkpoint import Description, describe
+from vit_jax.checkpoint import Description, describe, pixels
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.data.device import augment
 from vit_jax.errors import UserError
@@ -84,6 +84,7 @@ def load(
     model_name: str | None = None,
     head: bool = True,
     batch_size: int = 8,
+    interpolation: str | None = None,
     **changes: Any,
 ) -> Predictor:
     """The model in a workdir, or in anything that `checkpoint.open_checkpoint` reads.
@@ -95,12 +96,13 @@ def load(
       size: (h, w) of the images, if not the file's own; position embeddings are resampled by the rule of its family.
       model_name: insists on an architecture.
       head: False leaves the head out, for features alone.
+      interpolation: resizes photos so, antialiased, whatever the file says.
       changes: fields of the description to be set, such as mean and std.
 
     Raises:
       UserError: for a size that this model cannot have, and a file that does not fit what is said of it.
     """
-    opened = checkpoint.open_checkpoint(find_npz(source))
+    opened = pixels.with_pixels(checkpoint.open_checkpoint(find_npz(source)), interpolation=interpolation)
     description = dataclasses.replace(opened.description, **changes)
     if model_name:
         description = _insisted(description, model_name)
@@ -123,7 +125,7 @@ def load(
         description = _at_size(description, size)
     task = tasks.of_description(description)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
-    if size is None and head:
+    if size is None and head and tuple(description.image_size) == tuple(description.native_size):
         checkpoint.check_fit(opened.params, shapes, opened.path)
         params = opened.params
     else:
@@ -161,7 +163,8 @@ def _at_size(description: Description, size: tuple[int, int]) -> Description:
     """The description for images of this size: of a centre crop, the same part of the image is seen at any size."""
     how = dict(description.preprocessing)
     if how.get("resize_to"):
-        how["resize_to"] = round(how["resize_to"] * min(size) / min(description.image_size))
+        factor, sides = min(size) / min(description.image_size), how["resize_to"]
+        how["resize_to"] = round(sides * factor) if isinstance(sides, int) else tuple(round(n * factor) for n in sides)
     return dataclasses.replace(description, image_size=size, grid=None, preprocessing=how)
 
 

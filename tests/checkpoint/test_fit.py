@@ -31,7 +31,7 @@ def saved(folder, model, grid=(4, 4), *, described=False):
     path = folder / "file.npz"
     checkpoint.save(params_of(model, grid), path)
     if described:
-        rest = {"model_type": "ViT", "model": {}, "image_size": None, "mean": (), "std": (), "class_names": ()}
+        rest = {"model_type": "ViT", "model": {}, "image_size": None, "mean": (9, 9, 9), "std": (9, 9, 9), "class_names": ()}
         describe.write(path, describe.Description(**rest, grid=grid))
     return path
 

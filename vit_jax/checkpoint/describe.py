@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
+import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax import models
+from vit_jax.checkpoint.entries import Entries, parse_json
+from vit_jax.checkpoint.resize import RULES
+from vit_jax.data.host.resize import INTERPOLATIONS
+from vit_jax.errors import UserError, printable
 from vit_jax.files import json_text, write_atomically
 
 
@@ -25,7 +29,7 @@ class Description:
       mean, std: of the 0..255 pixels, by channel.
       class_names: in the order of the logits; () without a head.
       resize: the rule for position embeddings on another grid, see `resize.resize`.
-      preprocessing: keywords of `preprocess.eval_image`.
+      preprocessing: keywords of `view.eval_view` beside the crop, which is image_size.
       head: what a logit means, "softmax" (one class an image) or "sigmoid" (each class for itself).
       task: what the model was trained for, {"type": …} and the task's own entries.
       dataset, step, metrics: the training run, where there was one.
@@ -52,6 +56,30 @@ class Description:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
 
+    def check_sizes(self, flat: Mapping[str, Any], where: str | os.PathLike) -> None:
+        """Raises UserError for sizes that the arrays of the file leave no room for: nothing of such a model is made."""
+        widest = max(_HARMLESS, *(n for x in flat.values() for n in x.shape))
+        counts = ("num_layers", "num_blocks")
+        sizes = {**self.model, **{f"transformer.{n}": x for n, x in (self.model.get("transformer") or {}).items()}}
+        for name, size in sizes.items():
+            most = len(flat) if name.split(".")[-1] in counts else widest
+            if isinstance(size, int) and size > most:
+                raise UserError(
+                    f"{path_beside(where)}: model.{printable(name)} is {size:,}, and the parameters of {where} leave room for "
+                    f"at most {most:,}: this is the description of another file"
+                )
+        pairs = [tuple(self.model.get("patches", {}).get("size") or (1, 1)), self.image_size or (1, 1)]
+        if not self.model.get("resnet") and math.prod(n // p for p, n in zip(*pairs, strict=True)) > _MOST_PATCHES:
+            raise UserError(f"{path_beside(where)}: images of {self.image_size} cut into patches of {pairs[0]} are too many")
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(h, w) that the position embeddings are for, which need not be the size of the images."""
+        architecture = models.architecture_of(self.model_type)
+        if self.grid is None or tuple(architecture.grid(self.model, self.image_size)) == self.grid:
+            return self.image_size
+        return tuple(p * n for p, n in zip(self.model["patches"]["size"], self.grid, strict=True))
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object, of which `from_json` makes an equal description."""
         entries = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -61,16 +89,98 @@ class Description:
     def from_json(cls, content: Mapping[str, Any], where: str | os.PathLike) -> "Description":
         """The description in a JSON object that `where` holds; entries of other programs are ignored.
 
-        Raises UserError if something is missing.
+        Raises UserError if something is missing, of another kind, or out of bounds.
         """
         fields = dataclasses.fields(cls)
         required = {field.name for field in fields if field.default is field.default_factory}
         if missing := required - set(content):
             raise UserError(f"{where} does not describe a model: it lacks {', '.join(sorted(missing))}")
-        return cls(**{field.name: content[field.name] for field in fields if field.name in content})
+        entries = Entries(content, where)
+        model_type = entries.text("model_type", allowed=tuple(models.ARCHITECTURES))
+        task = entries.object("task", {"type": "classify"})
+        if "type" not in task:
+            raise entries.wrong("task", 'an object with a "type"')
+        task.text("type")
+        return cls(
+            model_name=entries.text("model_name", None),
+            model_type=model_type,
+            model=_model_fields(entries.object("model"), models.architecture_of(model_type)),
+            image_size=entries.size("image_size", None),
+            grid=entries.size("grid", None, most=1 << 20),
+            mean=entries.numbers("mean"),
+            std=entries.numbers("std", low=1e-3),
+            class_names=entries.names("class_names"),
+            resize=entries.text("resize", "bilinear", RULES),
+            preprocessing=_preprocessing(entries.object("preprocessing", {})),
+            head=entries.text("head", "softmax", HEADS),
+            task=task.content,
+            dataset=entries.text("dataset", None),
+            step=entries.whole("step", None, low=0, high=1 << 62),
+            metrics=entries.object("metrics").content if "metrics" in entries else None,
+        )
 
 
+def _model_fields(entries: Entries, architecture: models.Architecture) -> dict[str, Any]:
+    """The fields of a model, each of the kind that its class says. Names and what is missing are for `models.build`."""
+    _check_kinds(entries, architecture.cls)
+    nested = {name: entries.object(name) for name in architecture.nested if name in entries}
+    for name, inside in nested.items():
+        _check_kinds(inside, architecture.nested[name])
+    if "patches" in entries:
+        entries.object("patches").size("size", None)
+    width, heads = entries.get("hidden_size"), nested["transformer"].get("num_heads") if "transformer" in nested else None
+    if width and heads and width % heads:
+        raise nested["transformer"].wrong("num_heads", f"a divisor of hidden_size={width}")
+    return dict(entries.content)
+
+
+def _check_kinds(entries: Entries, cls: type) -> None:
+    for name, kind in typing.get_type_hints(cls).items():
+        if name in ("parent", "name") or name not in entries:
+            continue
+        if kind in (int, int | None):
+            entries.whole(name, None, low=0 if kind == (int | None) or name == "num_registers" else 1)
+        elif kind is float:
+            is_rate = name.endswith("_rate") or name == "stochastic_depth"
+            low, high = (0, 0.999) if is_rate else (1e-12, 1) if name == "norm_eps" else (-1e6, 1e6)
+            entries.number(name, None, low, high)
+        elif kind is bool:
+            entries.flag(name, None)
+        elif kind in (str, str | None):
+            entries.text(name, None)
+        elif name == "dtype":
+            entries.text(name, None, _DTYPES)
+        elif name == "constrain":
+            raise entries.wrong(name, "left out")
+        elif name == "num_layers" and not _are_units(entries.get(name)):
+            raise entries.wrong(name, "a list of at most 8 whole numbers from 1 to 200")
+
+
+def _are_units(value: Any) -> bool:
+    """Whether it is the number of units of each stage of a ResNet."""
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 < n <= 200 for n in value)
+
+
+def _preprocessing(entries: Entries) -> dict[str, Any]:
+    """Keywords of `view.eval_view`."""
+    entries.known(("resize_to", "interpolation", "antialias", "floor_crop"), "entry of preprocessing")
+    is_side = isinstance(entries.get("resize_to"), int)
+    read = {
+        "resize_to": entries.whole("resize_to", None, high=1 << 14) if is_side else entries.size("resize_to", None),
+        "interpolation": entries.text("interpolation", None, tuple(INTERPOLATIONS)),
+        "antialias": entries.flag("antialias", None),
+        "floor_crop": entries.flag("floor_crop", None),
+    }
+    if read["interpolation"] == "bicubic" and not read["antialias"]:
+        raise entries.wrong("antialias", "true for bicubic interpolation")
+    return {name: read[name] for name in entries.content}
+
+
+HEADS = ("softmax", "sigmoid")
 _TUPLES = ("image_size", "grid", "mean", "std", "class_names")
+_MOST_PATCHES = 1 << 16
+_HARMLESS = 1 << 16  # a size that may be wrong, and is then told by name and shape
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def path_beside(npz_path: str | os.PathLike) -> Path:
@@ -98,7 +208,9 @@ def read_json(npz_path: str | os.PathLike) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path))
+    except UserError:
+        raise
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is no valid JSON description of a model: {e}") from e
 

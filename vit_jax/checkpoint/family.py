@@ -1,12 +1,13 @@
 """What every family of checkpoints has in common: what is said of its model, and how its tokens are folded into ours."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.entries import Entries
 from vit_jax.checkpoint.rules import Flat, Rule
 from vit_jax.errors import UserError
 
@@ -20,7 +21,16 @@ IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file says of its model, a `model_type`; `image_size` is None if unknown, `resize` the rule for positions."""
+    """What a file says of its model.
+
+    Attributes:
+      model: the fields of `models.build`.
+      image_size: (h, w) that the position embeddings are for; None if unknown.
+      resize: the rule for position embeddings, see `POSITION_RULES`.
+      input_size: (h, w) that photos become, where that is another size.
+      assumed: what the file does not say and is taken for granted, to be told.
+      the others: see `describe.Description`.
+    """
 
     model: dict[str, Any]
     image_size: tuple[int, int] | None
@@ -29,6 +39,23 @@ class Facts:
     std: tuple[float, ...] = HALF[1]
     class_names: tuple[str, ...] | None = None
     model_type: str = "ViT"
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    head: str = "softmax"
+    input_size: tuple[int, int] | None = None
+    assumed: tuple[str, ...] = ()
+
+
+POSITION_RULES = {
+    "Google npz": "bilinear",
+    "Hugging Face ViT": "bicubic",
+    "Hugging Face DINOv2": "bicubic",
+    "Hugging Face DINOv2 with registers": "bicubic_antialias",
+    "timm ViT": "bicubic_antialias",
+    "DeiT III": "bicubic",
+    "DINOv2": "bicubic_offset",
+    "DINOv2 with registers": "bicubic_antialias",
+}
+"""How each project resamples position embeddings to another grid, see `resize.resize`: files of a kind follow it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,7 @@ class Family:
 
     Attributes:
       rules: the table, which depends on whether the MLPs are SwiGLU.
-      facts: (their flat names and arrays, their config) → what they say of the model.
+      facts: (their flat names and arrays, their config.json, their preprocessor_config.json) → what they say of the model.
       normalize: undoes prefixes and variants, so that the table's names remain.
       fold, unfold: between their tokens in front of the patches and ours (`fold_tokens`).
       export: (our description, our flat parameters) → their config files by name; None if the family is only read.
@@ -46,7 +73,7 @@ class Family:
 
     name: str
     rules: Callable[[bool], tuple[Rule, ...]]
-    facts: Callable[[Flat, Mapping[str, Any]], Facts]
+    facts: Callable[[Flat, Entries, Entries], Facts]
     normalize: Callable[[Flat], Flat] = dict
     fold: Callable[[Flat, Facts], Flat] = lambda flat, facts: flat
     unfold: Callable[[Flat], Flat] = dict

@@ -6,16 +6,16 @@ of the patches alone, and encoder blocks stacked along a first axis.
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint.family import POSITIONS, Facts, square_side, vit_fields
+from vit_jax.checkpoint.family import POSITION_RULES, POSITIONS, Facts, square_side, vit_fields
 from vit_jax.checkpoint.npz import canonical
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.models import resnet
 
+RULE = POSITION_RULES["Google npz"]
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
 
 
@@ -32,7 +32,7 @@ def normalize(flat: Flat) -> Flat:
     return flat
 
 
-def facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+def facts(flat: Flat, *_: Any) -> Facts:
     """Everything but the class names stands in the shapes; where the grid can be square, it is."""
     classes = flat["head/kernel"].shape[-1] if "head/kernel" in flat else None
     if "stem/kernel" in flat:
@@ -64,10 +64,10 @@ def facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
     )
     stride = resnet.stride(units) if hybrid else 1
     if POSITIONS not in flat:
-        return Facts(model, (224, 224), "bilinear")
+        return Facts(model, (224, 224), RULE)
     n = flat[POSITIONS].shape[1] - ("cls" in flat)
     side = math.isqrt(n)
-    return Facts(model, (side * p * stride, side * q * stride) if side * side == n else None, "bilinear")
+    return Facts(model, (side * p * stride, side * q * stride) if side * side == n else None, RULE)
 
 
 def _whole(x: float) -> float:
@@ -87,7 +87,7 @@ def _mixer_facts(flat: Flat, classes: int | None) -> Facts:
         "tokens_mlp_dim": tokens_mlp_dim,
         "channels_mlp_dim": flat["MixerBlock_0/channel_mixing/Dense_0/kernel"].shape[-1],
     }
-    return Facts(model, (side * p, side * q), "bilinear", model_type="Mixer")
+    return Facts(model, (side * p, side * q), RULE, model_type="Mixer")
 
 
 def _unstack(flat: Flat) -> Flat:

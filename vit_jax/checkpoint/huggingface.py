@@ -1,16 +1,19 @@
 """Hugging Face transformers' ViT, DeiT and DINOv2, in the names and shapes that `save_pretrained` writes."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax.checkpoint import rules
+from vit_jax.checkpoint import hf_pixels, rules
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.entries import Entries
 from vit_jax.checkpoint.family import (
     ATTENTION,
     BLOCK,
     HALF,
     IMAGENET,
+    POSITION_RULES,
     POSITIONS,
     Facts,
     Family,
@@ -71,17 +74,18 @@ def _strip(flat: Flat) -> Flat:
     return {_PREFIX.sub("", name).replace("cls_classifier.", "classifier."): x for name, x in flat.items()}
 
 
-def _vit_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+def _vit_facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
     pooler = flat.get("pooler.dense.weight")
-    if pooler is not None and config.get("pooler_act", "tanh") != "tanh":
-        raise UserError(f"pooler_act={config['pooler_act']!r} is not supported, only tanh")
+    if pooler is not None:
+        config.text("pooler_act", "tanh", ("tanh",))
     fields = {
         "representation_size": None if pooler is None else pooler.shape[0],
         "classifier": "distilled" if _DIST in flat and not _ignores_dist(flat) else "token",
         "num_registers": int(_ignores_dist(flat)),
     }
     transformer = {"mlp_dim": flat["encoder.layer.0.output.dense.weight"].shape[1]}
-    return _facts(flat, config, fields, transformer, "bicubic", IMAGENET if config["model_type"] == "deit" else HALF)
+    usual = IMAGENET if config.text("model_type") == "deit" else HALF
+    return _facts(flat, config, preprocessor, fields, transformer, POSITION_RULES["Hugging Face ViT"], usual)
 
 
 def _ignores_dist(flat: Flat) -> bool:
@@ -98,29 +102,26 @@ def _fold_vit(flat: Flat, facts: Facts) -> Flat:
     return flat | {"embeddings.register_tokens": flat.pop(_DIST)}
 
 
-def _dinov2_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
+def _dinov2_facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
     registers = flat["embeddings.register_tokens"].shape[1] if "embeddings.register_tokens" in flat else 0
     swiglu = "encoder.layer.0.mlp.weights_out.weight" in flat
     last = flat[f"encoder.layer.0.mlp.{'weights_out' if swiglu else 'fc2'}.weight"]
     transformer = {"layer_scale": True, "mlp_dim": last.shape[1]} | ({"activation": "swiglu"} if swiglu else {})
     fields = {"classifier": "cls_mean", "num_registers": registers}
-    return _facts(flat, config, fields, transformer, "bicubic_antialias" if registers else "bicubic_offset", IMAGENET)
+    rule = POSITION_RULES[f"Hugging Face DINOv2{' with registers' if registers else ''}"]
+    return _facts(flat, config, preprocessor, fields, transformer, rule, IMAGENET)
 
 
-def _facts(flat: Flat, config: Mapping[str, Any], fields: dict, transformer: dict, resize: str, normalisation) -> Facts:
-    activation = config.get("hidden_act", "gelu")
+def _facts(
+    flat: Flat, config: Entries, preprocessor: Entries, fields: dict, transformer: dict, resize: str, normalisation: tuple
+) -> Facts:
+    activation = config.get("hidden_act") or "gelu"
     if activation not in _ACTIVATIONS:
         raise UserError(f"hidden_act={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
-    size = config["image_size"]
-    height, width = (size, size) if isinstance(size, int) else map(int, size)
+    if "image_size" in config.content and config.get("image_size") is None:
+        raise config.wrong("image_size", "a number of pixels")
     d, _, p, q = flat["embeddings.patch_embeddings.projection.weight"].shape
-    labels = config.get("id2label") or {}
     classes = flat["classifier.weight"].shape[0] if "classifier.weight" in flat else None
-    preprocessor = config.get("preprocessor") or {}
-    mean, std = (
-        tuple(255 * x for x in preprocessor[key]) if key in preprocessor else default
-        for key, default in zip(("image_mean", "image_std"), normalisation, strict=True)
-    )
     model = vit_fields(
         num_classes=classes,
         hidden_size=d,
@@ -128,14 +129,45 @@ def _facts(flat: Flat, config: Mapping[str, Any], fields: dict, transformer: dic
         **fields,
         transformer={
             "num_layers": count_blocks(flat, "encoder.layer."),
-            "num_heads": int(config["num_attention_heads"]),
+            "num_heads": config.whole("num_attention_heads"),
             "activation": _ACTIVATIONS[activation],
-            "norm_eps": float(config["layer_norm_eps"]),
+            "norm_eps": config.number("layer_norm_eps", low=1e-16, high=1),
         }
         | transformer,
     )
-    names = tuple(labels[str(i)] for i in range(classes)) if classes and len(labels) == classes else None
-    return Facts(model, (height, width), resize, mean, std, names)
+    facts = Facts(
+        model,
+        config.size("image_size"),
+        resize,
+        *normalisation,
+        class_names=_label_names(config, classes) if classes else None,
+        head=_head(config),
+    )
+    if not preprocessor.content:
+        assumed = "no preprocessor_config.json lies beside it: mean, std, and whole images resized, are assumed"
+        return dataclasses.replace(facts, assumed=(assumed,))
+    pixels = hf_pixels.read(preprocessor, config.text("model_type"))
+    how = {"mean": pixels.mean, "std": pixels.std, "preprocessing": pixels.preprocessing, "input_size": pixels.size}
+    return dataclasses.replace(facts, **how)
+
+
+def _label_names(config: Entries, classes: int) -> tuple[str, ...] | None:
+    """The names in `id2label`, by number; None where there are none, or not for every column of the head."""
+    if "id2label" not in config:
+        return None
+    labels = config.object("id2label")
+    if len(labels.content) != classes:
+        return None
+    return tuple(labels.text(str(i)) for i in range(classes))
+
+
+def _head(config: Entries) -> str:
+    """What transformers' loss makes of a logit."""
+    problems = {"multi_label_classification": "sigmoid", "single_label_classification": "softmax"}
+    problem = config.text("problem_type", "single_label_classification")
+    if problem not in problems:
+        raise config.wrong("problem_type", f"one of {', '.join(problems)}: a head of another kind does not classify")
+    return problems[problem]
 
 
 def _number_or_list(size: Sequence[int]) -> int | list[int]:
@@ -150,7 +182,12 @@ def _export(description: Description, ours: Flat) -> dict[str, Any]:
     kind = ("dinov2_with_registers" if model.get("num_registers") else "dinov2") if dinov2 else "deit" if distilled else "vit"
     _check_expressible(model, description.grid, kind)
     names, head = description.class_names, "head/kernel" in ours
-    size = description.image_size
+    size = description.native_size
+    if not dinov2 and tuple(size) != tuple(description.image_size):
+        raise UserError(
+            f"transformers' {kind} takes images of {size} alone, as its position embeddings are for, and this model has "
+            f"{description.image_size}: convert with --to=npz"
+        )
     config = {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind][head]],
@@ -178,19 +215,9 @@ def _export(description: Description, ours: Flat) -> dict[str, Any]:
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
-    preprocessor = {
-        "image_processor_type": "DeiTImageProcessor" if kind == "deit" else "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size[0], "width": size[1]},
-        "resample": 2,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [x / 255 for x in description.mean],
-        "image_std": [x / 255 for x in description.std],
-    }
-    return {"config.json": config, "preprocessor_config.json": preprocessor}
+    if head and description.head == "sigmoid":
+        config |= {"problem_type": "multi_label_classification"}
+    return {"config.json": config, "preprocessor_config.json": hf_pixels.write(description, kind)}
 
 
 _ARCHITECTURES = {

@@ -1,19 +1,19 @@
 """Opens a checkpoint of any family: `open_checkpoint(source)` gives our parameters and a description of the model."""
 
 import functools
-import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoint import describe, detectors, google, huggingface, lora_file, readers, rules, timm
+from vit_jax.checkpoint import describe, detectors, google, huggingface, lora_file, readers, rules, timm, wrappers
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.family import Facts, Family
+from vit_jax.checkpoint.entries import Entries, read_object
+from vit_jax.checkpoint.family import POSITIONS, Facts, Family
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
@@ -50,7 +50,9 @@ def _open_base(adapter: lora_file.Adapter) -> Flat:
 def _read(source: str | os.PathLike, *, online: bool = True) -> tuple[Path, Flat]:
     path = fetch(source, online=online)
     path = next((path / name for name in ("model.npz", lora_file.FILE) if os.path.isfile(path / name)), path)
-    return path, readers.read(path)
+    if path.is_dir() and (saved := sorted(p for p in path.glob("checkpoint_*") if wrappers.FLAX.fullmatch(p.name))):
+        path = max(saved, key=lambda p: int(p.name.split("_")[1]))
+    return path, wrappers.read_flax(path) if wrappers.FLAX.fullmatch(path.name) else readers.read(path)
 
 
 def _understood(open_: Callable[[Path, Flat], Opened]) -> Callable[[Path, Flat], Opened]:
@@ -76,13 +78,16 @@ def _understood(open_: Callable[[Path, Flat], Opened]) -> Callable[[Path, Flat],
 def _open(path: Path, arrays: Flat) -> Opened:
     if detector := detectors.open_detector(path, arrays):
         return detector
-    theirs = {_bare(name): x for name, x in arrays.items()}
+    theirs = wrappers.unwrap(arrays, path)
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
+    folder = path if path.is_dir() else path.parent
     if family is GOOGLE:
         known = describe.read(path) if path.suffix == ".npz" else None
-        return Opened(path, family.name, theirs, known or _description(_facts(family, theirs, {}, path), path))
-    facts = _facts(family, theirs, _config_beside(path), path)
+        if known:
+            known.check_sizes(theirs, path)
+        return Opened(path, family.name, theirs, known or _description(_facts(family, theirs, folder, path), path))
+    facts = _facts(family, theirs, folder, path)
     transformer = facts.model["transformer"]
     ours = rules.read(
         family.rules(transformer["activation"] == "swiglu"),
@@ -91,24 +96,36 @@ def _open(path: Path, arrays: Flat) -> Opened:
         heads=transformer["num_heads"],
         where=str(path),
     )
+    if facts.assumed:
+        log.warning("opened   %s (%s): %s", path, family.name, "; ".join(facts.assumed))
+    _check_grid(ours, facts, path)
     return Opened(path, family.name, ours, _description(facts, path))
 
 
-def _facts(family: Family, theirs: Flat, config: Mapping[str, Any], path: Path) -> Facts:
+def _facts(family: Family, theirs: Flat, folder: Path, path: Path) -> Facts:
+    none = Entries({}, path)
+    files = (none, none)
+    if family is not GOOGLE:
+        files = read_object(folder / "config.json"), read_object(folder / "preprocessor_config.json")
     try:
-        return family.facts(theirs, config)
+        return family.facts(theirs, *files)
     except KeyError as e:
         raise UserError(f"{path} looks like {family.name}, but {e} is missing from its parameters or its config.json") from e
     except UserError as e:
-        raise UserError(f"{path}: {e}") from e
-    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise (e if str(folder) in str(e) else UserError(f"{path}: {e}")) from e
+    except (TypeError, ValueError, AttributeError, IndexError, StopIteration) as e:
         raise UserError(f"{path} looks like {family.name}, but its shapes or its config.json make no sense: {e}") from e
 
 
-def _bare(name: str) -> str:
-    for prefix in ("module.", "backbone."):
-        name = name.removeprefix(prefix)
-    return name
+def _check_grid(ours: Flat, facts: Facts, path: Path) -> None:
+    """Raises UserError unless the position embeddings are those of images of the size that is told."""
+    count = ours[POSITIONS].shape[1] - ("cls" in ours) - ("dist" in ours)
+    size, patch = facts.image_size, facts.model["patches"]["size"]
+    if math.prod(n // p for n, p in zip(size, patch, strict=True)) != count:
+        sizes = (f"{h}x{w}" for h, w in (size, patch))
+        raise UserError(
+            f"{path} holds {count} position embeddings of patches, which are not those of {' px cut into '.join(sizes)}"
+        )
 
 
 def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
@@ -118,7 +135,10 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
     if holds("embeddings.patch_embeddings.projection"):
         return huggingface.DINOV2 if holds("layer_scale1") else huggingface.VIT
     if "patch_embed.proj.weight" in names:
-        return timm.DINOV2 if holds("mask_token", "register_tokens", "mlp.w12") else timm.TIMM
+        if holds(".gamma_1"):
+            return timm.DEIT3
+        is_dinov2 = holds("register_tokens", "mlp.w12") or ("mask_token" in names and holds("ls1.gamma"))
+        return timm.DINOV2 if is_dinov2 else timm.TIMM
     if holds("encoderblock", "MixerBlock_", "bbox_embed/"):
         return GOOGLE
     sample = ", ".join(sorted(names)[:5])
@@ -126,24 +146,6 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
         f"{path} is of no family known here (Google or big_vision npz, transformers' ViT, DeiT and DINOv2, timm's ViT, "
         f"official DINOv2, DETR, YOLOS): its parameters are called {sample} …"
     )
-
-
-def _config_beside(path: Path) -> dict[str, Any]:
-    folder = path if path.is_dir() else path.parent
-    config = _json(folder / "config.json")
-    return config | {"preprocessor": _json(folder / "preprocessor_config.json")} if config else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path} is no valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def _description(facts: Facts, path: Path) -> Description:
@@ -157,9 +159,11 @@ def _description(facts: Facts, path: Path) -> Description:
         model_name=path.stem,
         model_type=facts.model_type,
         model=model,
-        image_size=size,
+        image_size=facts.input_size or size,
         grid=grid,
         resize=facts.resize,
+        preprocessing=facts.preprocessing,
+        head=facts.head,
         mean=facts.mean,
         std=facts.std,
         class_names=names or (),

@@ -99,7 +99,7 @@ def _read_file(path: Path) -> Arrays:
         return read_npz(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in _TORCH:
+    if path.suffix in _TORCH or path.name.endswith(".pth.tar"):
         return _read_torch(path)
     raise UserError(f"{_existing(path)} is no parameter file: use .npz, .safetensors, {', '.join(_TORCH)} or ….index.json")
 

@@ -1,19 +1,22 @@
 """timm's ViTs, and the official DINOv2 files, whose names differ from timm's in a few places only."""
 
+import dataclasses
 import logging
+import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vit_jax.checkpoint import rules
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.entries import Entries
 from vit_jax.checkpoint.family import (
     ATTENTION,
     BLOCK,
     HALF,
     IMAGENET,
+    POSITION_RULES,
     POSITIONS,
     Facts,
     Family,
@@ -24,7 +27,7 @@ from vit_jax.checkpoint.family import (
     with_mask_token,
 )
 from vit_jax.checkpoint.rules import Flat, Rule, rule
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 log = logging.getLogger("vit_jax")
 
@@ -91,32 +94,25 @@ def _published_heads(d: int) -> int:
     return 16 if d in (1152, 1280, 1408, 1664) else d // 64  # so400m, H, g and G; the others have heads of 64
 
 
-def _timm_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
-    args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or config
-    if not args and _UNTOLD.search(config.get("architecture", "")):
-        raise UserError(f"{config['architecture']} is another model than its shapes tell, and config.json lacks model_args")
-    sizes = _sizes(flat, args.get("num_heads"))
+def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
+    args = config.object("model_args", {})
+    cfg = config.object("pretrained_cfg") if "pretrained_cfg" in config else config
+    architecture = config.text("architecture", "")
+    if not args.content and _UNTOLD.search(architecture):
+        raise UserError(f"{printable(architecture)} is another model than its shapes tell, and config.json lacks model_args")
+    sizes = _sizes(flat, args.whole("num_heads", None))
     transformer = sizes["transformer"]
     activation = args.get("act_layer")
     if transformer["activation"] == "gelu" and activation not in (None, *_ACTIVATIONS):
         raise UserError(f"act_layer={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
-    if activation in _ACTIVATIONS:
+    if transformer["activation"] == "gelu" and activation:
         transformer["activation"] = _ACTIVATIONS[activation]
     pool = args.get("global_pool") or config.get("global_pool") or ("avg" if "fc_norm.weight" in flat else "token")
     if pool not in ("token", "avg", "") or args.get("pool_include_prefix"):
         raise UserError(f"pooling by {pool!r}, or over all tokens, is not supported, only 'token' and 'avg' of the patches")
     distilled = "dist_token" in flat
     classifier = "distilled" if distilled else "gap" if pool == "avg" or "cls_token" not in flat else "token"
-    p, q = sizes["patches"]["size"]
-    size = args.get("img_size") or (cfg.get("input_size") or (None, None))[1:]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    positions = flat["pos_embed"].shape[1]
     registers = flat["reg_token"].shape[1] if "reg_token" in flat else 0
-    first = ("cls_token" in flat) + distilled
-    prefix = {0, first, first + registers}
-    if None in size or (size[0] // p) * (size[1] // q) not in {positions - n for n in prefix}:
-        side = next((n for n in (positions - k for k in sorted(prefix, reverse=True)) if round(n**0.5) ** 2 == n), positions)
-        size = (square_side(side, "the file") * p, square_side(side, "the file") * q)
     model = vit_fields(
         **sizes,
         num_classes=flat["head.weight"].shape[0] if "head.weight" in flat else None,
@@ -125,10 +121,80 @@ def _timm_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
         fc_norm="fc_norm.weight" in flat,
         num_registers=registers + (classifier == "gap" and "cls_token" in flat),
     )
+    size = _image_size(flat, args, cfg, sizes["patches"]["size"], ("cls_token" in flat) + distilled, registers)
     usual = IMAGENET if distilled else HALF
-    mean, std = (tuple(255 * x for x in cfg[k]) if k in cfg else d for k, d in zip(("mean", "std"), usual, strict=True))
-    names = config.get("label_names") or cfg.get("label_names")
-    return Facts(model, size, "bicubic_antialias", mean, std, tuple(names) if names else None)
+    mean, std = (cfg.numbers(name, None) for name in ("mean", "std"))
+    told = f"{_pixels(usual)} are assumed; --mean and --std set others (DeiT, DINO, MAE: ImageNet's)"
+    assumed = () if mean and std else (f"no config.json tells mean and std: {told}",)
+    return Facts(
+        model,
+        size,
+        POSITION_RULES["timm ViT"],
+        tuple(255 * x for x in mean) if mean else usual[0],
+        tuple(255 * x for x in std) if cfg.numbers("std", None, low=1e-6) else usual[1],
+        config.names("label_names", None) or cfg.names("label_names", None),
+        preprocessing=_preprocessing(cfg, size) if "input_size" in cfg else {},
+        assumed=assumed,
+    )
+
+
+def _pixels(normalisation: tuple) -> str:
+    return " and ".join(" ".join(f"{x:g}" for x in dict.fromkeys(part)) for part in normalisation)
+
+
+def _named_as_timm(flat: Flat) -> Flat:
+    """The official DeiT III keeps LayerScale as gamma_1 and gamma_2 of a block."""
+    return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): x for name, x in flat.items()}
+
+
+def _deit3_facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
+    facts = _timm_facts(flat, config, preprocessor)
+    if not facts.assumed:
+        return facts
+    assumed = ("ImageNet's mean and std are assumed, as in its code",)
+    return dataclasses.replace(facts, mean=IMAGENET[0], std=IMAGENET[1], resize=POSITION_RULES["DeiT III"], assumed=assumed)
+
+
+def _image_size(flat: Flat, args: Entries, cfg: Entries, patch: tuple[int, int], first: int, registers: int) -> tuple[int, int]:
+    """The size that the position embeddings are for: as told, if they fit, or else a square."""
+    size = args.size("img_size", None)
+    if "input_size" in cfg:
+        told = cfg.get("input_size")
+        if not isinstance(told, list) or len(told) != 3:
+            raise cfg.wrong("input_size", "channels, height and width")
+        size = size or Entries({"input_size": told[1:]}, cfg.where, cfg.prefix).size("input_size")
+    positions = flat["pos_embed"].shape[1]
+    prefix = {0, first, first + registers}
+    (p, q) = patch
+    if size is None or (size[0] // p) * (size[1] // q) not in {positions - n for n in prefix}:
+        side = next((n for n in (positions - k for k in sorted(prefix, reverse=True)) if round(n**0.5) ** 2 == n), positions)
+        size = (square_side(side, "the file") * p, square_side(side, "the file") * q)
+    return size
+
+
+def _preprocessing(cfg: Entries, size: tuple[int, int]) -> dict[str, Any]:
+    """What timm's evaluation does to a photo: the shorter side resized to size / crop_pct, the middle cut out, or squashed."""
+    interpolation = cfg.text("interpolation", "bicubic", ("bilinear", "bicubic"))
+    mode = cfg.text("crop_mode", "center", ("center", "squash"))
+    share = cfg.number("crop_pct", 0.875, 0.1, 1.0)
+    scaled = tuple(math.floor(n / share) for n in size)
+    resize_to = (None if scaled == size else scaled) if mode == "squash" else min(scaled)
+    return {"resize_to": resize_to, "interpolation": interpolation, "antialias": True}
+
+
+def _crop(description: Description) -> dict[str, Any]:
+    """The entries of timm's pretrained_cfg that `_preprocessing` reads. Raises UserError for what they cannot say."""
+    size, how = description.image_size, description.preprocessing
+    resize_to = how.get("resize_to")
+    entries = {"interpolation": how.get("interpolation", "bilinear")}
+    if resize_to is None:
+        return entries | {"crop_pct": 1.0, "crop_mode": "squash"}
+    is_side = isinstance(resize_to, int)
+    share = min(size) / ((resize_to if is_side else min(resize_to)) + 0.5)
+    entries |= {"crop_pct": share, "crop_mode": "center" if is_side else "squash"}
+    if _preprocessing(Entries(entries, "timm"), size)["resize_to"] != resize_to:
+        raise UserError(f"timm cannot resize to {resize_to} and cut out {size[0]}x{size[1]}: convert with --to=npz")
+    return entries
 
 
 def _fold(flat: Flat, facts: Facts) -> Flat:
@@ -146,13 +212,13 @@ def _fold(flat: Flat, facts: Facts) -> Flat:
     )
 
 
-def _dinov2_facts(flat: Flat, config: Mapping[str, Any]) -> Facts:
-    sizes = _sizes(flat, config.get("num_attention_heads"))
+def _dinov2_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
+    sizes = _sizes(flat, config.whole("num_attention_heads", None))
     p, q = sizes["patches"]["size"]
     side = square_side(flat["pos_embed"].shape[1] - 1, "the file")
     registers = flat["register_tokens"].shape[1] if "register_tokens" in flat else 0
     model = vit_fields(**sizes, num_classes=None, classifier="cls_mean", num_registers=registers)
-    return Facts(model, (side * p, side * q), "bicubic_antialias" if registers else "bicubic_offset", *IMAGENET)
+    return Facts(model, (side * p, side * q), POSITION_RULES[f"DINOv2{' with registers' if registers else ''}"], *IMAGENET)
 
 
 def _unchunk(flat: Flat) -> Flat:
@@ -170,6 +236,7 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
         "registers beside a distillation token": classifier == "distilled" and model.get("num_registers"),
         "resnet": model.get("resnet") is not None,
         "pre_logits": model.get("representation_size"),
+        "a head of sigmoids, one a class": description.head == "sigmoid" and "head/kernel" in ours,
         "a head on class token and mean": classifier == "cls_mean" and "head/kernel" in ours,
         f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
     }
@@ -179,7 +246,7 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
     if wrong := [name for name, fault in faults.items() if fault]:
         raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
     p = model["patches"]["size"]
-    size, d = tuple(description.image_size), model["hidden_size"]
+    size, d = description.native_size, model["hidden_size"]
     pool = "avg" if classifier == "gap" else "token"
     activation = transformer.get("activation", "gelu_tanh")
     architecture = {"swiglu": "vit_giant_patch14_dinov2"}.get(activation, "vit_base_patch16_224")
@@ -202,8 +269,7 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
         "input_size": (3, *size),
         "mean": [x / 255 for x in description.mean],
         "std": [x / 255 for x in description.std],
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
+        **_crop(description),
         "num_classes": model.get("num_classes") or 0,
         "pool_size": None,
         "first_conv": "patch_embed.proj",
@@ -254,6 +320,7 @@ def _export_dinov2(description: Description, ours: Flat) -> dict[str, Any]:
 
 
 TIMM = Family("timm ViT", lambda swiglu: _TIMM, _timm_facts, fold=_fold, unfold=_unfold, export=_export_timm)
+DEIT3 = dataclasses.replace(TIMM, name="DeiT III", normalize=_named_as_timm, facts=_deit3_facts, export=None)
 DINOV2 = Family(
     "DINOv2",
     lambda swiglu: _DINOV2_SWIGLU if swiglu else _DINOV2,

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import logging
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,10 @@ MOST = 2 << 20  # bytes of pickle: a tensor takes 200 of them
 _AXES = 64  # as many as NumPy knows
 _LONGEST_KEY = 1000
 _PLACES = ("model", "state_dict", "teacher")
+_AVERAGES = ("model_ema", "state_dict_ema", "ema")  # taken where none of the former is there
+
+
+log = logging.getLogger("vit_jax")
 
 
 class Storage(NamedTuple):
@@ -49,7 +54,8 @@ class Tensor(NamedTuple):
 def state_dict(path: Path, data: bytes) -> Mapping[str, Tensor]:
     """The dict of tensors that is pickled in `data`, the `data.pkl` of the torch file at `path`.
 
-    It may stand alone under one of 'model', 'state_dict' and 'teacher'. Raises UserError for names other than those of
+    It may stand alone under one of 'model', 'state_dict' and 'teacher', or else of averages: 'model_ema', 'state_dict_ema',
+    'ema'. Raises UserError for names other than those of
     tensors, and where there is not exactly one such dict; damaged bytes raise anything. `data` of `MOST` bytes takes
     5 seconds and 200 MB at most, whatever it says.
     """
@@ -62,8 +68,11 @@ def state_dict(path: Path, data: bytes) -> Mapping[str, Tensor]:
     if _is_state(tree):
         return tree
     inside = tree if isinstance(tree, dict) else {}
-    found = [key for key in _PLACES if _is_state(inside.get(key))]
+    states = [key for key in (*_PLACES, *_AVERAGES) if _is_state(inside.get(key))]
+    found = [key for key in states if key in _PLACES] or states
     if len(found) == 1:
+        if left := [str(key) for key in inside if key != found[0]]:
+            log.info("opened   %s: %r is taken, left is %s", path, found[0], printable(", ".join(left)))
         return inside[found[0]]
     kinds = [f"{key!r}: {'tensors' if _is_state(x) else type(x).__name__}" for key, x in itertools.islice(inside.items(), 10)]
     raise UserError(

@@ -6,6 +6,7 @@ later, on the device.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import cv2
@@ -187,23 +188,29 @@ def eval_view(
     size: tuple[int, int],
     *,
     crop: int | tuple[int, int],
-    resize_to: int | None = None,
+    resize_to: int | tuple[int, int] | None = None,
     interpolation: str = "bilinear",
     antialias: bool = False,
+    floor_crop: bool = False,
 ) -> View:
     """Returns the view of an image of `size` (h, w) that a model gets in evaluation: `crop` pixels (a side, or (h2, w2)).
 
     Without `resize_to` the whole image is resized to them, as the published evaluation of Google's ViTs does. With it, as
     in torchvision's: resized to a shorter side of `resize_to`, the middle cut out. Of a `crop` that is no square,
-    `resize_to` is for the shorter side, and the image is resized to cover a box of its aspect.
+    `resize_to` is for the shorter side, and the image is resized to cover a box of its aspect. With a pair (h, w) the image
+    is resized to just that. Half a pixel at the cut is rounded to even as by torchvision, or down with `floor_crop` as by
+    transformers.
     """
     crop, how = _pair(crop), {"interpolation": interpolation, "antialias": antialias}
     if resize_to is None:
         return View(size, Box(0, 0, *size), crop, **how)
-    if resize_to < min(crop):
+    is_side = isinstance(resize_to, int)
+    if resize_to < min(crop) if is_side else resize_to[0] < crop[0] or resize_to[1] < crop[1]:
         raise UserError(f"a crop of {crop[0]} x {crop[1]} does not fit into a shorter side of {resize_to}: resize to more")
-    resized = cover(size, tuple(round(resize_to * side / min(crop)) for side in crop))
-    top, left = (round((have - want) / 2) for have, want in zip(resized, crop, strict=True))
+    box = tuple(round(resize_to * side / min(crop)) for side in crop) if is_side else tuple(resize_to)
+    resized = cover(size, box) if is_side else box
+    halved = math.floor if floor_crop else round
+    top, left = (halved((have - want) / 2) for have, want in zip(resized, crop, strict=True))
     return View(size, Box(0, 0, *size), resized, cut=Box(top, left, *crop), **how)
 
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m vit_jax.demo
@@ -12,6 +12,9 @@ test: .venv/installed-test
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
+
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {v}: make PYTHON=python3.12 …")'
@@ -25,5 +28,9 @@ lint: .venv/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 
+.venv/installed-docs: .venv/installed pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -54,7 +54,8 @@ def eval_image(settings: Settings) -> Callable:
 def preprocessing(settings: Settings) -> dict[str, Any]:
     """The keywords of `view.eval_image` that do not follow from the model."""
     pp = settings.pp
-    return {"resize_to": pp.eval_resize, "interpolation": pp.interpolation, "antialias": pp.antialias}
+    names = ("interpolation", "antialias", "floor_crop")
+    return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names}
 
 
 def make_augment(settings: Settings) -> Callable:

@@ -124,11 +124,12 @@ def _bytes_on_first_device(tree) -> int:
 
 
 def main() -> None:
-    cluster.join()
     out = Path(sys.argv[1])
+    begun = [parallelism for parallelism in sys.argv[2:] if (out / parallelism).exists()]  # before any process writes
+    cluster.join()
     for parallelism in sys.argv[2:]:
         batches: list[dict] = []
-        go_on = (out / parallelism).exists()
+        go_on = parallelism in begun
         found = run(parallelism, workdir=out / parallelism, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)
         seeds = np.stack([batch["seed"] for batch in batches[:STEPS]])
         np.savez(out / f"{parallelism}_{jax.process_index()}.npz", **found, seeds=seeds)

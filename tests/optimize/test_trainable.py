@@ -1,6 +1,7 @@
 """Freezing and LoRA: what is trained, what stays bit for bit, and that A·B is the change of the layer's own linear map."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import linen as nn
 from tests.models import small
 from vit_jax import models
 from vit_jax.errors import UserError
-from vit_jax.models import linear
+from vit_jax.models import attention, linear
 from vit_jax.optimize import trainable
 
 IMAGES = small.random_images(16, 16)
@@ -116,19 +117,30 @@ def test_the_model_starts_as_it_was_and_a_is_uniform_as_in_torchs_linear(base):
 def unmerged(model, params, lora, factor, images):
     """Logits where each changed layer adds factor · (x·A)·B to its own output."""
 
+    def change(path, x):
+        a, b = lora[f"{path}/a"], lora[f"{path}/b"]
+        return factor * jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
+
     def add(layer, args, kwargs, context):
         y = layer(*args, **kwargs)
         path = "/".join(context.module.path)
         if context.method_name != "__call__" or f"{path}/a" not in lora:
             return y
-        x, a, b = args[0], lora[f"{path}/a"], lora[f"{path}/b"]
+        x = args[0]
         if getattr(context.module, "activation", None):
             x = linear.activate(x, context.module.activation)
         if path == "embedding":
             x = x.reshape(len(x), x.shape[1] // 8, 8, x.shape[2] // 8, 8, 3).swapaxes(2, 3)
-        return y + factor * jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
+        return y + change(path, x)
 
-    with nn.intercept_methods(add), jax.default_matmul_precision("highest"):
+    def project(x, maps):
+        """Queries, keys and values are one product of three layers, which are not called by themselves."""
+        outputs, paths = attention_project(x, maps), ["/".join(f.path) for f in maps]
+        return tuple(y + change(path, x) if f"{path}/a" in lora else y for y, path in zip(outputs, paths, strict=True))
+
+    attention_project = attention.project
+    patch = mock.patch.object(attention, "project", project)
+    with nn.intercept_methods(add), patch, jax.default_matmul_precision("highest"):
         return jax.device_get(jax.jit(model.apply)({"params": params}, images))
 
 

@@ -70,6 +70,6 @@ def test_a_shorter_side_survives_in_both_layouts(tmp_path, to, resize_to):
 
 def test_what_transformers_cannot_say_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot resize to a shorter side of 40 and cut out 24x32"):
-        tiny_files.write(tmp_path, "hf", preprocessing={"resize_to": 40}, image_size=(24, 32))
+        tiny_files.write(tmp_path, "hf", preprocessing={"resize_to": 40}, image_size=(24, 32), grid=(3, 4))
     with pytest.raises(UserError, match="timm.* a head of sigmoids"):
         tiny_files.write(tmp_path, "timm", head="sigmoid")

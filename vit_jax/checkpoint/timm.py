@@ -176,7 +176,7 @@ def _preprocessing(cfg: Entries, size: tuple[int, int]) -> dict[str, Any]:
     """What timm's evaluation does to a photo: the shorter side resized to size / crop_pct, the middle cut out, or squashed."""
     interpolation = cfg.text("interpolation", "bicubic", ("bilinear", "bicubic"))
     mode = cfg.text("crop_mode", "center", ("center", "squash"))
-    share = cfg.number("crop_pct", 0.875, 0.1, 1.0)
+    share = cfg.number("crop_pct", 0.875, 0.05, 1.0)
     scaled = tuple(math.floor(n / share) for n in size)
     resize_to = (None if scaled == size else scaled) if mode == "squash" else min(scaled)
     return {"resize_to": resize_to, "interpolation": interpolation, "antialias": True}

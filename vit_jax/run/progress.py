@@ -40,8 +40,8 @@ def log_setup(experiment: Experiment) -> None:
 
     train, test = experiment.train_source, experiment.test_source
     sizes = f"{len(train):,} images of {settings.pp.train}, {len(test):,} of {settings.pp.test}"
-    offered = ", ".join(str(feature) for feature in train.features.values() if str(feature))
-    log.info("data     %s: %s, %s", settings.dataset, sizes, offered)
+    classes = f", {train.num_classes} classes" if train.num_classes else ""
+    log.info("data     %s: %s%s", settings.dataset, sizes, classes)
 
     trained, frozen = split_params(experiment, shapes)
     if frozen:

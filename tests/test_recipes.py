@@ -18,6 +18,7 @@ from configs import (
     augreg_pretrain,
     common,
     deit3,
+    detect,
     distill,
     gsam,
     inference_time,
@@ -100,6 +101,17 @@ def assert_only_the_head_changed(workdir: Path, before: dict[str, np.ndarray], c
     assert all(np.isfinite(x).all() for x in after.values())
     assert tiny.metrics(workdir, "train_loss")[1] == pytest.approx(np.log(classes), abs=1e-5)
     assert 0 <= tiny.metrics(workdir, "accuracy_test")[1] <= 1
+
+
+def test_detect_takes_a_step(tmp_path):
+    config = detect.get_config()
+    config.update(SMALL | {"pp": {"train": "train[:8]", "test": "test[:5]"}})
+    config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
+    del config.model.body.vit.resnet
+    config.model.body.vit.transformer.update(ENCODER)
+    train_and_evaluate(config, tmp_path)
+    assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
+    assert 0 <= tiny.metrics(tmp_path, "AP_test")[1] <= 1
 
 
 # From nothing, on the ten digits

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import configs.detect
 from tests import tiny
 from vit_jax import predictor, tasks, train
 from vit_jax.run import experiment as experiments
@@ -36,7 +37,18 @@ def distill(tmp_path):
     return c
 
 
-RECIPES = {"classify": classify, "distill": distill}
+def detect(tmp_path):
+    """Batches with other numbers of boxes on every device."""
+    c = configs.detect.get_config()
+    c.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}, "position_embedding": "sincos2d"})
+    del c.model.body.vit.resnet
+    c.model.body.vit.transformer.update({"num_layers": 1, "mlp_dim": 16, "num_heads": 2})
+    c.pp.update({"train": "train[:100]", "test": "test[:7]"})
+    c.update({"batch": 16, "batch_eval": 8, "progress_every": 1})
+    return c
+
+
+RECIPES = {"classify": classify, "detect": detect, "distill": distill}
 """By type, the smallest recipe of a task: (folder for what it needs) → config. A new task adds a line."""
 
 

@@ -69,7 +69,11 @@ class Description:
                     f"at most {most:,}: this is the description of another file"
                 )
         pairs = [tuple(self.model.get("patches", {}).get("size") or (1, 1)), self.image_size or (1, 1)]
-        if not self.model.get("resnet") and math.prod(n // p for p, n in zip(*pairs, strict=True)) > _MOST_PATCHES:
+        if (
+            "patches" in self.model
+            and not self.model.get("resnet")
+            and math.prod(n // p for p, n in zip(*pairs, strict=True)) > _MOST_PATCHES
+        ):
             raise UserError(f"{path_beside(where)}: images of {self.image_size} cut into patches of {pairs[0]} are too many")
 
     @property
@@ -134,12 +138,15 @@ def _model_fields(entries: Entries, architecture: models.Architecture) -> dict[s
     return dict(entries.content)
 
 
+_MAY_BE_0 = ("num_registers", "num_encoder_layers")
+
+
 def _check_kinds(entries: Entries, cls: type) -> None:
     for name, kind in typing.get_type_hints(cls).items():
         if name in ("parent", "name") or name not in entries:
             continue
         if kind in (int, int | None):
-            entries.whole(name, None, low=0 if kind == (int | None) or name == "num_registers" else 1)
+            entries.whole(name, None, low=0 if kind == (int | None) or name in _MAY_BE_0 else 1)
         elif kind is float:
             is_rate = name.endswith("_rate") or name == "stochastic_depth"
             low, high = (0, 0.999) if is_rate else (1e-12, 1) if name == "norm_eps" else (-1e6, 1e6)

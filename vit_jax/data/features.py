@@ -29,7 +29,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class Boxes:
-    """`boxes`: float32 (n, 4), x0 y0 x1 y1 in pixels of the upright image; `box_labels`: (n,), numbers of these classes."""
+    """`boxes`: float32 (n, 4), x0 y0 x1 y1 in pixels of the upright image; `box_labels`: (n,), numbers of these classes;
+    `box_crowd`: bool (n,), what an evaluation ignores and training leaves out.
+    """
 
     names: tuple[str, ...]
 
@@ -94,7 +96,7 @@ def example(features: Mapping[str, Feature]) -> dict[str, Any]:
         Image: {"image": np.zeros((8, 8, 3), np.uint8)},
         Label: {"label": 0},
         Labels: {"labels": (0,)},
-        Boxes: {"boxes": np.zeros((0, 4), np.float32), "box_labels": np.zeros(0, np.int32)},
+        Boxes: {"boxes": np.zeros((0, 4), np.float32), "box_labels": np.zeros(0, np.int32), "box_crowd": np.zeros(0, bool)},
         Segmentation: {"segmentation": np.zeros((8, 8), np.uint8)},
         Text: {"text": ("",)},
     }

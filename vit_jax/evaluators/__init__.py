@@ -12,13 +12,14 @@ from typing import Any
 
 from vit_jax import options
 from vit_jax.errors import UserError, unknown
-from vit_jax.evaluators import calibration, classify, fewshot, knn, probe
+from vit_jax.evaluators import calibration, classify, detect, fewshot, knn, probe
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment, model_params
 
 TYPES: dict[str, ModuleType] = {
     "calibration": calibration,
     "classify": classify,
+    "detect": detect,
     "fewshot": fewshot,
     "knn": knn,
     "probe": probe,

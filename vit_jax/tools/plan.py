@@ -221,14 +221,15 @@ class _Unseen:
 
     def __init__(self, num_classes: int):
         self.num_classes, self.class_names = num_classes, tuple(map(str, range(num_classes)))
-        self.features = {"image": features.Image(), "label": features.Label(self.class_names)}
+        names = self.class_names
+        self.features = {"image": features.Image(), "label": features.Label(names), "boxes": features.Boxes(names)}
 
 
 def build(settings: Settings, num_classes: int) -> Experiment:
     """The experiment of a recipe, without its data; see `make_plan` for `num_classes`."""
 
     def get_source(dataset: str, split: str, **where: Any) -> sources.Source | _Unseen:
-        if dataset.startswith("digits") or os.path.isdir(os.path.expanduser(dataset)):
+        if dataset.startswith("digit") or os.path.isdir(os.path.expanduser(dataset)):
             return sources.get_source(dataset, split, **where)
         return _Unseen(num_classes)
 

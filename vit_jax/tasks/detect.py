@@ -1,0 +1,316 @@
+"""Object detection: images to a set of boxes with classes, trained by matching them to the true ones (DETR).
+
+An image is resized into `config.image_size` with its aspect kept and padded with zeros on the right and below, so that one
+program is compiled for images of all sizes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+from PIL import Image, ImageDraw
+
+from vit_jax.checkpoint import Description, load_pretrained
+from vit_jax.checkpoint.classes import match_classes
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.data.device import augment
+from vit_jax.data.host.resize import Box
+from vit_jax.data.host.view import Picture, View
+from vit_jax.data.loader import ExampleError
+from vit_jax.errors import UserError
+from vit_jax.models import vit
+from vit_jax.tasks import matching
+from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
+
+DETECTORS = ("DETR", "YOLOS", "TokenDetector")
+"""Keys of `models.ARCHITECTURES`."""
+COLORS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2d92", "#5ac8fa", "#af52de", "#ff9500")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How images are resized: the shorter side to one of `short`, but no side beyond the model's `image_size`.
+
+    With a chance of `crop` the shorter side is first resized to one of `crop_short`, and a window of `crop_sides` pixels
+    (least, most) is cut out of it.
+    """
+
+    image_size: tuple[int, int]
+    short: tuple[int, ...] = ()
+    crop: float = 0.0
+    crop_short: tuple[int, ...] = (400, 500, 600)
+    crop_sides: tuple[int, int] = (384, 600)
+    flip: bool = False
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> View:
+        """A random view of an image of `size` (h, w) for training."""
+        window = Box(0, 0, *size)
+        if rng.random() < self.crop:
+            scale = min(size) / rng.choice(self.crop_short)
+            height, width = (min(scale * rng.integers(self.crop_sides[0], self.crop_sides[1] + 1), side) for side in size)
+            window = Box(rng.uniform(0, size[0] - height), rng.uniform(0, size[1] - width), height, width)
+        short = int(rng.choice(self.short)) if self.short else min(self.image_size)
+        mirrored = bool(self.flip and rng.random() < 0.5)
+        return View(size, window, self._resized(window, short), mirrored=mirrored)
+
+    def fixed(self, size: tuple[int, int]) -> View:
+        """The whole image, as large as fits."""
+        return View(size, Box(0, 0, *size), self._resized(Box(0, 0, *size), max(self.short, default=min(self.image_size))))
+
+    def _resized(self, window: Box, short: int) -> tuple[int, int]:
+        sides = window.height, window.width
+        scale = min(short / min(sides), *(most / side for most, side in zip(self.image_size, sides, strict=True)))
+        return tuple(max(1, min(most, round(scale * side))) for most, side in zip(self.image_size, sides, strict=True))
+
+
+def make_task(
+    setup: Setup,
+    *,
+    short_sides: tuple = (),
+    crop: float = 0.0,
+    max_boxes: int = 100,
+    label_weight: float = 1.0,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    no_object_weight: float = 0.1,
+) -> Task:
+    """Images to boxes, by a model of `models.detr`.
+
+    Args:
+      short_sides: to which an image's shorter side is resized in training, one drawn for each image; the last one is for
+        evaluation. () resizes to as much as `config.image_size` holds.
+      crop: chance of a random window, see `Sizes`.
+      max_boxes: places for the objects of an image; no more than the model has candidates.
+      the weights: see `matching.Weights`.
+    """
+    if "boxes" not in setup.features:
+        raise UserError(f"{setup.settings.dataset} offers {', '.join(setup.features)}: detection needs boxes for each image")
+    names = setup.features["boxes"].names
+    settings = setup.settings
+    model = setup.build_model(num_classes=len(names))
+    mean, std = setup.normalisation
+    sizes = Sizes(tuple(settings.image_size), tuple(short_sides), crop, flip=settings.pp.flip)
+    weights = matching.Weights(label_weight, l1_weight, giou_weight, no_object_weight)
+    options = {"type": "detect", "short_sides": list(short_sides), "max_boxes": max_boxes}
+    return Task(
+        model=model,
+        needs=("image", "boxes"),
+        train_example=make_train_example(sizes, max_boxes),
+        eval_example=make_eval_example(sizes),
+        init=make_init(model.module, sizes.image_size),
+        loss=make_loss(model.module, mean, std, weights),
+        totals=make_totals(model.module, sizes.image_size),
+        predict=make_predict(model.module, mean, std),
+        evaluators=("detect",),
+        describe=lambda: {"class_names": names, "task": options},
+        show=make_show(names),
+        preview=make_preview(names),
+        load=make_load(model, sizes.image_size),
+    )
+
+
+def check_usable(description: Description, source: Any) -> None:
+    """Raises UserError for a checkpoint that is no detector."""
+    if description.model_type not in DETECTORS:
+        raise UserError(f"{source} is a {description.model_type}, no detector: train one on it (configs/detect.py)")
+
+
+def make_init(model: nn.Module, image_size: tuple[int, int]) -> Callable[[jax.Array], Params]:
+    """key → fresh parameters of a detector of normalised images."""
+    return lambda key: model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+
+
+def make_train_example(sizes: Sizes, max_boxes: int) -> Callable[..., dict[str, np.ndarray]]:
+    """(example, rng=, exif_rotated=) → image, `extent` (h, w) of its valid pixels, boxes, box_labels and box_valid.
+
+    Crowds are left out, and what lies outside of the view. Boxes are parts of the extent: center, width, height.
+    """
+
+    def train_example(example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool) -> dict[str, np.ndarray]:
+        picture = Picture.read(example["image"], exif_rotated=exif_rotated)
+        view = sizes.draw(picture.size, rng)
+        corners, kept = view.boxes(example["boxes"])
+        kept &= ~example["box_crowd"]
+        if (count := int(kept.sum())) > max_boxes:
+            raise ExampleError(f"has {count} objects, config.task.max_boxes allows {max_boxes}: raise it, up to the candidates")
+        height, width = view.size
+        corners = corners[kept] / [width, height, width, height]
+        boxes = np.zeros((max_boxes, 4), np.float32)
+        boxes[:count] = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
+        labels = np.zeros(max_boxes, np.int32)
+        labels[:count] = example["box_labels"][kept]
+        valid = np.arange(max_boxes) < count
+        return _padded(view.image(picture), sizes.image_size) | {"boxes": boxes, "box_labels": labels, "box_valid": valid}
+
+    return train_example
+
+
+def make_eval_example(sizes: Sizes) -> Callable[..., dict[str, np.ndarray]]:
+    """(example, exif_rotated=) → image and `extent`, of the whole image."""
+
+    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
+        picture = Picture.read(example["image"], exif_rotated=exif_rotated)
+        return _padded(sizes.fixed(picture.size).image(picture), sizes.image_size)
+
+    return eval_example
+
+
+def _padded(image: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    padded = np.zeros((*size, 3), np.uint8)
+    padded[: image.shape[0], : image.shape[1]] = image
+    return {"image": padded, "extent": np.array(image.shape[:2], np.int32)}
+
+
+def make_totals(model: nn.Module, image_size: tuple[int, int]) -> Callable[[Batch], dict[str, Array]]:
+    """batch → what its losses are divided by: the number of boxes, and of the model's candidates."""
+    shapes = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, *image_size, 3)))
+    candidates = shapes[0]["logits"].shape[2]
+
+    def totals(batch: Batch) -> dict[str, Array]:
+        count = jnp.asarray(len(batch["image"]) * candidates, jnp.float32)
+        return {"boxes": batch["box_valid"].sum(dtype=jnp.float32), "candidates": count}
+
+    return totals
+
+
+def make_loss(
+    model: nn.Module, mean: Sequence[float], std: Sequence[float], weights: matching.Weights
+) -> Callable[[Params, Context, Batch, jax.Array], Loss]:
+    """The set loss of all layers, divided by the counts of the whole batch, see `matching.set_loss`."""
+
+    def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
+        images, valid = _inputs(batch, mean, std)
+        outputs = model.apply({"params": params}, images, valid, train=True, rngs={"dropout": key})
+        targets = matching.Targets(batch["boxes"], batch["box_labels"], batch["box_valid"])
+        totals = {"num_boxes": context.totals["boxes"], "num_candidates": context.totals["candidates"]}
+        parts = matching.set_loss(outputs["logits"], outputs["boxes"], targets, **totals, weights=weights)
+        return Loss(sum(parts), {f"loss_{name}": x for name, x in parts._asdict().items()})
+
+    return loss
+
+
+def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Params, Batch], dict[str, Array]]:
+    """(parameters, evaluation batch) → scores (b q), labels (b q) and boxes (b q 4), corners as parts of the image."""
+
+    def predict(params: Params, batch: Batch) -> dict[str, Array]:
+        images, valid = _inputs(batch, mean, std)
+        outputs = model.apply({"params": params}, images, valid, train=False)
+        return matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((len(images), 2)))
+
+    return predict
+
+
+def _inputs(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tuple[Float[Array, "b H W 3"], Bool[Array, "b H W"]]:
+    """Normalised images, 0 on padding, and which pixels are valid."""
+    height, width = batch["image"].shape[1:3]
+    rows = jnp.arange(height) < batch["extent"][:, :1]
+    columns = jnp.arange(width) < batch["extent"][:, 1:]
+    valid = rows[:, :, None] & columns[:, None]
+    return augment.normalize(batch["image"], mean, std) * valid[..., None], valid
+
+
+def in_pixels(boxes: Float[np.ndarray, "*n 4"], size: tuple[int, int]) -> Float[np.ndarray, "*n 4"]:
+    """Corners as parts of an image → in its pixels, within the image; `size` is (h, w)."""
+    height, width = size
+    return np.clip(boxes, 0, 1) * np.array([width, height, width, height], np.float32)
+
+
+def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
+    """See `Task.load`: a detector of the same architecture, or a ViT that becomes the backbone of one."""
+
+    def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
+        opened, body = sources[""], model.fields.get("body", {})
+        if opened.description.model_type not in DETECTORS:
+            if "vit" not in body:
+                raise UserError(f"{opened.path} is no detector, and no backbone of this one: give a detector of the same kind")
+            grid = vit.ARCHITECTURE.grid(body["vit"], image_size)
+            backbone = load_pretrained(
+                pretrained_path=opened, init_params=init_params["backbone"], model_config=body["vit"], grid=grid
+            )
+            return {**init_params, "backbone": backbone}
+        return _with_head(opened, flatten_dict(init_params, sep="/"), classes)
+
+    return load
+
+
+def _with_head(opened: Opened, fresh: dict[str, Array], classes: Sequence[str] | None) -> Params:
+    """The parameters of a detector, with a fresh class head, or with the columns for `classes` of its own."""
+    heads = [name for name in fresh if re.fullmatch("class_embed/.*", name)]
+    last = {name for name in heads if name.rpartition("/")[0] == max(head.rpartition("/")[0] for head in heads)}
+    given = dict(opened.flat)
+    if classes is not None:
+        names = opened.description.class_names
+        known = [i for i, name in enumerate(names) if name != "N/A"]  # COCO's numbers have holes
+        columns = match_classes([names[i] for i in known], classes, where=str(opened.path))
+        chosen = [*(known[i] for i in columns), len(names)]
+        given |= {name: given[name][..., chosen] for name in last}
+    wanted = {name: x for name, x in fresh.items() if classes is not None or name not in last}
+    for name, x in wanted.items():
+        if name not in given or given[name].shape != x.shape:
+            has = f"has it as {given[name].shape}" if name in given else "lacks it"
+            raise UserError(f"{opened.path} does not fit: {name} must be {x.shape}, and the file {has}")
+    return unflatten_dict(fresh | {name: given[name] for name in wanted}, sep="/")
+
+
+def make_show(names: Sequence[str]) -> Callable[..., Shown]:
+    """(outputs, size of the upright image, threshold=0.5) → label, score and corners in pixels of what is likelier."""
+
+    def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int], *, threshold: float = 0.5) -> Shown:
+        order = np.argsort(-outputs["scores"], kind="stable")
+        order = order[outputs["scores"][order] > threshold]
+        corners = in_pixels(outputs["boxes"][order], size)
+        found = [
+            {"label": names[label], "score": float(score), "box": [round(float(x), 1) for x in box]}
+            for label, score, box in zip(outputs["labels"][order], outputs["scores"][order], corners, strict=True)
+        ]
+        lines = [f"{x['score']:7.2%}  {x['label']:16}  " + " ".join(f"{n:7.1f}" for n in x["box"]) for x in found]
+        return Shown(lines or ["nothing found"], {"objects": found}, lambda image: draw(image, found, names))
+
+    return show
+
+
+def draw(image: Image.Image, found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Image.Image:
+    """The picture with boxes, each with its label and score, one colour a class."""
+    image = image.convert("RGB")
+    canvas = ImageDraw.Draw(image)
+    thick = max(1, round(min(image.size) / 200))
+    for one in found:
+        color = COLORS[list(names).index(one["label"]) % len(COLORS)]
+        canvas.rectangle(one["box"], outline=color, width=thick)
+        text = f"{one['label']} {one['score']:.0%}" if "score" in one else one["label"]
+        corner = one["box"][0], max(0, one["box"][1] - 11)
+        canvas.rectangle(canvas.textbbox(corner, text), fill=color)
+        canvas.text(corner, text, fill="white")
+    return image
+
+
+def make_preview(
+    names: Sequence[str],
+) -> Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]:
+    """See `Task.preview`: images with their true boxes, and which classes they have."""
+
+    def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
+        images, captions = [], []
+        for i, pixels in enumerate(batch["image"]):
+            found = _true_objects({name: x[i] for name, x in batch.items()}, names) if "boxes" in batch else []
+            images.append(np.asarray(draw(Image.fromarray(np.asarray(pixels, np.uint8)), found, names)))
+            captions.append(", ".join(sorted({one["label"] for one in found})))
+        return np.stack(images), captions
+
+    return preview
+
+
+def _true_objects(example: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    corners = np.asarray(matching.to_corners(jnp.asarray(example["boxes"])))
+    boxes: Int[np.ndarray, "n 4"] = in_pixels(corners, tuple(example["extent"])).round().astype(int)
+    valid = example["box_valid"]
+    labels = example["box_labels"]
+    return [{"label": names[k], "box": box.tolist()} for k, box in zip(labels[valid], boxes[valid], strict=True)]

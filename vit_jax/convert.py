@@ -52,7 +52,7 @@ def _check_photo(opened: checkpoint.Opened, again: checkpoint.Opened, to: str) -
     before, after = opened.description, again.description
     size = tuple(round(1.7 * n) + 3 for n in before.image_size)
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    fixed = {name: after.preprocessing.get(name, False) for name in ("antialias", "floor_crop")}
+    fixed = {name: after.preprocessing.get(name, False) for name in ("antialias", "floor_cut")}
     seen = [_pixels(photo, before, **fixed), _pixels(photo, after), _pixels(photo, before)]
     name = "x".join(map(str, size))
     if before.head != after.head or seen[0].shape != seen[1].shape or not np.abs(seen[0] - seen[1]).max() < 1e-4:

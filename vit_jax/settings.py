@@ -32,7 +32,7 @@ class Preprocessing:
     eval_resize: int | None = None  # shorter side before a centre crop; None: the whole image is resized to crop
     interpolation: str = "bilinear"  # or bicubic, which needs antialias
     antialias: bool = False  # as Pillow, torchvision and timm do; False: as TensorFlow does
-    floor_crop: bool = False  # half a pixel at a centre crop is rounded down, as transformers does; False: to even
+    floor_cut: bool = False  # half a pixel at a centre crop is rounded down, as transformers does; False: to even
     scaled_decoding: bool = True  # in training, a JPEG at 1/2, 1/4 or 1/8 if a crop needs no more; False: as TensorFlow does
     flip: bool = True  # mirror at random: off where left and right differ, as in digits
 

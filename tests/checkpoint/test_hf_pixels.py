@@ -48,15 +48,15 @@ def test_a_photo_becomes_the_pixels_that_transformers_makes_of_it(tmp_path, case
     "how",
     [
         {},
-        {"resize_to": 29, "antialias": True, "floor_crop": True},
-        {"resize_to": (27, 31), "interpolation": "bicubic", "antialias": True, "floor_crop": True},
+        {"resize_to": 29, "antialias": True, "floor_cut": True},
+        {"resize_to": (27, 31), "interpolation": "bicubic", "antialias": True, "floor_cut": True},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 def test_what_is_written_is_read_as_it_was(tmp_path, how, head):
     description = checkpoint.open_checkpoint(tiny_files.write(tmp_path, "hf", preprocessing=how, head=head)).description
-    plain = {"resize_to": None, "interpolation": "bilinear", "antialias": True, "floor_crop": True}
+    plain = {"resize_to": None, "interpolation": "bilinear", "antialias": True, "floor_cut": True}
     assert description.preprocessing == plain | how and description.head == head
 
 

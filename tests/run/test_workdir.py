@@ -130,8 +130,8 @@ def test_find_npz_takes_a_file_as_it_is_and_looks_into_a_workdir(tmp_path, monke
 
 
 def test_other_classes_or_another_order_are_refused_and_an_origin_is_remembered(tmp_path):
-    rest = {"model_type": "ViT", "model": {}, "image_size": (8, 8), "grid": (1, 1), "std": (2.0,), "class_names": ("a",)}
-    start = Description(mean=(1.0,), **rest)
+    rest = {"model_type": "ViT", "model": {}, "image_size": (8, 8), "grid": (1, 1), "std": (2.0,) * 3, "class_names": ("a",)}
+    start = Description(mean=(1.0,) * 3, **rest)
     claim(tmp_path, SETTINGS, CLASSES, start)
     assert origin(tmp_path) is None  # there are no results yet: whoever comes next starts anew
     check_classes(tmp_path, ("cow",))

@@ -170,13 +170,13 @@ def _are_units(value: Any) -> bool:
 
 def _preprocessing(entries: Entries) -> dict[str, Any]:
     """Keywords of `view.eval_view`."""
-    entries.known(("resize_to", "interpolation", "antialias", "floor_crop"), "entry of preprocessing")
+    entries.known(("resize_to", "interpolation", "antialias", "floor_cut"), "entry of preprocessing")
     is_side = isinstance(entries.get("resize_to"), int)
     read = {
         "resize_to": entries.whole("resize_to", None, high=1 << 14) if is_side else entries.size("resize_to", None),
         "interpolation": entries.text("interpolation", None, tuple(INTERPOLATIONS)),
         "antialias": entries.flag("antialias", None),
-        "floor_crop": entries.flag("floor_crop", None),
+        "floor_cut": entries.flag("floor_cut", None),
     }
     if read["interpolation"] == "bicubic" and not read["antialias"]:
         raise entries.wrong("antialias", "true for bicubic interpolation")

@@ -65,7 +65,7 @@ def read(entries: Entries, model_type: str) -> Pixels:
     if resample not in _RESAMPLES:
         raise entries.wrong("resample", "2 (bilinear) or 3 (bicubic)")
     size, resize_to = _geometry(entries, kind)
-    how = {"resize_to": resize_to, "interpolation": _RESAMPLES[resample], "antialias": True, "floor_crop": True}
+    how = {"resize_to": resize_to, "interpolation": _RESAMPLES[resample], "antialias": True, "floor_cut": True}
     factor = entries.number("rescale_factor", 1 / 255, 1e-6, 1e3) if entries.flag("do_rescale", True) else 1.0
     mean, std = (0.0,) * 3, (1.0,) * 3
     if entries.flag("do_normalize", True):

@@ -54,7 +54,7 @@ def eval_image(settings: Settings) -> Callable:
 def preprocessing(settings: Settings) -> dict[str, Any]:
     """The keywords of `view.eval_image` that do not follow from the model."""
     pp = settings.pp
-    names = ("interpolation", "antialias", "floor_crop")
+    names = ("interpolation", "antialias", "floor_cut")
     return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names}
 
 

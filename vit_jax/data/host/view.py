@@ -191,14 +191,14 @@ def eval_view(
     resize_to: int | tuple[int, int] | None = None,
     interpolation: str = "bilinear",
     antialias: bool = False,
-    floor_crop: bool = False,
+    floor_cut: bool = False,
 ) -> View:
     """Returns the view of an image of `size` (h, w) that a model gets in evaluation: `crop` pixels (a side, or (h2, w2)).
 
     Without `resize_to` the whole image is resized to them, as the published evaluation of Google's ViTs does. With it, as
     in torchvision's: resized to a shorter side of `resize_to`, the middle cut out. Of a `crop` that is no square,
     `resize_to` is for the shorter side, and the image is resized to cover a box of its aspect. With a pair (h, w) the image
-    is resized to just that. Half a pixel at the cut is rounded to even as by torchvision, or down with `floor_crop` as by
+    is resized to just that. Half a pixel at the cut is rounded to even as by torchvision, or down with `floor_cut` as by
     transformers.
     """
     crop, how = _pair(crop), {"interpolation": interpolation, "antialias": antialias}
@@ -209,7 +209,7 @@ def eval_view(
         raise UserError(f"a crop of {crop[0]} x {crop[1]} does not fit into a shorter side of {resize_to}: resize to more")
     box = tuple(round(resize_to * side / min(crop)) for side in crop) if is_side else tuple(resize_to)
     resized = cover(size, box) if is_side else box
-    halved = math.floor if floor_crop else round
+    halved = math.floor if floor_cut else round
     top, left = (halved((have - want) / 2) for have, want in zip(resized, crop, strict=True))
     return View(size, Box(0, 0, *size), resized, cut=Box(top, left, *crop), **how)
 

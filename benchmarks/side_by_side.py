@@ -30,14 +30,14 @@ class Failed(Exception):
 class Worker:
     """A process that has built what it measures, by our own interpreter or by that of `job["python"]`.
 
-    `job["variables"]` are added to its environment.
+    `job["variables"]` are added to its environment; `job["checkout"]` is another checkout of this project to run in.
     """
 
     def __init__(self, module: str, job: Mapping[str, Any]):
         command = [job.get("python", sys.executable), "-m", module, json.dumps(job)]
         self._process = subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=job.get("checkout", REPOSITORY),
             env=os.environ | job.get("variables", {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from vit_jax import models
+from vit_jax import convert, models
 from vit_jax.checkpoint import load
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
@@ -146,6 +147,26 @@ def test_evaluating_nothing_or_other_classes_is_refused(undisturbed: Path, tmp_p
     c = tiny.config(trainer="evaluate", dataset="digits_0to4", pretrained=str(undisturbed))
     with pytest.raises(UserError, match="knows the classes 0, 1, .*the dataset has 0, 1, 2, 3, 4"):
         evaluate(c, tmp_path)
+
+
+def test_a_head_with_its_classes_in_another_order_is_scored_by_name(tmp_path: Path):
+    """As files made elsewhere number them: rows of the classifier and `id2label` permuted."""
+    train_and_evaluate(tiny.config(total_steps=150, base_lr=0.01, eval_every=150, progress_every=50), tmp_path / "run")
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to=hf"]) == 0
+    c = tiny.config(trainer="evaluate", pretrained=str(tmp_path / "hf"))
+    expected = evaluate(c, tmp_path / "before")
+    order = np.roll(np.arange(10), 3)
+    weights, config = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
+    params, described = load_file(weights), json.loads(config.read_text())
+    for name in ("classifier.weight", "classifier.bias"):
+        params[name] = params[name][order]
+    labels = {str(i): described["id2label"][str(place)] for i, place in enumerate(order)}
+    save_file(params, weights)
+    config.write_text(json.dumps(described | {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}))
+    found = evaluate(c, tmp_path / "after")
+    assert found["accuracy_test"] == expected["accuracy_test"] > 0.2  # 0.24 to 0.43 with six seeds
+    np.testing.assert_allclose(found["loss_test"], expected["loss_test"], rtol=1e-6)
+    assert "in another order than the dataset: they are matched by name" in (tmp_path / "after" / "train.log").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(tmp_path: Path):

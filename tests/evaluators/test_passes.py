@@ -8,6 +8,8 @@ import pytest
 
 from tests.evaluators import small
 from vit_jax.data import loader
+from vit_jax.data.features import Boxes, Image, Label, Labels, Segmentation, Source
+from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
 
 
@@ -53,3 +55,44 @@ def test_a_split_is_opened_by_its_name(tmp_path):
     assert len(passes.open_split(e, "test[:5]", None)) == 5
     assert passes.open_split(e, "train[:7]", "digits_0to4").num_classes == 5
     assert [len(source) for source in passes.open_pair(e, None, None, None)] == [100, 37]
+
+
+class Few(Source):
+    """One example with one label, several, boxes and a map of classes."""
+
+    exif_rotated = False
+
+    def __init__(self, *names):
+        self.features = {"image": Image()} | {
+            field: kind(names)
+            for field, kind in (("label", Label), ("labels", Labels), ("boxes", Boxes), ("segmentation", Segmentation))
+        }
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        pixels = np.array([[0, 1], [2, 255]], np.uint8)
+        return {"label": 2, "labels": (0, 1), "box_labels": np.array([1, 1, 0], np.int32), "segmentation": pixels}
+
+    def where(self, index):
+        return "the one"
+
+
+def test_classes_in_another_order_are_matched_by_name_in_every_field():
+    known = Few("cat", "dog", "eel")
+    assert passes.with_classes_of(known, same := Few("cat", "dog", "eel")) is same
+    source = passes.with_classes_of(known, Few("Eel", "cat", "dog"))
+    assert source.class_names == known.class_names and source.where(0) == "the one" and len(source) == 1
+    example = source[0]
+    assert example["label"] == 1 and example["labels"] == (2, 0)
+    assert example["box_labels"].tolist() == [0, 0, 2] and example["box_labels"].dtype == np.int32
+    assert example["segmentation"].tolist() == [[2, 0], [1, 255]] and example["segmentation"].dtype == np.uint8
+    with pytest.raises(UserError, match="the one, have other classes: .* 2 are the same .*only there .eel., 1 only here .cow"):
+        passes.with_classes_of(known, Few("cat", "dog", "cow"))
+
+
+def test_a_label_that_is_no_class_stays_and_is_refused_where_it_is_read():
+    source = passes.with_classes_of(Few("a", "b", "c"), few := Few("c", "b", "a"))
+    few.__class__ = type("Wrong", (Few,), {"__getitem__": lambda self, i: {"label": -1, "labels": (3, 0)}})
+    assert source[0] == {"label": -1, "labels": (3, 2)}

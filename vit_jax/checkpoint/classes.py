@@ -48,7 +48,7 @@ def match_classes(head: Sequence[str], dataset: Sequence[str], *, where: str) ->
             f"{where} knows the classes {listed(head)}, the dataset has {listed(dataset)}: " + _difference(head, dataset, found)
         )
     if found != list(range(len(head))):
-        log.info("classes  %s has them in another order than the dataset: its head is put in the dataset's order", where)
+        log.info("classes  %s has them in another order than the dataset: they are matched by name", where)
     return tuple(found)
 
 

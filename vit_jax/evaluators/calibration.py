@@ -25,7 +25,7 @@ def make_evaluator(
     if bins < 1:
         raise UserError(f"bins={bins} must be at least 1")
     source = passes.open_split(experiment, split, dataset)
-    passes.check_classes(experiment.train_source, source)
+    source = passes.with_classes_of(experiment.train_source, source)
     passes.check_one_label(source)
     predict = experiment.task.predict
 

@@ -29,7 +29,7 @@ def make_evaluator(
 
 def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
     """parameters → (`accuracy` and `loss`, images per second and device)."""
-    passes.check_classes(experiment.train_source, source)
+    source = passes.with_classes_of(experiment.train_source, source)
     predict, loss = experiment.task.predict, experiment.settings.loss
 
     def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:

@@ -30,7 +30,7 @@ def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any]
     """
     if "boxes" not in source.features:
         raise UserError(f"its images, such as {source.where(0)}, have no boxes: average precision needs them")
-    passes.check_classes(experiment.train_source, source)
+    source = passes.with_classes_of(experiment.train_source, source)
     rows = passes.make_rows(experiment, experiment.task.predict)
 
     def score(params: Any) -> tuple[dict[str, float], float]:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vit_jax.checkpoint.classes import match_classes
 from vit_jax.data import loader, sources
 from vit_jax.data.device import augment
+from vit_jax.data.renumbered import RenumberedSource
 from vit_jax.errors import UserError
 from vit_jax.run.experiment import Experiment
 from vit_jax.tasks import images
@@ -34,23 +36,22 @@ def open_pair(
     experiment: Experiment, train: str | None, test: str | None, dataset: str | None
 ) -> tuple[sources.Source, sources.Source]:
     """Two splits with the same classes and one label an image: to learn from, and to be tested on."""
-    train_source, test_source = (
-        open_split(experiment, train or experiment.settings.pp.train, dataset),
-        open_split(experiment, test, dataset),
-    )
-    check_classes(train_source, test_source)
+    train_source = open_split(experiment, train or experiment.settings.pp.train, dataset)
+    test_source = with_classes_of(train_source, open_split(experiment, test, dataset))
     check_one_label(train_source)
     check_one_label(test_source)
     return train_source, test_source
 
 
-def check_classes(class_source: sources.Source, source: sources.Source) -> None:
-    """Raises UserError unless the classes of `source` are the known ones, in the same order."""
-    if tuple(class_source.class_names) != tuple(source.class_names):
-        raise UserError(
-            f"an evaluator's images, such as {source.where(0)}, have the classes {', '.join(source.class_names[:10])}, known "
-            f"are {', '.join(class_source.class_names[:10])}: they must be the same, in the same order"
-        )
+def with_classes_of(known: sources.Source, source: sources.Source) -> sources.Source:
+    """`source` with the classes and numbers of `known`, matched by name; UserError unless they are the same, in any order."""
+    if known.class_names == source.class_names:
+        return source
+    try:
+        numbers = match_classes(known.class_names, source.class_names, where="the model")
+    except UserError as error:
+        raise UserError(f"an evaluator's images, such as {source.where(0)}, have other classes: {error}") from error
+    return RenumberedSource(source, numbers, known.class_names)
 
 
 def check_one_label(source: sources.Source) -> None:

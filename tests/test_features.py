@@ -193,6 +193,20 @@ def test_broken_images_are_named_and_left_out(photos, tmp_path, capsys):
     assert not (tmp_path / "none.npz").exists()
 
 
+def test_rows_that_are_not_finite_are_counted_and_named(photos, tmp_path, capsys):
+    """White pixels alone are too much for this model: half of float32's largest number each, summed over a patch."""
+    _, params = write_model(tmp_path)
+    params["embedding"]["kernel"] = np.full_like(params["embedding"]["kernel"], 1e36)
+    checkpoint.save(params, tmp_path / "model.npz")
+    for name, value in (("white", 255), ("grey", 120)):
+        Image.fromarray(np.full((*SIZE, 3), value, np.uint8)).save(tmp_path / f"{name}.png")
+    images = tmp_path / "grey.png", tmp_path / "white.png"
+    run(f"--model={tmp_path}", f"--out={tmp_path / 'f.npz'}", "--mean=120,120,120", "--std=1,1,1", *images, expected=1)
+    assert f"1 of 2 images have features that are not finite: {images[1]}\n" in capsys.readouterr().err
+    names, arrays = read(tmp_path / "f.npz")
+    assert names == [str(path) for path in images] and np.isfinite(arrays["cls"]).all(axis=1).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

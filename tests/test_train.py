@@ -230,6 +230,28 @@ def test_a_recipe_takes_activation_epsilon_and_normalisation_from_what_it_starts
     assert (written["mean"], written["std"]) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
 
 
+def test_a_recipe_sets_the_pixels_that_a_file_does_not_tell(undisturbed: Path, tmp_path: Path):
+    """A model that expects other pixels scores as before once it is told so, and model.json keeps them."""
+    expected = evaluate(tiny.config(trainer="evaluate", pretrained=str(undisturbed)), tmp_path / "before")
+    params = {name: x.copy() for name, x in tiny.arrays(undisturbed).items()}
+    mean, std = np.array([100.0, 110, 120], np.float32), np.array([50.0, 60, 70], np.float32)
+    kernel = params["embedding/kernel"]  # of (x - 127.5) / 127.5 = (x - mean) / std · std / 127.5 + mean / 127.5 - 1
+    params["embedding/bias"] += np.einsum("hwcd,c->d", kernel, mean / 127.5 - 1)
+    params["embedding/kernel"] = kernel * (std / 127.5)[:, None]
+    np.savez(tmp_path / "file.npz", **params)
+    pixels = {"pp_mean": tuple(mean.tolist()), "pp_std": tuple(std.tolist())}
+    c = tiny.config(trainer="evaluate", pretrained=str(tmp_path / "file.npz"), **pixels)
+    found = evaluate(c, tmp_path / "after")
+    assert found["accuracy_test"] == expected["accuracy_test"]
+    assert found["loss_test"] == pytest.approx(expected["loss_test"], abs=1e-4)
+    pixels |= {"pp_interpolation": "bicubic", "pp_antialias": True}
+    c = tiny.config(pretrained=str(tmp_path / "file.npz"), total_steps=1, **pixels)
+    train_and_evaluate(c, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert described["mean"] == mean.tolist() and described["std"] == std.tolist()
+    assert described["preprocessing"]["interpolation"] == "bicubic" and described["preprocessing"]["antialias"]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path):
     c = tiny.config(accum_steps=2, checkpoint_every=10, keep=2)
     train_and_evaluate(c, tmp_path)

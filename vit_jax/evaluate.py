@@ -13,6 +13,7 @@ from typing import Any
 from vit_jax import evaluators
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.errors import UserError
+from vit_jax.finite import check_metrics
 from vit_jax.run import start
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.experiment import build
@@ -31,7 +32,7 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
     its head as it is. `config.evaluator` names what is run: "classify" is accuracy and loss on the test set and all of
     `config.evaluators`; another name is one of these, or a type, and where that is about features a file may have any
     head. The metrics are returned, and added to `metrics.jsonl` with the number of steps that were trained, unless a run is
-    going on in `workdir`, whose file it is.
+    going on in `workdir`, whose file it is. UserError if one is not finite.
     """
     settings = Settings.from_config(config)
     directory = workdirs.make(workdir)
@@ -47,6 +48,7 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
         if checkpointer.latest_step() is not None:
             workdirs.check_frozen(directory, start.frozen_fingerprints(experiment, state))
         metrics = evaluators.scores(experiment, state, chosen)
+        check_metrics(metrics, "the model")
         try:
             with only_run(directory), contextlib.closing(Writer(directory)) as writer:
                 writer.scalars(int(experiment.parallelism.read(state.step)), metrics)

@@ -19,16 +19,20 @@ from tqdm import tqdm
 from vit_jax import arguments, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
-from vit_jax.data.listing import find_images, shown
+from vit_jax.data.listing import find_images, shown, some
 from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
+from vit_jax.finite import finite_rows
 from vit_jax.run import runtime
 
 SUFFIXES = (".npz", ".safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes `names` (in .safetensors JSON in the metadata) and what `--kind` asks for; returns 1 if an image was left out."""
+    """Writes `names` (in .safetensors JSON in the metadata) and what `--kind` asks for.
+
+    Returns 1 if an image was left out, or its features are not finite.
+    """
     parser = arguments.parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
     parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
@@ -51,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = len(paths) - len(read)
     if failures:
         print(f"{failures} of {len(paths)} images could not be read and are left out", file=sys.stderr)
+    if bad := [shown(path) for path, fine in zip(read, finite_rows(outputs) if read else (), strict=True) if not fine]:
+        failures += len(bad)
+        print(f"{len(bad)} of {len(read)} images have features that are not finite: {some(bad)}", file=sys.stderr)
     if read:
         _write(out, [str(path) for path in read], outputs)
         arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in outputs.items())

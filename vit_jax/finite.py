@@ -43,6 +43,15 @@ def check_outputs(outputs: Mapping[str, Shaped[np.ndarray, "b ..."]], model: str
         )
 
 
+def check_metrics(metrics: Mapping[str, float], model: str) -> None:
+    """Raises UserError if a measurement of `model` is NaN or infinity: outputs that are none score nothing."""
+    if bad := [name for name, value in metrics.items() if not np.isfinite(value)]:
+        raise UserError(
+            f"{model} cannot be scored: {', '.join(bad)} came out as NaN or infinity, so that its other metrics mean nothing "
+            "either: its parameters, or the mean and std beside them, are those of no working model"
+        )
+
+
 def _is_float(x: np.ndarray) -> bool:
     return x.dtype.kind == "f" or x.dtype.name == "bfloat16"
 

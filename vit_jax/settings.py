@@ -34,6 +34,8 @@ class Preprocessing:
     antialias: bool = False  # as Pillow, torchvision and timm do; False: as TensorFlow does
     floor_cut: bool = False  # half a pixel at a centre crop is rounded down, as transformers does; False: to even
     scaled_decoding: bool = True  # in training, a JPEG at 1/2, 1/4 or 1/8 if a crop needs no more; False: as TensorFlow does
+    mean: tuple[float, ...] = ()  # by channel of the 0..255 pixels; empty: as the checkpoint says, from nothing 127.5
+    std: tuple[float, ...] = ()  # the same for the standard deviation; ImageNet's are (58.395, 57.12, 57.375)
     flip: bool = True  # mirror at random: off where left and right differ, as in digits
 
 
@@ -235,6 +237,10 @@ class Settings:
             raise UserError(f"config.pp.interpolation={self.pp.interpolation} needs --config.pp.antialias=True")
         if self.pp.eval_resize is not None and self.pp.eval_resize < min(self.pp.crop, self.pp.crop_width or self.pp.crop):
             raise UserError(f"config.pp.eval_resize={self.pp.eval_resize} is smaller than config.pp.crop={self.pp.crop}")
+        for name in ("mean", "std"):
+            numbers, least = getattr(self.pp, name), 1e-3 if name == "std" else -1e6
+            if len(numbers) not in (0, 3) or not all(isinstance(x, int | float) and least <= x <= 1e6 for x in numbers):
+                raise UserError(f"config.pp.{name}={numbers} must be three numbers, such as (123.675, 116.28, 103.53)")
         if self.grad_norm_clip is not None and self.grad_norm_clip < 0:
             raise UserError(f"config.grad_norm_clip={self.grad_norm_clip} must be positive, or 0 for none")
         if len(self.pp.area) != 2 or not 0 < self.pp.area[0] <= self.pp.area[1] <= 1:

@@ -95,4 +95,4 @@ def test_without_a_config_it_is_said_what_is_assumed(caplog, timm):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_args": {"num_heads": 4}}')
     assert opened(folder, theirs).description.mean == (127.5,) * 3
-    assert "127.5 and 127.5 are assumed; --mean and --std set others" in caplog.text
+    assert "127.5 and 127.5 are assumed; --mean and --std, or config.pp's, set others" in caplog.text

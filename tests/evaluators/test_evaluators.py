@@ -118,6 +118,17 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
         evaluate(small.config(evaluator="knn", pp_train="train[:9]"), tmp_path / "few")
 
 
+@pytest.mark.parametrize(("evaluator", "where"), [("classify", "head"), ("calibration", "head"), ("knn", "embedding")])
+def test_a_model_whose_outputs_are_no_numbers_is_not_scored(evaluator, where, tmp_path):
+    _, params = small.experiment(tmp_path / "e")
+    params[where]["kernel"] = np.full_like(params[where]["kernel"], 3e38)
+    checkpoint.save(params, tmp_path / "file.npz")
+    c = small.config(pretrained=str(tmp_path / "file.npz"), evaluator=evaluator)
+    with pytest.raises(UserError, match="the model (cannot be scored: .* came out as|gives) NaN or infinity"):
+        evaluate(c, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 FOUR_DEVICES = """
 import json, sys
 from pathlib import Path

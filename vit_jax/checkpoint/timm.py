@@ -124,7 +124,7 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
     size = _image_size(flat, args, cfg, sizes["patches"]["size"], ("cls_token" in flat) + distilled, registers)
     usual = IMAGENET if distilled else HALF
     mean, std = (cfg.numbers(name, None) for name in ("mean", "std"))
-    told = f"{_pixels(usual)} are assumed; --mean and --std set others (DeiT, DINO, MAE: ImageNet's)"
+    told = f"{_pixels(usual)} are assumed; --mean and --std, or config.pp's, set others (DeiT, DINO, MAE: ImageNet's)"
     assumed = () if mean and std else (f"no config.json tells mean and std: {told}",)
     return Facts(
         model,

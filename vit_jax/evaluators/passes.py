@@ -14,6 +14,7 @@ from vit_jax.data import loader, sources
 from vit_jax.data.device import augment
 from vit_jax.data.renumbered import RenumberedSource
 from vit_jax.errors import UserError
+from vit_jax.finite import check_outputs
 from vit_jax.run.experiment import Experiment
 from vit_jax.tasks import images
 
@@ -99,7 +100,7 @@ def make_rows(
     """(parameters on the devices, source) → what `function` makes of every example, (n, …), in the source's order.
 
     `function(params, batch)` gives arrays by example. The result is the same in all processes, and for any number of
-    devices.
+    devices. UserError for rows that are not finite.
     """
     compute = experiment.parallelism.eval_examples(function)
 
@@ -112,7 +113,9 @@ def make_rows(
                 parts.append(_in_order(experiment.parallelism.gather(running)))
             running = dispatched
         parts.append(_in_order(experiment.parallelism.gather(running)))
-        return {name: np.concatenate([part[name] for part in parts])[: len(source)] for name in parts[0]}
+        outputs = {name: np.concatenate([part[name] for part in parts])[: len(source)] for name in parts[0]}
+        check_outputs(outputs, "the model")
+        return outputs
 
     return rows
 
@@ -124,7 +127,7 @@ def make_features(
 
     A head is ignored.
     """
-    mean, std = images.normalisation(experiment.origin)
+    mean, std = images.normalisation(experiment.settings, experiment.origin)
     model = experiment.task.model.module
 
     def run(params: Params, batch: Batch) -> Batch:

@@ -50,7 +50,7 @@ def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any
 def description(experiment: Experiment, step: int, metrics: dict[str, float]) -> Description:
     """What `predict` and others need to know of the trained parameters: the content of `model.json`."""
     settings, task, origin = experiment.settings, experiment.task, experiment.origin
-    mean, std = images.normalisation(origin)
+    mean, std = images.normalisation(settings, origin)
     return Description(
         model_name=task.model.fields.get("model_name"),
         model_type=task.model.type,

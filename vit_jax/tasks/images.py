@@ -21,9 +21,10 @@ Numbers = Sequence[float]
 Prepare = Callable[[Batch, jax.Array], tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]]
 
 
-def normalisation(origin: checkpoint.Description | None) -> tuple[Numbers, Numbers]:
-    """Mean and standard deviation, by channel of the 0..255 pixels, that parameters of this origin expect."""
-    return (origin.mean, origin.std) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
+def normalisation(settings: Settings, origin: checkpoint.Description | None) -> tuple[Numbers, Numbers]:
+    """Mean and standard deviation by channel of the 0..255 pixels: as a recipe sets them, else as the origin expects."""
+    mean, std = (origin.mean, origin.std) if origin else ([augment.MEAN] * 3, [augment.STD] * 3)
+    return settings.pp.mean or mean, settings.pp.std or std
 
 
 def train_image(settings: Settings) -> Callable:

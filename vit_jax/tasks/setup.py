@@ -34,7 +34,7 @@ class Setup:
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation, by channel of the 0..255 pixels, that the model expects."""
-        return normalisation(self.origin)
+        return normalisation(self.settings, self.origin)
 
     def build_model(self, **changes: Any) -> Model:
         """The recipe's model, or that of the origin where the recipe names none, with some fields changed.

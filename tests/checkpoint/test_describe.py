@@ -70,3 +70,39 @@ def test_the_summary_tells_what_a_file_holds():
     assert describe.summary(vit).endswith(", 1000 classes")
     mixer = small.flat(small.shapes(small.mixer(num_classes=None, num_blocks=11), images))
     assert describe.summary(mixer).endswith("patches of 8x8, width 32, 11 blocks")
+
+
+TOWERS = {
+    "model_type": "TwoTowers",
+    "model": {
+        "image": {"patches": {"size": [16, 16]}, "transformer": {"num_layers": 1, "num_heads": 2}, "hidden_size": 8},
+        "text": {"width": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 30},
+        "out_dim": [None, 8],
+        "bias_init": -10.0,
+    },
+    "class_names": [],
+    "text": {"tokenizer": "sentencepiece", "vocab": "words.model", "max_len": 16, "lower": True, "pad_token": 0},
+}
+
+
+def test_a_description_of_two_towers_comes_back_as_it_was(tmp_path):
+    description = describe.Description(**DESCRIPTION | TOWERS)
+    describe.write(tmp_path / "model.npz", description)
+    assert describe.read(tmp_path / "model.npz") == description
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("text", {"tokenizer": "berd"}, "unknown text.tokenizer 'berd': did you mean bert"),
+        ("text", {"tokenizer": "bert", "vocab": "../words.txt", "max_len": 9}, "text.vocab .* the name of a file in the same"),
+        ("text", {"tokenizer": "bert", "vocab": "w", "max_len": 1}, "text.max_len is 1; it must be a whole number from 2"),
+        ("text", {"tokenizer": "bert", "vocab": "w", "max_len": 9, "lower": True}, "unknown entry of text 'lower'"),
+        ("model", TOWERS["model"] | {"out_dim": [8, 8, 8]}, "model.out_dim"),
+        ("model", TOWERS["model"] | {"text": {"width": "8"}}, "model.text.width"),
+        ("model", TOWERS["model"] | {"image": {"hidden_size": -1}}, "model.image.hidden_size"),
+    ],
+)
+def test_a_damaged_description_of_two_towers(entry, value, message):
+    with pytest.raises(UserError, match=message):
+        describe.Description.from_json(DESCRIPTION | TOWERS | {entry: value}, "model.json")

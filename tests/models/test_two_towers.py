@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests.checkpoint.peers import randomise, torch_peer
 from tests.models import small
 from vit_jax.errors import UserError
-from vit_jax.models import zoo
+from vit_jax.models import ARCHITECTURES, build, get_model
 from vit_jax.models.bert import BertModel
 from vit_jax.models.text import TextTransformer
 from vit_jax.models.two_towers import TwoTowers, scores
+from vit_jax.optimize import towers
 
 COUNTS = {
     "LiT-B16B": 195_871_489,
@@ -45,7 +46,7 @@ def two_towers(**fields) -> TwoTowers:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name):
-    model = TwoTowers(**zoo.LIT[name])
+    model = get_model(name)
     inputs = {"images": jnp.zeros((1, 224, 224, 3)), "tokens": jnp.zeros((1, 16), int)}
     params = jax.eval_shape(lambda key: model.init(key, **inputs), jax.random.key(0))["params"]
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == COUNTS[name]
@@ -87,6 +88,25 @@ def test_names():
     }
     assert {name: shapes.get(name) for name in expected} == expected
     assert not [name for name in shapes if name.startswith("img/head") or "posembed_input" in name and "txt" in name]
+
+
+def test_the_layers_of_both_towers():
+    """Layer decay and freezing tell an image tower from a text tower, and number the blocks of each."""
+    for text in ({"text": TEXT}, {"text_model": "bert", "text": {"config": BERT, "vocab_size": 30}}):
+        fields = {"image": IMAGE, **text, "out_dim": (None, 32)}
+        num_layers = ARCHITECTURES["TwoTowers"].num_layers(fields)
+        assert num_layers == {"img": 2, "txt": 2}
+        params = jax.eval_shape(
+            lambda key, fields=fields: build("TwoTowers", fields).init(key, images=jnp.zeros((1, 16, 16, 3)), tokens=TOKENS),
+            jax.random.key(0),
+        )["params"]
+        behind = towers.layers_behind(list(flatten_dict(params, sep="/")), num_layers)
+        assert {prefix: max(n for name, n in behind.items() if name.startswith(prefix)) for prefix in ("img/", "txt/")} == {
+            "img/": 3,
+            "txt/": 3,
+        }
+        assert behind["t"] == behind["txt/head/kernel"] == 0
+        assert behind["img/Transformer/encoderblock_1/LayerNorm_0/scale"] == 1
 
 
 def test_either_tower_alone_and_their_scores():
@@ -185,3 +205,11 @@ def test_errors():
     wrong = two_towers(text_model="berd")
     with pytest.raises(UserError, match="unknown text_model 'berd': did you mean bert"):
         jax.eval_shape(lambda key: wrong.init(key, **inputs), jax.random.key(0))
+    for fields, message in (
+        ({"image": IMAGE | {"pach": 1}}, "unknown field of model 'pach'"),
+        ({"text": TEXT | {"widht": 1}}, "unknown field of model.text 'widht': did you mean width"),
+        ({"image": IMAGE | {"classifier": "tokn"}}, "unknown classifier 'tokn'"),
+        ({"text_model": "berd"}, "unknown text_model 'berd'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build("TwoTowers", {"image": IMAGE, "text": TEXT} | fields)

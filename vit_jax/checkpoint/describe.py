@@ -10,12 +10,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from vit_jax import models
 from vit_jax.checkpoint.entries import Entries, parse_json
 from vit_jax.checkpoint.resize import RULES
 from vit_jax.data.host.resize import INTERPOLATIONS
 from vit_jax.errors import UserError, printable
 from vit_jax.files import json_text, write_atomically
+from vit_jax.models import bert
+from vit_jax.models.two_towers import TEXT_MODELS, TwoTowers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class Description:
       resize: the rule for position embeddings on another grid, see `resize.resize`.
       preprocessing: keywords of `view.eval_view` beside the crop, which is image_size.
       head: what a logit means, "softmax" (one class an image) or "sigmoid" (each class for itself).
+      text: what makes tokens of texts, {"tokenizer": "bert", "sentencepiece" or "clip", "vocab": a file beside this one,
+        "max_len": tokens a text} and options of that tokenizer; {} for a model without a text tower.
       task: what the model was trained for, {"type": …} and the task's own entries.
       dataset, step, metrics: the training run, where there was one.
     """
@@ -46,6 +52,7 @@ class Description:
     resize: str = "bilinear"
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     head: str = "softmax"
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     task: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"type": "classify"})
     dataset: str | None = None
     step: int | None = None
@@ -60,18 +67,18 @@ class Description:
         """Raises UserError for sizes that the arrays of the file leave no room for: nothing of such a model is made."""
         widest = max(_HARMLESS, *(n for x in flat.values() for n in x.shape))
         counts = ("num_layers", "num_blocks")
-        sizes = {**self.model, **{f"transformer.{n}": x for n, x in (self.model.get("transformer") or {}).items()}}
-        for name, size in sizes.items():
+        for name, size in flatten_dict(dict(self.model), sep=".").items():
             most = len(flat) if name.split(".")[-1] in counts else widest
             if isinstance(size, int) and size > most:
                 raise UserError(
                     f"{path_beside(where)}: model.{printable(name)} is {size:,}, and the parameters of {where} leave room for "
                     f"at most {most:,}: this is the description of another file"
                 )
-        pairs = [tuple(self.model.get("patches", {}).get("size") or (1, 1)), self.image_size or (1, 1)]
+        image = self.model.get("image", self.model)
+        pairs = [tuple(image.get("patches", {}).get("size") or (1, 1)), self.image_size or (1, 1)]
         if (
-            "patches" in self.model
-            and not self.model.get("resnet")
+            "patches" in image
+            and not image.get("resnet")
             and math.prod(n // p for p, n in zip(*pairs, strict=True)) > _MOST_PATCHES
         ):
             raise UserError(f"{path_beside(where)}: images of {self.image_size} cut into patches of {pairs[0]} are too many")
@@ -82,7 +89,8 @@ class Description:
         architecture = models.architecture_of(self.model_type)
         if self.grid is None or tuple(architecture.grid(self.model, self.image_size)) == self.grid:
             return self.image_size
-        return tuple(p * n for p, n in zip(self.model["patches"]["size"], self.grid, strict=True))
+        patch = self.model.get("image", self.model)["patches"]["size"]
+        return tuple(p * n for p, n in zip(patch, self.grid, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, of which `from_json` makes an equal description."""
@@ -117,6 +125,7 @@ class Description:
             resize=entries.text("resize", "bilinear", RULES),
             preprocessing=_preprocessing(entries.object("preprocessing", {})),
             head=entries.text("head", "softmax", HEADS),
+            text=_text(entries.object("text", {})),
             task=task.content,
             dataset=entries.text("dataset", None),
             step=entries.whole("step", None, low=0, high=1 << 62),
@@ -132,10 +141,33 @@ def _model_fields(entries: Entries, architecture: models.Architecture) -> dict[s
         _check_kinds(inside, architecture.nested[name])
     if "patches" in entries:
         entries.object("patches").size("size", None)
+    if architecture.cls is TwoTowers:
+        return dict(entries.content) | _towers(entries)
     width, heads = entries.get("hidden_size"), nested["transformer"].get("num_heads") if "transformer" in nested else None
     if width and heads and width % heads:
         raise nested["transformer"].wrong("num_heads", f"a divisor of hidden_size={width}")
     return dict(entries.content)
+
+
+def _towers(entries: Entries) -> dict[str, Any]:
+    """The fields of an image and a text tower, each of the kind that its class says."""
+    text = entries.object("text")
+    kind = entries.text("text_model", "text_transformer", tuple(TEXT_MODELS))
+    _check_kinds(text, TEXT_MODELS[kind])
+    if kind == "bert" and isinstance(text.get("config"), dict):
+        config = text.object("config")
+        config.known(tuple(bert.SIZES["base"]), "size of BERT")
+        for name in config.content:
+            config.whole(name, low=1)
+    elif kind == "bert":
+        text.text("config", None, tuple(bert.SIZES))
+    widths = entries.get("out_dim")
+    pair = widths if isinstance(widths, list) else [widths] * 2
+    if len(pair) != 2 or not all(n is None or (type(n) is int and 0 < n <= _HARMLESS) for n in pair):
+        raise entries.wrong("out_dim", "a whole number, null, or two of them: the width of each tower's embeddings")
+    entries.number("temperature_init", None, 1e-6, 1e6)
+    entries.number("bias_init", None, -1e6, 1e6)
+    return {"image": _model_fields(entries.object("image"), models.architecture_of("ViT")), "text": dict(text.content)}
 
 
 _MAY_BE_0 = ("num_registers", "num_encoder_layers")
@@ -180,6 +212,29 @@ def _preprocessing(entries: Entries) -> dict[str, Any]:
     }
     if read["interpolation"] == "bicubic" and not read["antialias"]:
         raise entries.wrong("antialias", "true for bicubic interpolation")
+    return {name: read[name] for name in entries.content}
+
+
+_TOKENIZER_OPTIONS = {"bert": (), "sentencepiece": ("lower", "strip_punctuation", "pad_token"), "clip": ("pad_token",)}
+
+
+def _text(entries: Entries) -> dict[str, Any]:
+    """The tokenizer's name, file, length and options; {} where there is none."""
+    if not entries.content:
+        return {}
+    kind = entries.text("tokenizer", allowed=tuple(_TOKENIZER_OPTIONS))
+    entries.known(("tokenizer", "vocab", "max_len", *_TOKENIZER_OPTIONS[kind]), "entry of text")
+    vocab = entries.text("vocab")
+    if vocab != Path(vocab).name or vocab in ("", ".."):
+        raise entries.wrong("vocab", "the name of a file in the same folder")
+    read = {
+        "tokenizer": kind,
+        "vocab": vocab,
+        "max_len": entries.whole("max_len", low=2, high=1 << 14),
+        "lower": entries.flag("lower", None),
+        "strip_punctuation": entries.flag("strip_punctuation", None),
+        "pad_token": entries.whole("pad_token", None, low=0),
+    }
     return {name: read[name] for name in entries.content}
 
 

@@ -29,6 +29,7 @@ class Architecture:
       nested: the module that a field holds the keywords of, by field.
       blocks: the field that holds the blocks' keywords, such as remat; "" where they are the model's own.
       choices: the allowed values of a field, by its dotted name.
+      check: raises UserError for fields whose allowed values depend on others.
       options: dotted names of fields with a default that every recipe holds, so that the command line can set them.
       cut: fields → (height, width) in pixels of the patch that images are cut into, so that the last rows and columns of an
         image are lost where they do not fill one; None where images are padded instead.
@@ -46,6 +47,7 @@ class Architecture:
     nested: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     blocks: str = ""
     choices: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
+    check: Callable[[Fields], None] = lambda fields: None
     options: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -68,10 +70,10 @@ class Architecture:
 
     def build(self, fields: Fields) -> nn.Module:
         """The model. Raises UserError for a field that does not exist, is missing, or has a value that is not allowed."""
-        _check_fields(self.cls, fields, "model")
+        check_fields(self.cls, fields, "model")
         for key, module in self.nested.items():
             if fields.get(key) is not None:
-                _check_fields(module, fields[key], f"model.{key}")
+                check_fields(module, fields[key], f"model.{key}")
         for path, allowed in self.choices.items():
             key, _, name = path.rpartition(".")
             where = (fields.get(key) or {}) if key else fields
@@ -81,6 +83,7 @@ class Architecture:
             size = fields["patches"].get("size", ())
             if len(size) != 2 or min(size) < 1:
                 raise UserError(f"model.patches.size={size} must be (height, width), such as (16, 16)")
+        self.check(fields)
         return self.cls(**fields)
 
     def with_memory_options(self, fields: Fields, *, dtype: Any, **of_blocks: Any) -> dict[str, Any]:
@@ -112,7 +115,8 @@ _SET_BY_THE_MODEL = ("parent", "name", "add_position_embedding", "final_norm")
 """Fields of modules that a recipe does not hold: flax's own, and what follows from a ViT's other fields."""
 
 
-def _check_fields(cls: type[nn.Module], fields: Fields, where: str) -> None:
+def check_fields(cls: type[nn.Module], fields: Fields, where: str) -> None:
+    """Raises UserError for a field that the module does not have, or that is missing; `where` is the fields' name."""
     known = [name for name in cls.__dataclass_fields__ if name not in _SET_BY_THE_MODEL]
     for name in fields:
         if name not in known:

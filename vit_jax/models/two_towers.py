@@ -11,6 +11,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.models import bert, vit, zoo
+from vit_jax.models.architecture import Architecture, Fields, check_fields
 from vit_jax.models.bert import BertModel
 from vit_jax.models.text import TextTransformer
 from vit_jax.models.vit import VisionTransformer
@@ -56,10 +58,8 @@ class TwoTowers(nn.Module):
         dim_image, dim_text = self.out_dim if isinstance(self.out_dim, list | tuple) else (self.out_dim,) * 2
         zimg = ztxt = None
         if tokens is not None:
-            if self.text_model not in TEXT_MODELS:
-                raise unknown("text_model", self.text_model, TEXT_MODELS)
             fields = {"dtype": self.dtype, **self.text, "num_classes": dim_text}
-            text = TEXT_MODELS[self.text_model](**fields, name="txt")
+            text = _text_class(self.text_model)(**fields, name="txt")
             ztxt, out["txt/norm"] = _normalized(text(tokens, train=train))
         if images is not None:
             fields = {"dtype": self.dtype, **self.image, "num_classes": dim_image}
@@ -74,6 +74,12 @@ class TwoTowers(nn.Module):
         return zimg, ztxt, out
 
 
+def _text_class(name: str) -> type[nn.Module]:
+    if name not in TEXT_MODELS:
+        raise unknown("text_model", name, TEXT_MODELS)
+    return TEXT_MODELS[name]
+
+
 def _normalized(z: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, "b 1"]]:
     """Vectors of length 1 in float32, and how long they were."""
     z = z.astype(jnp.float32)
@@ -84,3 +90,34 @@ def _normalized(z: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Arra
 def scores(zimg: Float[Array, "n d"], ztxt: Float[Array, "m d"], out: Mapping[str, Float[Array, "1"]]) -> Float[Array, "n m"]:
     """How well every image goes with every text, before the softmax over either, or the sigmoid where `out` has a "b"."""
     return out["t"] * jnp.einsum("nd,md->nm", zimg, ztxt) + out.get("b", 0.0)
+
+
+def _check(fields: Fields) -> None:
+    """Raises UserError for a tower whose fields are wrong; the sizes of both heads are out_dim's."""
+    vit.ARCHITECTURE.build({"num_classes": None, **fields["image"]})
+    text_class = _text_class(fields.get("text_model", "text_transformer"))
+    check_fields(text_class, {"num_classes": None, **fields["text"]}, "model.text")
+
+
+def _num_layers(fields: Fields) -> dict[str, int]:
+    text = fields["text"]
+    if fields.get("text_model") != "bert":
+        count = text.get("num_layers", TextTransformer.num_layers)
+    else:
+        config = text.get("config", "base")
+        count = bert.SIZES[config]["num_layers"] if isinstance(config, str) else config.get("num_layers", 12)
+    return {"img": vit.ARCHITECTURE.num_layers(fields["image"]), "txt": count}
+
+
+ARCHITECTURE = Architecture(
+    cls=TwoTowers,
+    sizes=zoo.LIT,
+    num_layers=_num_layers,
+    # the names within a text tower; an image tower's are those of a ViT
+    first=r"(Embed_0/.*|pos_embedding|BertEncoder_0/(embedder|layer_norm)/.*)",
+    block=r"(?:Encoder_0/encoderblock_|BertEncoder_0/encoder_block/layer_sequence/layers_)(\d+)/.*",
+    last=r"(Encoder_0/encoder_norm|head)/.*",
+    check=_check,
+    cut=lambda fields: vit.ARCHITECTURE.cut(fields["image"]),
+    grid=lambda fields, image_size: vit.ARCHITECTURE.grid(fields["image"], image_size),
+)

@@ -16,8 +16,10 @@ from tests import command_line, plans, tiny
 from vit_jax import overrides
 from vit_jax.data import loader
 from vit_jax.errors import UserError
+from vit_jax.models import attention
+from vit_jax.run.experiment import make_update
 from vit_jax.settings import Settings
-from vit_jax.tools import plan
+from vit_jax.tools import hlo, plan
 from vit_jax.tools.plan import Plan
 
 # The model of tests/plans.py: 16 wide, 2 blocks, 8 pixels in 4 patches and a class token, 10 classes.
@@ -88,6 +90,57 @@ def test_flops_are_those_of_the_matrix_products():
     assert 1 < (plan.step_flops(s, 1000, remat="full") - model) / again < 1.05
 
 
+@pytest.mark.parametrize("case", ["accumulated", "stochastic depth", "frozen", "LoRA"])
+def test_flops_follow_from_models_of_few_blocks(case, monkeypatch):
+    """Exactly what XLA counts for 5 blocks."""
+    c = tiny.config(accum_steps=4, scan=True) if case == "accumulated" else tiny.config()
+    c.model.transformer.update({"num_layers": 5, "stochastic_depth": 0.3 if case == "stochastic depth" else 0.0})
+    s = Settings.from_config(c)
+    changes = {
+        "frozen": {"train_only": ("head/.*", ".*LayerNorm.*")},
+        "LoRA": {"lora": dataclasses.replace(s.lora, rank=2)},
+    }
+    s = dataclasses.replace(s, **changes.get(case, {}))
+    assert plan._equal_blocks(plan.build(s, 10)) == 5
+    remat = "full" if case == "accumulated" else "none"
+    inferred = plan.step_flops(s, 10, remat=remat)
+    monkeypatch.setattr(plan, "_equal_blocks", lambda experiment: 0)
+    assert inferred == plan.step_flops(s, 10, remat=remat)
+
+
+def test_nothing_is_inferred_where_blocks_differ():
+    c = tiny.config()
+    c.model.transformer.update({"num_layers": 5, "stochastic_depth": 0.3, "stochastic_depth_mode": "subset"})
+    assert plan._equal_blocks(plan.build(Settings.from_config(c), 10)) == 0
+    c.model.transformer.stochastic_depth = 0.0
+    s = Settings.from_config(c)
+    assert plan._equal_blocks(plan.build(s, 10)) == 5
+    frozen = dataclasses.replace(s, freeze=(".*encoderblock_[01]/.*",))
+    assert plan._equal_blocks(plan.build(frozen, 10)) == 0
+
+
+@pytest.mark.parametrize("layout", plans.LAYOUTS)
+def test_a_step_is_lowered_for_another_platform(layout):
+    c = plans.config(layout)
+    c.dtype = "bfloat16"
+    e = plan.build(Settings.from_config(c), num_classes=10)
+    state, batch = plan.abstract_arguments(e)
+    update = make_update(e)
+    kernels = {p: hlo.custom_calls(plan.lower(update, state, batch, p)) for p in plan.PLATFORMS}
+    assert kernels["cpu"] == kernels["tpu"] == ()
+    by_name = set(attention.CUDNN_CALLS)
+    assert kernels["cuda"] and set(kernels["cuda"]) in (by_name, {hlo.DIVIDED})
+
+
+def test_report_says_what_is_not_known_of_another_platform(planned):
+    p = planned["pmap"]
+    assert p.platform == "cpu" and "not known" not in plan.report(p, memory=80)
+    text = plan.report(dataclasses.replace(p, platform="cuda", kernels=attention.CUDNN_CALLS), memory=80)
+    assert "for cuda: __cudnn$fmhaSoftmax, __cudnn$fmhaSoftmaxBackward" in text
+    assert "not known here: temporaries, results and traffic" in text
+    assert "XLA's own alone" in plan.report(dataclasses.replace(p, platform="tpu"), memory=80)
+
+
 def test_traffic_is_a_sum_of_gradients_and_two_collections_of_parameters(planned):
     """A loop over blocks must not make the devices exchange activations, many times as much."""
     ring = 7 / 8 * 4
@@ -135,6 +188,7 @@ def test_advice_is_for_what_takes_most(planned):
         ("--config.batch=3", "cannot be shared out equally"),
         ("--config.model.transformer.num_heads=3", "heads"),
         ("--memory=-1", "memory"),
+        ("--platform=gpu", "unknown platform 'gpu': use cpu, tpu, or cuda"),
         ("configs/vit.py", "unexpected arguments"),
     ],
 )

@@ -103,6 +103,7 @@ ARCHITECTURE = Architecture(
     first=r"stem/.*",
     block=r"MixerBlock_(\d+)/.*",
     last=r"(pre_head_layer_norm|head)/.*",
+    depth="num_blocks",
     choices={"remat": REMAT},
     options=("stochastic_depth",),
     cut=lambda fields: None,

@@ -243,6 +243,7 @@ ARCHITECTURE = Architecture(
     last=r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist)/.*",
     nested={"transformer": Encoder, "resnet": ResNet},
     blocks="transformer",
+    depth="num_layers",
     choices={
         "classifier": CLASSIFIERS,
         "position_embedding": POSITION_EMBEDDINGS,

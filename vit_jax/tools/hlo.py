@@ -1,4 +1,4 @@
-"""Reads compiled programs: what the devices send to each other."""
+"""Reads programs: what the devices send to each other, and which kernels are called by name."""
 
 import math
 import re
@@ -12,6 +12,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+_CUSTOM_CALL = re.compile(r"custom_call @([\w$.]+)")
+DIVIDED = "CustomSPMDPartitioning"
+"""What a kernel that tells XLA how to divide it among devices is called in a program that is not divided yet."""
 
 
 class Collective(NamedTuple):
@@ -47,6 +50,11 @@ def collectives(text: str) -> list[Collective]:
                     raise ValueError(f"a loop of unknown length holds {line.strip()}")
                 found.append(_collective(match, line, devices, int(times)))
     return found
+
+
+def custom_calls(text: str) -> tuple[str, ...]:
+    """The kernels, sorted, that a program calls by name: `jax.jit(…).lower(…).as_text()`."""
+    return tuple(sorted(set(_CUSTOM_CALL.findall(text))))
 
 
 def sent_bytes(found: list[Collective], kind: str | None = None) -> float:

@@ -2,27 +2,36 @@
 
     python -m vit_jax.plan --config=pretrain:b16,imagenet2012 --devices=8 --memory=80
     python -m vit_jax.plan --config=vit:b16,photos --devices=1 --memory=24 --config.batch=64
+    python -m vit_jax.plan --config=pretrain:b16,imagenet2012 --config.dtype=bfloat16 --platform=cuda
 
 Parameters, memory of a device, FLOPs and traffic of one training step on so many devices, from the very step that
 `vit_jax.main` runs, compiled by XLA for virtual CPU devices. Nothing is allocated. GB are 10⁹ bytes.
+
+For a GPU or TPU the step is also lowered, on whatever machine this is, and the plan tells the kernels that only run there.
+What XLA there makes of it is not known: temporaries, results and traffic are those of the program for CPUs.
 """
 
 import dataclasses
 import math
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax.traverse_util import flatten_dict
 
-from vit_jax import overrides
+from vit_jax import models, overrides
 from vit_jax.data import features, sources
 from vit_jax.errors import UserError
 from vit_jax.optimize import parallel
+from vit_jax.optimize.step import State
 from vit_jax.run import experiment as experiments
 from vit_jax.run.experiment import Experiment, make_update
 from vit_jax.run.start import abstract_state, find_origin
@@ -32,8 +41,10 @@ from vit_jax.tools import hlo
 _DEVICES = flags.DEFINE_integer("devices", 8, "How many devices share the work.", lower_bound=1)
 _MEMORY = flags.DEFINE_float("memory", 80, "GB that each of them has.", lower_bound=0)
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Of a tfds dataset, which is not looked for.", lower_bound=1)
+_PLATFORM = flags.DEFINE_string("platform", None, "cpu, cuda or tpu: where the step is to run. This machine's if not given.")
 
 Tree = Any
+PLATFORMS = ("cpu", "cuda", "tpu")
 GB = 1e9
 _JAX_SHARE = 0.75  # of a GPU's memory that JAX takes, unless told otherwise
 
@@ -43,6 +54,8 @@ NEARER_TO_A_GPU = {
     "xla_allow_excess_precision": False,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
+# The program is not run. Buffers are assigned before LLVM sees it, whose work would take most of the time for large models.
+_NOT_TO_BE_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +72,16 @@ class Plan:
       results: bytes of what a step returns beyond the state, which it writes in place.
       model_flops, flops: of a step and whole batch: as the model is written, and with what is computed again.
       sent: bytes that a device sends to others in a step, by kind of collective, see `hlo.Collective`.
+      kernels: the kernels of `platform` that the step calls by name, such as cuDNN's. `temporaries`, `results` and `sent` are
+        those of the program for CPUs, whatever the platform.
       seconds: how long planning took.
     """
 
     settings: Settings
     model_name: str
     num_classes: int
+    platform: str
+    kernels: tuple[str, ...]
     devices: int
     layout: str
     batch_shards: int
@@ -88,16 +105,20 @@ class Plan:
         return sum(self.state.values()) + self.batch + self.prefetched + self.temporaries + self.results
 
 
-def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
-    """Plans a recipe for the devices of this process. Raises UserError for whatever training would refuse.
+def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000, platform: str = "cpu") -> Plan:
+    """Plans a recipe for as many devices as this process has. Raises UserError for whatever training would refuse.
 
     `num_classes` stands for those of a tfds dataset, which is not looked for; others are counted.
     """
     started = time.perf_counter()
+    if platform not in PLATFORMS:
+        raise UserError(f"unknown platform {platform!r}: use cpu, tpu, or cuda for NVIDIA's GPUs")
     settings = Settings.from_config(config)
     experiment = build(settings, num_classes)
     state, batch = abstract_arguments(experiment)
-    compiled = make_update(experiment).lower(state, batch).compile(NEARER_TO_A_GPU)
+    update = make_update(experiment)
+    kernels = () if platform == "cpu" else hlo.custom_calls(lower(update, state, batch, platform))
+    compiled = update.lower(state, batch).compile(NEARER_TO_A_GPU | _NOT_TO_BE_RUN)
     memory = compiled.memory_analysis()
     parts = {"parameters": state.params, "optimizer": state.opt_state, "average": state.ema, "frozen": state.frozen}
     host = _abstract_state(experiment)
@@ -108,6 +129,8 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
         settings=settings,
         model_name=experiment.task.model.fields.get("model_name") or experiment.task.model.type,
         num_classes=experiment.train_source.num_classes,
+        platform=platform,
+        kernels=kernels,
         devices=jax.device_count(),
         layout=_layout(experiment),
         batch_shards=experiment.parallelism.batch_shards,
@@ -125,6 +148,11 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000) -> Plan:
         sent={kind: sent for kind in hlo.KINDS if (sent := hlo.sent_bytes(exchanged, kind))},
         seconds=time.perf_counter() - started,
     )
+
+
+def lower(update: Callable[[State, dict], tuple[State, dict]], state: State, batch: dict, platform: str) -> str:
+    """The text of the step that runs on such a platform, whatever this machine has, before XLA optimises it."""
+    return jax.jit(update).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
 
 
 def abstract_arguments(experiment: Experiment) -> tuple[Tree, dict[str, jax.ShapeDtypeStruct]]:
@@ -159,15 +187,34 @@ def report(p: Plan, memory: float) -> str:
         f"model    {p.model_name}, {p.parameters:,} parameters{trained}, {p.num_classes:,} classes",
         f"devices  {p.devices}, {p.layout}, {settings.dtype}, remat={settings.remat}, scan={settings.scan}",
         f"step     {per_step}, {p.model_flops:.3g} FLOPs{again}",
+        *([] if p.platform == "cpu" else [f"kernels  {_kernels(p)}"]),
         "memory   GB a device",
         *(f"  {name:{width}} {size / GB:9.3f}" for name, size in rows),
         f"  Temporaries are activations, scratch, and gradients ({p.gradients / GB:.3f}), as XLA lays them out for a CPU.",
         f"  While a checkpoint is written, a copy of the state comes on top: {sum(p.state.values()) / GB:.3f}.",
         "traffic  " + (_traffic(p) if p.sent else "none"),
         *_verdict(p, memory),
+        *_not_known(p),
         f"planned in {p.seconds:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _kernels(p: Plan) -> str:
+    if not p.kernels:
+        return f"of the step for {p.platform}: XLA's own alone"
+    divided = "; what XLA divides among the devices is cuDNN's attention" if hlo.DIVIDED in p.kernels else ""
+    return f"of the step for {p.platform}: {', '.join(p.kernels)}, and XLA's own{divided}"
+
+
+def _not_known(p: Plan) -> list[str]:
+    """What this machine cannot tell of another platform."""
+    if p.platform == "cpu":
+        return []
+    return [
+        f"known for {p.platform}: parameters, optimizer, average, frozen, batch, gradients, and FLOPs as the model is written",
+        "  not known here: temporaries, results and traffic, which are those of the step for CPUs; XLA lays out others there",
+    ]
 
 
 def _traffic(p: Plan) -> str:
@@ -239,12 +286,53 @@ def build(settings: Settings, num_classes: int) -> Experiment:
 def step_flops(settings: Settings, num_classes: int, *, remat: str) -> float:
     """XLA's count for a whole step as it is written: one program, before it is divided among devices and optimised.
 
-    Without loops over blocks or micro-batches, as XLA counts a loop's body once.
+    Without loops over blocks or micro-batches, as XLA counts a loop's body once. The blocks of a ViT or Mixer are equal, so
+    that the steps of models of 2 and 3 of them tell the count for any number; XLA itself adds up in float32.
     """
     one = dataclasses.replace(settings, parallel="mesh", mesh=Mesh(), scan=False, remat=remat, accum_steps=1)
     experiment = build(one, num_classes)
+    n = _equal_blocks(experiment)
+    if n < 4:
+        return _count_flops(experiment)
+    of_two, of_three = (_count_flops(build(_with_blocks(experiment, blocks), num_classes)) for blocks in (2, 3))
+    return of_two + (n - 2) * (of_three - of_two)
+
+
+def _count_flops(experiment: Experiment) -> float:
     lowered = make_update(experiment).lower(_abstract_state(experiment), abstract_batch(experiment))
     return lowered.cost_analysis()["flops"]
+
+
+def _equal_blocks(experiment: Experiment) -> int:
+    """How many blocks the model has, of which the second and all that follow take the same work; 0 if they do not.
+
+    They do not where patterns choose among blocks, or stochastic depth leaves out more of the later ones.
+    """
+    settings, model = experiment.settings, experiment.task.model
+    architecture = models.architecture_of(model.type)
+    if not architecture.depth or settings.lr_factors:
+        return 0
+    of_blocks = model.fields[architecture.blocks] if architecture.blocks else model.fields
+    if of_blocks.get("stochastic_depth") and of_blocks.get("stochastic_depth_mode") == "subset":
+        return 0
+    n = of_blocks[architecture.depth]
+    if settings.freeze or settings.train_only or settings.lora.rank:
+        names = flatten_dict(_abstract_state(experiment).params, sep="/")
+        matches = (re.fullmatch(architecture.block, name.removeprefix("lora/")) for name in names)
+        parts = Counter(match.string.replace(match[1], "", 1) for match in matches if match)
+        return n if set(parts.values()) <= {n} else 0
+    return n
+
+
+def _with_blocks(experiment: Experiment, blocks: int) -> Settings:
+    """The recipe, of a model with so many blocks."""
+    settings, origin = experiment.settings, experiment.origin
+    kind, fields = (settings.model_type, settings.model) if settings.model else (origin.model_type, origin.model)
+    architecture = models.architecture_of(kind)
+    changed = {architecture.depth: blocks}
+    if architecture.blocks:
+        changed = {architecture.blocks: {**fields[architecture.blocks], **changed}}
+    return dataclasses.replace(settings, model_type=kind, model={**fields, **changed})
 
 
 def _abstract_state(experiment: Experiment) -> Tree:
@@ -272,17 +360,25 @@ def use_devices(n: int) -> None:
     jax.config.update("jax_num_cpu_devices", n)
 
 
+def this_platform() -> str:
+    """Of this machine. Its accelerators, on which a run may be, are not touched."""
+    devices = Path("/dev")
+    if any(devices.glob("nvidia[0-9]*")):
+        return "cuda"
+    return "tpu" if any(devices.glob("accel[0-9]*")) else "cpu"
+
+
 def main() -> int:
     """Prints the plan; exit code 0 if it fits, 1 if not."""
     config = overrides.CONFIG.value
     if config is None:
         raise UserError("--config is missing: --config=RECIPE[:ARGUMENT]")
     use_devices(_DEVICES.value)
-    plan = make_plan(config, num_classes=_NUM_CLASSES.value)
+    plan = make_plan(config, num_classes=_NUM_CLASSES.value, platform=_PLATFORM.value or this_platform())
     print(report(plan, _MEMORY.value))
     return 0 if plan.needed <= _MEMORY.value * GB else 1
 
 
 def cli() -> None:
     """The console command."""
-    overrides.run(main, __doc__, ("devices", "memory", "num_classes"))
+    overrides.run(main, __doc__, ("devices", "memory", "num_classes", "platform"))

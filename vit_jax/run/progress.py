@@ -32,7 +32,7 @@ def log_setup(experiment: Experiment) -> None:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     grid = "x".join(map(str, architecture.grid(model.fields, settings.image_size)))
     size = "x".join(map(str, settings.image_size))
-    name = model.fields.get("model_name")
+    name = model.fields.get("model_name") or model.type
     log.info("model    %s, %s parameters, %s patches of a %s image", name, f"{count:,}", grid, size)
     patch = architecture.cut(model.fields)
     if patch and any(length % p for length, p in zip(settings.image_size, patch, strict=True)):

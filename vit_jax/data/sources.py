@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from vit_jax.data import detection, listing
+from vit_jax.data import captions, detection, listing
 from vit_jax.data.digit_scenes import DigitScenesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
@@ -31,8 +31,9 @@ def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tf
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
     `dataset` is `digits`, `digits_0to4`, `digit_scenes` (see DigitScenesSource), the path of an existing folder (see
-    FolderSource, and detection.open_folder for images with boxes), or a tfds name such as `cifar10`, for which alone the
-    two tfds folders are. Raises UserError for an unknown dataset, split or empty part.
+    FolderSource, detection.open_folder for images with boxes, captions.open_folder for images with sentences), or a tfds
+    name such as `cifar10`, for which alone the two tfds folders are. Raises UserError for an unknown dataset, split or
+    empty part.
     """
     if dataset in ("digits", "digits_0to4"):
         return DigitsSource(dataset, split)
@@ -40,7 +41,7 @@ def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tf
         return DigitScenesSource(split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        return detection.open_folder(path, split) or FolderSource(path, split)
+        return detection.open_folder(path, split) or captions.open_folder(path, split) or FolderSource(path, split)
     # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z]\w*(:[\w.*]+)?(/[\w.+-]+(:[\w.*]+)?)?", dataset):
         raise UserError(

@@ -1,0 +1,171 @@
+"""Images with sentences: a list of pairs in a file, or a text file beside each image.
+
+`open_folder` tells the layouts apart. All pairs are read and checked at the start: an image that is missing, a caption without
+words are errors that name file and line.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.data import listing
+from vit_jax.data.features import Image, Source, Text, digest
+from vit_jax.data.listing import shown
+from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.errors import UserError, printable
+from vit_jax.files import read_regular
+
+LISTS = ("captions.jsonl", "captions.csv", "captions.tsv")
+"""Files with the pairs of a folder, each with the fields `image` and `text`."""
+
+
+class CaptionSource(Source):
+    """Images with one or more sentences each, in the order of their first mention."""
+
+    exif_rotated = True
+
+    def __init__(self, captions: Mapping[Path, Sequence[str]]):
+        self.features = {"image": Image(), "text": Text()}
+        self._captions = [(path, tuple(texts)) for path, texts in captions.items()]
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, texts = self._captions[index]
+        try:
+            return {"image": read_regular(path), "text": texts}
+        except OSError as error:
+            message = f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?"
+            raise UserError(message) from error
+        except UserError as error:
+            raise UserError(f"{self.where(index)} cannot be read: {error}") from error
+
+    def where(self, index: int) -> str:
+        return shown(self._captions[index][0])
+
+    def fingerprint(self) -> dict[str, str | int]:
+        names, texts = (path.name for path, _ in self._captions), (texts for _, texts in self._captions)
+        return super().fingerprint() | {"names": digest(names), "texts": digest(texts)}
+
+
+def open_folder(path: str, split: str) -> CaptionSource | None:
+    """The examples of a split, or part of it, of a folder {train,test}/…; None for a folder without captions.
+
+    Each of the two folders holds `captions.jsonl`, `.csv` or `.tsv`, whose `text` is a sentence (in .jsonl also a list of them)
+    and whose `image` is a path relative to the file; or `name.txt` beside every `name.jpg`, one sentence a line. An image may
+    be listed several times. `test` may also be called `val`, `valid` or `validation`; a folder without it, or with the captions
+    at its top, offers its parts alone: `train[:90%]` and `train[90%:]`.
+
+    Raises UserError for a split that is not there, and for whatever is wrong with a pair.
+    """
+    root = Path(path)
+    if _has_captions(root):
+        splits = {"train": root}
+    else:
+        splits = {name: root / name for name in ("train", *TEST_NAMES) if _has_captions(root / name)}
+    if "train" not in splits:
+        return None
+    asked = split.partition("[")[0]
+    name = next((n for n in (asked, *(TEST_NAMES if asked in TEST_NAMES else ())) if n in splits), None)
+    if name is None:
+        offered = ", ".join(f"{n!r}" for n in splits)
+        raise UserError(
+            f"{shown(root)} has captions for {offered}, not for {asked!r}: name parts, such as"
+            " --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
+        )
+    captions = list(_read(splits[name]).items())
+    _, part = split_range(split, {asked: len(captions)})
+    return CaptionSource(dict(captions[part.start : part.stop]))
+
+
+def _has_captions(folder: Path) -> bool:
+    """Whether a folder holds a list, or an image with its own text file; class folders and other annotations do not count."""
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in listing.visible(os.fspath(folder))}
+    stems = {name.removesuffix(".txt") for name in names if name.endswith(".txt")}
+    return bool(names & set(LISTS)) or any(_is_image(name) and os.path.splitext(name)[0] in stems for name in names)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in listing.IMAGE_SUFFIXES
+
+
+def _read(folder: Path) -> dict[Path, list[str]]:
+    """The sentences of each image of a folder."""
+    lists = [folder / name for name in LISTS if (folder / name).exists()]
+    if len(lists) > 1:
+        raise UserError(f"{shown(folder)} has {' and '.join(file.name for file in lists)}: keep one of them")
+    captions: dict[Path, list[str]] = {}
+    for where, image, text in _listed(lists[0]) if lists else _beside(folder):
+        path = folder / image
+        if not path.is_file():
+            raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the caption")
+        if not text.strip():
+            raise UserError(f"{where}: the caption of {printable(image)} is empty: write one, or remove the pair")
+        captions.setdefault(path, []).append(text.strip())
+    if not captions:
+        raise UserError(f"{shown(lists[0] if lists else folder)} has no captions")
+    return captions
+
+
+def _listed(file: Path) -> Iterator[tuple[str, str, str]]:
+    """(where it stands, image, text) of every pair in a list."""
+    for number, row in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
+        where = f"{shown(file)}, line {number}"
+        image, texts = row.get("image"), row.get("text")
+        texts = texts if isinstance(texts, list) else [texts]
+        if not isinstance(image, str) or not image or not texts or not all(isinstance(text, str) for text in texts):
+            has = ", ".join(printable(str(name)) for name in row)
+            raise UserError(f"{where}: needs the fields image, a path, and text, a sentence; it has {has or 'none'}")
+        yield from ((where, image, text) for text in texts)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number of the line, object) of every line that is not empty."""
+    for number, line in enumerate(_text_of(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{shown(file)}, line {number} is no JSON: {e}") from e
+        if not isinstance(row, dict):
+            raise UserError(f'{shown(file)}, line {number} must be an object such as {{"image": "a.jpg", "text": "a cat"}}')
+        yield number, row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number of its last line, fields by the names in the first line) of every row."""
+    reader = csv.DictReader(io.StringIO(_text_of(file)), delimiter="\t" if file.suffix == ".tsv" else ",")
+    try:
+        yield from ((reader.line_num, row) for row in reader)
+    except csv.Error as e:
+        raise UserError(f"{shown(file)}, line {reader.line_num}: {e}") from e
+
+
+def _beside(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """The same of `name.txt` beside `name.jpg`, for the images at the top of a folder and below it."""
+    for name in listing.list_images(os.fspath(folder)).images:
+        file = (folder / name).with_suffix(".txt")
+        if not file.exists():
+            raise UserError(f"{shown(folder / name)} has no caption: write {shown(file)}, or remove the image")
+        lines = [line for line in _text_of(file).split("\n") if line.strip()]
+        yield from ((shown(file), name, line) for line in lines or [""])
+
+
+def _text_of(file: Path) -> str:
+    """A text file as UTF-8, with or without the mark at its start that spreadsheets leave."""
+    try:
+        return read_regular(file).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e
+    except OSError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e.strerror}") from e
+    except UserError as e:
+        raise UserError(f"{shown(file)}: {e}") from e

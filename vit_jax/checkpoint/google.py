@@ -24,7 +24,7 @@ def normalize(flat: Flat) -> Flat:
     for prefix in ("opt/target/", "params/", "img/"):
         if any(name.startswith(prefix) for name in flat):
             flat = {name.removeprefix(prefix): x for name, x in flat.items() if name.startswith(prefix)}
-    flat = canonical(_unstack(flat))
+    flat = canonical(unstack(flat))
     if "pos_embedding" in flat:
         table = flat.pop("pos_embedding")
         slot = [np.zeros_like(table[:, :1])] if "cls" in flat else []
@@ -90,7 +90,7 @@ def _mixer_facts(flat: Flat, classes: int | None) -> Facts:
     return Facts(model, (side * p, side * q), RULE, model_type="Mixer")
 
 
-def _unstack(flat: Flat) -> Flat:
+def unstack(flat: Flat) -> Flat:
     """`Transformer/encoderblock/NAME` of shape (blocks, …) → `Transformer/encoderblock_i/NAME`."""
     result = {}
     for name, x in flat.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoint import describe, detectors, google, huggingface, lora_file, readers, rules, timm, wrappers
+from vit_jax.checkpoint import describe, detectors, google, huggingface, lora_file, readers, rules, timm, two_towers, wrappers
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import Entries, read_object
 from vit_jax.checkpoint.family import POSITIONS, Facts, Family
@@ -78,6 +78,8 @@ def _understood(open_: Callable[[Path, Flat], Opened]) -> Callable[[Path, Flat],
 def _open(path: Path, arrays: Flat) -> Opened:
     if detector := detectors.open_detector(path, arrays):
         return detector
+    if towers := two_towers.open_towers(path, arrays):
+        return towers
     theirs = wrappers.unwrap(arrays, path)
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -19,6 +20,8 @@ from configs import (
     common,
     deit3,
     detect,
+    detect_vit,
+    detr_r50,
     distill,
     gsam,
     inference_time,
@@ -39,6 +42,7 @@ from tests import command_line, tiny
 from tests.data import toy_tfds
 from vit_jax import checkpoint, models
 from vit_jax.evaluate import evaluate
+from vit_jax.optimize import trainable
 from vit_jax.train import train_and_evaluate
 
 CONFIGS = Path(common.__file__).parent
@@ -112,6 +116,34 @@ def test_detect_takes_a_step(tmp_path):
     train_and_evaluate(config, tmp_path)
     assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
     assert 0 <= tiny.metrics(tmp_path, "AP_test")[1] <= 1
+
+
+def test_detr_r50_freezes_norms_and_stem():
+    config = detr_r50.get_config("dc5")
+    model = models.build(config.model_type, {**config.model.to_dict(), "num_classes": 91})
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))["params"]
+    names = flatten_dict(shapes, sep="/")
+    _, frozen = trainable.split(shapes, freeze=config.freeze)
+    expected = {name for name in names if "/bn" in name or name.startswith(("backbone/conv1/", "backbone/layer1_"))}
+    assert flatten_dict(frozen, sep="/").keys() == expected
+
+
+def test_detect_vit_trains_a_decoder_on_a_frozen_vit(tmp_path):
+    config = detect_vit.get_config("micro4,digit_scenes")
+    config.update(SMALL)
+    config.pp.update({"train": "train[:8]", "test": "test[:5]"})
+    vit_fields = config.model.body.vit
+    vit_fields.hidden_size = 16
+    vit_fields.transformer.update(ENCODER)
+    config.model.update({"width": 16, "num_heads": 2, "mlp_dim": 16, "num_decoder_layers": 1})
+    body = ConfigDict({"model_type": "ViT", "model": vit_fields})
+    before = published(body, tmp_path / "vit.npz", side=32)
+    config.pretrained = str(tmp_path / "vit.npz")
+    train_and_evaluate(config, tmp_path / "run")
+    after = tiny.arrays(tmp_path / "run")
+    for name in before.keys() - {"head/kernel", "head/bias"}:
+        np.testing.assert_array_equal(after[f"backbone/{name}"], before[name], err_msg=name)
+    assert after["class_embed/kernel"].shape[-1] == 11 and np.isfinite(tiny.metrics(tmp_path / "run", "train_loss")[1])
 
 
 # From nothing, on the ten digits

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz [--cases=20000] [--images=10000] [--by_hand] [--seed=0] [--target=NAME] [--case=N]
 
-Mutated checkpoints of every layout with their JSON, then mutated images, then the table of cases by hand: see tests/fuzz.py.
+Mutated checkpoints of every layout with their JSON, annotations of boxes, images, then cases by hand: see tests/fuzz.py.
 Prints what was wrong, and a table of verdicts. Exit code 1 if anything but answers and refusals was seen.
 """
 

@@ -15,10 +15,12 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
+from tests.data import test_detection
 from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite, predict
 from vit_jax.checkpoint import describe, fit, lora_file
+from vit_jax.data import detection
 from vit_jax.data.host import decode, view
 from vit_jax.optimize import trainable
 
@@ -156,6 +158,28 @@ def _index() -> Target:
     return Target({"index.csv": rows.encode()}, ("index.csv",), read)
 
 
+# Annotations of boxes.
+
+
+def _annotations(kind: str) -> Callable[[], Target]:
+    def make() -> Target:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "data"
+            root.mkdir()
+            getattr(test_detection, kind)(root)
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        return Target(files, tuple(sorted(name for name in files if not name.endswith(".jpg"))), read)
+
+    def read(folder: Path) -> str | None:
+        source = detection.open_folder(str(folder), "train")
+        if source is None:
+            return None
+        boxes = [source[i]["boxes"] for i in range(len(source))]
+        return None if all(np.isfinite(x).all() for x in boxes) else "boxes that are no numbers"
+
+    return make
+
+
 # Images.
 
 
@@ -235,7 +259,8 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
     "shards": (_shards, ""),
     "adapter": (adapter, "adapter.npz"),
 }
+ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}
-CHECKPOINTS = PARAMETERS | DESCRIPTIONS
+CHECKPOINTS = PARAMETERS | DESCRIPTIONS | ANNOTATIONS  # all that tells of models or data
 TARGETS = CHECKPOINTS | {kind: _image(kind) for kind in IMAGES}

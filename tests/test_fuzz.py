@@ -9,7 +9,7 @@ def test_damaged_files_are_read_or_refused():
     """benchmarks/fuzz.py runs thousands of these."""
     wrong = {}
     with fuzz.Worker() as worker:
-        for target in (*fuzz_targets.PARAMETERS, *fuzz_targets.IMAGES):
+        for target in (*fuzz_targets.PARAMETERS, *fuzz_targets.ANNOTATIONS, "index.csv", *fuzz_targets.IMAGES):
             assert worker.run(target, -1).kind == "answer", f"{target} is not sound: its damage proves nothing"
             verdicts = {case: worker.run(target, case) for case in range(CASES)}
             wrong |= {(target, case): v for case, v in verdicts.items() if v.kind not in ("answer", "refusal")}

@@ -320,6 +320,13 @@ def test_augreg_chooses_the_best_upstream_checkpoint_of_the_architecture(tmp_pat
     assert checkpoint.augreg_filename("Ti_16", tmp_path) == "Ti_16-i21k-300ep-lr_0.001-aug_light1-wd_0.1"
 
 
+@pytest.mark.parametrize("row", [b"\xff", b"i21k,B_16-a,x", b"i21k", b"i21k,B_16-a,nan", b"i21k,../B_16-a,1"])
+def test_what_is_no_index_of_augreg_is_refused(tmp_path, row):
+    (tmp_path / "index.csv").write_bytes(b"ds,filename,final_val\n" + row)
+    with pytest.raises(UserError, match="index.csv is not AugReg's index, with columns ds, filename and final_val"):
+        checkpoint.augreg_filename("B_16", tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["", ".npz"])
 def test_augreg_takes_a_file_name_as_it_is(tmp_path, suffix):
     name = "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"

@@ -1,6 +1,7 @@
 """The three layouts give the same boxes; what is wrong with an annotation is an error that names it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -171,3 +172,28 @@ def test_scenes_depend_on_their_number_and_hold_what_they_say():
     # Ink is brighter than what is around it, and reaches all four sides of its box.
     brightest = scene["image"].min(axis=-1)[int(top[0]) : int(bottom[0]), int(left[0]) : int(right[0])]
     assert brightest.max() > 130
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "content", "message"),
+    [
+        (coco, "annotations/instances_train2017.json", b"\xff", "is no text in UTF-8"),
+        (coco, "annotations/instances_train2017.json", b"[" * 100_000, "is no COCO file"),
+        (yolo, "data.yaml", b"names: [[x]]\ntrain: images/train\n", "must have a name"),
+        (yolo, "data.yaml", b"names: {0: a, 2: b}\ntrain: images/train\n", "numbered from 0 to 1"),
+        (yolo, "labels/train/a.txt", b"9\x1b[2J 0 0 0 0", "x1b"),
+        (voc, "Annotations/a.xml", b"<a>\xff</a>", "is no valid XML"),
+        (voc, "Annotations/a.xml", None, "cannot be read: .*a named pipe"),
+        (yolo, "labels/train/a.txt", None, "cannot be read: .*a named pipe"),
+    ],
+)
+def test_a_damaged_file_of_annotations_is_named(tmp_path, write, name, content, message):
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        get_source(str(tmp_path), "train")
+    assert name in str(error.value) and str(error.value).isprintable()

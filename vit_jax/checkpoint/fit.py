@@ -1,10 +1,13 @@
 """Fits a loaded checkpoint to a new task (another head) and a new resolution (another grid of position embeddings)."""
 
 import csv
+import io
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.opening import open_checkpoint
 from vit_jax.checkpoint.resize import resize
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, printable, unknown
+from vit_jax.files import read_regular
 
 Grid = tuple[int, int]
 _PREFIX = ("cls", "dist")
@@ -129,18 +133,33 @@ def augreg_filename(name: str, directory: str | os.PathLike) -> str:
             "  curl -O https://storage.googleapis.com/vit_models/augreg/index.csv\n"
             "or name a file, with a '-' in its name: --config.model_or_filename=FILE"
         )
-    with open(index, newline="", encoding="utf-8-sig") as f:
-        listed = [row for row in csv.DictReader(f) if row["ds"] == "i21k"]
-    rows = [row for row in listed if _architecture(row) == name]
+    listed = _upstream_accuracies(index)
+    rows = {filename: value for filename, value in listed.items() if _architecture(filename) == name}
     if not rows:
         raise unknown(f"architecture among the ImageNet-21k checkpoints in {index}", name, set(map(_architecture, listed)))
-    best = max(rows, key=lambda row: float(row["final_val"]))
-    log.info("chose %s: upstream accuracy %s, the best of %d", best["filename"], best["final_val"], len(rows))
-    return best["filename"]
+    best = max(rows, key=rows.__getitem__)
+    log.info("chose %s: upstream accuracy %s, the best of %d", best, rows[best], len(rows))
+    return best
 
 
-def _architecture(row: Mapping[str, str]) -> str:
-    return row["filename"].split("-")[0]
+def _upstream_accuracies(index: Path) -> dict[str, float]:
+    """{file name: validation accuracy} of the ImageNet-21k checkpoints in AugReg's `index.csv`. UserError if it is none."""
+    try:
+        text = read_regular(index).decode("utf-8-sig")
+        rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if row["ds"] == "i21k"]
+        found = {row["filename"]: float(row["final_val"]) for row in rows}
+        if not all(re.fullmatch(r"[\w.-]+", filename) and math.isfinite(value) for filename, value in found.items()):
+            raise ValueError("a name that is no file's, or an accuracy that is no number")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
+        raise UserError(
+            f"{index} is not AugReg's index, with columns ds, filename and final_val ({printable(e)}): fetch it again\n"
+            "  curl -O https://storage.googleapis.com/vit_models/augreg/index.csv"
+        ) from e
+    return found
+
+
+def _architecture(filename: str) -> str:
+    return filename.split("-")[0]
 
 
 def _adapt_positions(loaded: dict, wanted: dict, description: Description, grid: Grid | None) -> None:

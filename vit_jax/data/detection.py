@@ -19,7 +19,7 @@ from vit_jax.data.features import Boxes, Image, Source, digest
 from vit_jax.data.host import view
 from vit_jax.data.listing import list_images, shown
 from vit_jax.data.splits import TEST_NAMES, split_range
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, printable, unknown
 from vit_jax.files import read_regular
 
 
@@ -72,7 +72,7 @@ class DetectionSource(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture = self._pictures[index]
-        image = read_regular(picture.path)
+        image = _read(picture.path)
         boxes = np.array(picture.corners, np.float32).reshape(-1, 4)
         if picture.relative and len(boxes):
             height, width = view.Picture.read(image, exif_rotated=True).size
@@ -107,7 +107,12 @@ def open_folder(path: str, split: str) -> DetectionSource | None:
         if found := splits(root):
             asked = split.partition("[")[0]
             name = _which(asked, found, root)
-            pictures, class_names = read(root, found, name)
+            try:
+                pictures, class_names = read(root, found, name)
+            except UserError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
+                raise UserError(f"{shown(root)}: the annotations of {printable(name)} are damaged: {printable(repr(e))}") from e
             _, part = split_range(split, {asked: len(pictures)})
             return DetectionSource(pictures[part.start : part.stop], class_names)
     return None
@@ -119,12 +124,41 @@ def _which(asked: str, found: Mapping[str, Any], root: Path) -> str:
     for name in names:
         if matches := [n for n in found if n == name or n.removeprefix(name).isdigit() and n.startswith(name)]:
             return matches[0]
-    raise unknown(f"split of {root}", asked, found)
+    raise unknown(f"split of {shown(root)}", asked, map(printable, found))
 
 
 def _check_image(path: Path, where: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{where}: its image {path} does not exist: add it, or remove the annotation")
+    try:
+        exists = path.is_file()
+    except OSError:  # a name that is too long
+        exists = False
+    if not exists:
+        raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the annotation")
+
+
+def _read(file: Path) -> bytes:
+    """The content of a regular file. UserError with its name for anything else."""
+    try:
+        return read_regular(file)
+    except OSError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e.strerror}") from e
+    except UserError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e}") from e
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return _read(file).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e
+
+
+def _check_names(names: Sequence[Any], file: Path) -> list[str]:
+    """The names of classes, which may be numbers. UserError for anything else."""
+    for name in names:
+        if not isinstance(name, str | int | float) or not str(name).strip():
+            raise UserError(f"{shown(file)}: a class is called {printable(repr(name), 60)}: each must have a name")
+    return [str(name) for name in names]
 
 
 # COCO
@@ -142,33 +176,40 @@ def _read_coco(root: Path, found: Mapping[str, tuple[Path, Path]], name: str) ->
     """Classes are the categories by their numbers, which may have holes."""
     file, folder = found[name]
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(_read_text(file))
         categories = {c["id"]: c.get("name", "") for c in content["categories"]}
         records = {image["id"]: image for image in content["images"]}
-        annotations = content["annotations"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file} is no COCO file of images, annotations and categories: {e!r}") from e
+        annotations = [dict(annotation) for annotation in content["annotations"]]
+        order = sorted(categories)
+        pictures = {number: Picture(folder / image["file_name"]) for number, image in records.items()}
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        why = printable(repr(e))
+        raise UserError(f"{shown(file)} is no COCO file of images, annotations and categories: {why}") from e
     if nameless := [number for number, name in categories.items() if not name]:
-        raise UserError(f"{file}: category {nameless[0]} has no name")
-    order = sorted(categories)
-    pictures = {number: Picture(folder / image["file_name"]) for number, image in records.items()}
+        raise UserError(f"{shown(file)}: category {printable(nameless[0], 60)} has no name")
+    names = _check_names([categories[number] for number in order], file)
     for picture in pictures.values():
-        _check_image(picture.path, str(file))
+        _check_image(picture.path, shown(file))
     for annotation in annotations:
-        where = f"{file}: annotation {annotation.get('id')}"
+        where = f"{shown(file)}: annotation {printable(annotation.get('id'), 60)}"
         for key in ("image_id", "category_id", "bbox"):
             if key not in annotation:
                 raise UserError(f"{where} has no {key}")
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in pictures:
-            raise UserError(f"{where} is of image {image}, which the file does not list")
+            raise UserError(f"{where} is of image {printable(image, 60)}, which the file does not list")
         if category not in categories:
-            raise UserError(f"{where} is of category {category}, which has no name in the file")
-        left, top, width, height = map(float, annotation["bbox"])
-        size = float(records[image]["height"]), float(records[image]["width"])
+            raise UserError(f"{where} is of category {printable(category, 60)}, which has no name in the file")
+        try:
+            left, top, width, height = map(float, annotation["bbox"])
+            size = float(records[image]["height"]), float(records[image]["width"])
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            raise UserError(f"{where} needs a bbox of four numbers, in an image of a height and width: {printable(e)}") from e
         corners, crowd = (left, top, left + width, top + height), bool(annotation.get("iscrowd"))
-        pictures[image].add(corners, order.index(category), size, f"{where} ({records[image]['file_name']})", crowd)
-    return list(pictures.values()), [categories[number] for number in order]
+        pictures[image].add(corners, order.index(category), size, f"{where} ({printable(records[image]['file_name'])})", crowd)
+    return list(pictures.values()), names
 
 
 # YOLO
@@ -188,52 +229,60 @@ def _yolo_splits(root: Path) -> dict[str, list[Path]]:
             folder = base / str(content[name])
             folder = folder if folder.is_dir() else root / str(content[name]).replace("../", "")
             if not folder.is_dir():
-                raise UserError(f"{file}: {name} is {content[name]}, and there is no such folder in {base}")
+                raise UserError(
+                    f"{shown(file)}: {name} is {printable(content[name])}, and there is no such folder in {shown(base)}"
+                )
             splits[name] = [folder / image for image in list_images(str(folder)).images]
     if not splits:
-        raise UserError(f"{file} names no folder of images: add train: and val:")
+        raise UserError(f"{shown(file)} names no folder of images: add train: and val:")
     return splits
 
 
 def _yaml(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as e:
-        raise UserError(f"{file} is no valid YAML: {e}") from e
+        content = yaml.safe_load(_read_text(file))
+    except UserError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise UserError(f"{shown(file)} is no valid YAML: {printable(' '.join(str(e).split()))}") from e
     if not isinstance(content, dict) or not isinstance(content.get("names"), list | dict) or not content["names"]:
-        raise UserError(f"{file} must have names: a list of the classes")
+        raise UserError(f"{shown(file)} must have names: a list of the classes")
     return content
 
 
 def _read_yolo(root: Path, found: Mapping[str, list[Path]], name: str) -> tuple[list[Picture], list[str]]:
     names = _yaml(root / "data.yaml")["names"]
-    names = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
+    if isinstance(names, dict) and sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        raise UserError(f"{shown(root / 'data.yaml')}: the names must be numbered from 0 to {len(names) - 1}, each once")
+    named = [name for _, name in sorted(names.items(), key=lambda x: int(x[0]))] if isinstance(names, dict) else names
+    names = _check_names(named, root / "data.yaml")
     pictures = []
     for image in found[name]:
         parts = list(image.parts)
         if "images" not in parts:
-            raise UserError(f"{image}: a folder in YOLO's layout has its images below a folder called images")
+            raise UserError(f"{shown(image)}: a folder in YOLO's layout has its images below a folder called images")
         i = len(parts) - 1 - parts[::-1].index("images")
         file = Path(*parts[:i], "labels", *parts[i + 1 :]).with_suffix(".txt")
         pictures.append(picture := Picture(image, relative=True))
-        lines = file.read_text().split("\n") if file.is_file() else ()
+        lines = _read_text(file).split("\n") if file.exists() else ()
         for number, line in enumerate(lines, 1):
             if line.strip():
-                _add_yolo_line(picture, line, names, f"{file}, line {number}")
+                _add_yolo_line(picture, line, names, f"{shown(file)}, line {number}")
     return pictures, names
 
 
 def _add_yolo_line(picture: Picture, line: str, names: list[str], where: str) -> None:
+    got = repr(printable(line.strip(), 80))
     try:
         label, *numbers = line.split()
         label, (x, y, w, h) = int(label), map(float, numbers)
     except ValueError:
         expected = "'class center_x center_y width height', parts of the image"
-        raise UserError(f"{where}: {line.strip()[:80]!r} is not {expected} (polygons are not boxes: export boxes)") from None
+        raise UserError(f"{where}: {got} is not {expected} (polygons are not boxes: export boxes)") from None
     if not 0 <= label < len(names):
         raise UserError(f"{where}: class {label} has no name, data.yaml names {len(names)}")
     if max(x, y, w, h) > 1.01:
-        raise UserError(f"{where}: {line.strip()!r} has numbers above 1: they must be parts of the image, not pixels")
+        raise UserError(f"{where}: {got} has numbers above 1: they must be parts of the image, not pixels")
     picture.add((x - w / 2, y - h / 2, x + w / 2, y + h / 2), label, (1, 1), where)
 
 
@@ -244,9 +293,11 @@ def _voc_splits(root: Path) -> dict[str, list[str]]:
     """{split: the names of its images}."""
     if not (root / "Annotations").is_dir():
         return {}
-    lists = {p.stem: p.read_text().split() for p in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in p.stem}
+    lists = {p.stem: _read_text(p).split() for p in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in p.stem}
     if not lists:
-        raise UserError(f"{root} has Annotations but no ImageSets/Main/train.txt and val.txt with the names of the images")
+        raise UserError(
+            f"{shown(root)} has Annotations but no ImageSets/Main/train.txt and val.txt with the names of the images"
+        )
     return lists
 
 
@@ -261,17 +312,26 @@ def _read_voc(root: Path, found: Mapping[str, list[str]], name: str) -> tuple[li
         names_of_image = tree.findtext("filename") or f"{stem}.jpg", f"{stem}.jpg", f"{stem}.png"
         candidates = [root / "JPEGImages" / n for n in names_of_image]
         picture = Picture(next((p for p in candidates if p.is_file()), candidates[0]))
-        _check_image(picture.path, str(file))
-        size = tuple(float(_text(tree, f"size/{side}", str(file))) for side in ("height", "width"))
+        _check_image(picture.path, shown(file))
+        try:
+            size = tuple(float(_text(tree, f"size/{side}", shown(file))) for side in ("height", "width"))
+        except UserError:
+            raise
+        except ValueError as e:
+            raise UserError(f"{shown(file)}: its size holds something that is no number: {printable(e)}") from e
         for number, o in enumerate(tree.iter("object"), 1):
-            where = f"{file}, object {number}"
+            where = f"{shown(file)}, object {number}"
             label = _text(o, "name", where)
             if label not in names:
-                raise UserError(f"{where}: training has no class {label!r}, only {', '.join(names[:10])}")
+                raise UserError(
+                    f"{where}: training has no class {printable(label)!r}, only {', '.join(map(printable, names[:10]))}"
+                )
             try:
                 corners = [float(_text(o, f"bndbox/{side}", where)) for side in ("xmin", "ymin", "xmax", "ymax")]
+            except UserError:
+                raise
             except ValueError as e:
-                raise UserError(f"{where}: its bndbox holds something that is no number: {e}") from e
+                raise UserError(f"{where}: its bndbox holds something that is no number: {printable(e)}") from e
             corners = (corners[0] - 1, corners[1] - 1, *corners[2:])
             picture.add(corners, names.index(label), size, where, o.findtext("difficult", "0").strip() == "1")
         pictures.append(picture)
@@ -280,11 +340,11 @@ def _read_voc(root: Path, found: Mapping[str, list[str]], name: str) -> tuple[li
 
 def _xml(file: Path) -> ElementTree.Element:
     try:
-        return ElementTree.fromstring(file.read_text())
-    except OSError as e:
-        raise UserError(f"{file} cannot be read: {e.strerror}; ImageSets/Main lists it") from e
+        return ElementTree.fromstring(_read(file))
     except ElementTree.ParseError as e:
-        raise UserError(f"{file} is no valid XML: {e}") from e
+        raise UserError(f"{shown(file)} is no valid XML: {e}") from e
+    except UserError as e:
+        raise UserError(f"{e}; ImageSets/Main lists it") from e
 
 
 def _text(element: ElementTree.Element, name: str, where: str) -> str:

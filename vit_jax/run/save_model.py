@@ -7,6 +7,7 @@ from typing import Any
 from vit_jax import checkpoint
 from vit_jax.checkpoint import describe, lora_file
 from vit_jax.checkpoint.describe import Description
+from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel, trainable
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment
@@ -34,6 +35,9 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
         elif parallel.is_main():
             checkpoint.save(trainable.merge(trained, frozen), target)
             describe.write(target, description(experiment, step, metrics))
+            for file in experiment.task.files:
+                content = file.read_bytes()
+                write_atomically(target.with_name(file.name), lambda f, content=content: f.write(content))
         if path.stem == "model":
             log.info("wrote    %s", target)
     if path.stem == "model":

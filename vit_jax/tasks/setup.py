@@ -46,7 +46,9 @@ class Setup:
             raise UserError("config.model is empty, and this run began from nothing: repeat its --config")
         kind = settings.model_type if settings.model else origin.model_type
         fields = {**(settings.model or origin.model), **changes}
-        if origin:
+        if origin and kind == "TwoTowers" != origin.model_type:  # of the image tower alone
+            fields = {**fields, "image": _with_numerics_of(origin, fields["image"])}
+        elif origin:
             fields = _with_numerics_of(origin, fields)
         architecture = models.architecture_of(kind)
         if self.constrain is None:

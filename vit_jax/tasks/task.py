@@ -6,6 +6,7 @@ A batch is a flat dict of arrays with the examples in front: `image`, `label`, `
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -101,6 +102,7 @@ class Task:
         A head starts anew, unless it is to score these classes.
       frozen: () → other trees by name, on the host, that the loss reads and nobody trains.
       init_carry: () → the carry before the first step.
+      files: what a trained model needs beside its parameters and description, such as a vocabulary; copied there.
       totals: batch → sums over its examples that a loss divides by, such as the number of boxes.
       whole_batch: the loss of an example depends on the others of the batch. Micro-batches then need `embed`.
       embed: (parameters, Context, batch, key) → tree of arrays by example, from which `loss_of` makes the loss of
@@ -125,3 +127,4 @@ class Task:
     whole_batch: bool = False
     embed: Callable[[Params, Context, Batch, jax.Array], Tree] | None = None
     loss_of: Callable[[Params, Context, Tree], Loss] | None = None
+    files: tuple[Path, ...] = ()

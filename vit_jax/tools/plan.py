@@ -269,7 +269,12 @@ class _Unseen:
     def __init__(self, num_classes: int):
         self.num_classes, self.class_names = num_classes, tuple(map(str, range(num_classes)))
         names = self.class_names
-        self.features = {"image": features.Image(), "label": features.Label(names), "boxes": features.Boxes(names)}
+        self.features = {
+            "image": features.Image(),
+            "label": features.Label(names),
+            "boxes": features.Boxes(names),
+            "text": features.Text(),
+        }
 
 
 def build(settings: Settings, num_classes: int) -> Experiment:

@@ -1,0 +1,184 @@
+"""Images and texts in one space: those that belong together come to lie close (CLIP, LiT, SigLIP).
+
+Either tower may be locked: `config.freeze=("img/.*",)` trains a text tower for an image tower that stays as it is (LiT).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+from vit_jax.checkpoint import Description, load_pretrained
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.data.device import augment
+from vit_jax.data.host import text
+from vit_jax.errors import UserError, unknown
+from vit_jax.tasks import images, pairs
+from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+
+
+def make_task(
+    setup: Setup,
+    *,
+    loss: str = "softmax",
+    tokenizer: str = "sentencepiece",
+    vocab: str = "",
+    max_len: int = 16,
+    tokenizer_options: Mapping[str, Any] = {},
+) -> Task:
+    """Images to captions, by a model of `models.two_towers`.
+
+    Args:
+      loss: one of `pairs.LOSSES`, "softmax" (CLIP, LiT) or "sigmoid" (SigLIP), which needs `config.model.bias_init`.
+      tokenizer, vocab, max_len, tokenizer_options: see `data.host.text.make`; the file is copied beside the trained model.
+        Without `vocab` images alone are embedded, and nothing can be trained.
+    """
+    settings, model = setup.settings, setup.build_model()
+    if loss not in pairs.LOSSES:
+        raise unknown("config.task.loss", loss, pairs.LOSSES)
+    if model.type != "TwoTowers":
+        raise UserError(f"config.model_type={model.type}: images and texts are compared by TwoTowers")
+    if loss == "sigmoid" and model.fields.get("bias_init") is None:
+        raise UserError("config.task.loss=sigmoid needs a bias: set config.model.bias_init, SigLIP's is -10")
+    if not vocab and settings.trainer == "train":
+        raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")
+    tokenize = _tokenize(model, text.make(tokenizer, vocab, max_len, **tokenizer_options)) if vocab else None
+    mean, std = setup.normalisation
+    embed, loss_of = pairs.make_embed(model.module, mean, std), pairs.make_loss_of(model.module, loss=loss)
+    described = {"tokenizer": tokenizer, "vocab": Path(vocab).name, "max_len": max_len, **tokenizer_options} if vocab else {}
+    return Task(
+        model=model,
+        needs=("image", "text"),
+        train_example=make_train_example(images.train_image(settings), tokenize),
+        eval_example=make_eval_example(images.eval_image(settings), tokenize),
+        init=make_init(model.module, settings.image_size, max_len),
+        loss=make_loss(embed, loss_of),
+        whole_batch=True,
+        embed=embed,
+        loss_of=loss_of,
+        predict=make_predict(model.module, mean, std),
+        evaluators=(),
+        describe=lambda: {
+            "class_names": (),
+            "head": loss,
+            "text": described,
+            "task": {"type": "contrast", "loss": loss, "max_len": max_len},
+        },
+        files=(Path(vocab).expanduser(),) if vocab else (),
+        show=show,
+        preview=preview,
+        load=make_load(model, settings.image_size),
+    )
+
+
+def check_usable(description: Description, source: Any) -> None:
+    """Raises UserError for a checkpoint without two towers."""
+    if description.model_type != "TwoTowers":
+        raise UserError(f"{source} is a {description.model_type}, without a text tower")
+
+
+def make_init(model: nn.Module, image_size: tuple[int, int], max_len: int) -> Callable[[jax.Array], Params]:
+    """key → fresh parameters of both towers. A ViT's head begins at 0, which has no direction: here it is drawn."""
+    inputs = {"images": jnp.zeros((1, *image_size, 3)), "tokens": jnp.zeros((1, max_len), jnp.int32)}
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key, **inputs)["params"]
+        if head := params["img"].get("head"):
+            kernel = nn.initializers.lecun_normal()(jax.random.fold_in(key, 1), head["kernel"].shape)
+            params = {**params, "img": {**params["img"], "head": {**head, "kernel": kernel}}}
+        return params
+
+    return init
+
+
+def make_train_example(train_image: Callable, tokenize: Tokenize | None) -> Callable[..., dict[str, np.ndarray]]:
+    """(example, rng=, exif_rotated=) → image, and the tokens (max_len,) of one of its sentences, drawn at random."""
+
+    def train_example(example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool) -> dict[str, np.ndarray]:
+        sentence = example["text"][rng.integers(len(example["text"]))]
+        image = train_image(example["image"], rng=rng, exif_rotated=exif_rotated)
+        return {"image": image, "tokens": tokenize([sentence])[0]}
+
+    return train_example
+
+
+def make_eval_example(eval_image: Callable, tokenize: Tokenize | None) -> Callable[..., dict[str, np.ndarray]]:
+    """(example, exif_rotated=) → image, and the tokens (max_len,) of its first sentence, where there is one."""
+
+    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
+        image = {"image": eval_image(example["image"], exif_rotated=exif_rotated)}
+        return image | ({"tokens": tokenize(example["text"][:1])[0]} if tokenize and "text" in example else {})
+
+    return eval_example
+
+
+def make_loss(embed: Callable, loss_of: Callable) -> Callable[[Params, Context, Batch, jax.Array], Loss]:
+    """The loss of the whole batch at once."""
+
+    def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
+        return loss_of(params, context, embed(params, context, batch, key))
+
+    return loss
+
+
+def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Params, Batch], dict[str, Array]]:
+    """(parameters, evaluation batch) → `zimg` of its images and `ztxt` of its tokens, (b, d) of length 1, of what there is."""
+
+    def predict(params: Params, batch: Batch) -> dict[str, Array]:
+        inputs = {"images": augment.normalize(batch["image"], mean, std)} if "image" in batch else {}
+        zimg, ztxt, _ = model.apply({"params": params}, **inputs, tokens=batch.get("tokens"), train=False)
+        return {name: z for name, z in (("zimg", zimg), ("ztxt", ztxt)) if z is not None}
+
+    return predict
+
+
+def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
+    """The embedding of an image: its first numbers as text, all of them as JSON."""
+    z = outputs["zimg"]
+    return Shown(["embedding " + " ".join(f"{x:.3f}" for x in z[:6]) + " …"], {"embedding": [float(x) for x in z]})
+
+
+def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
+    """See `Task.preview`: the images, and the tokens of their sentences without what fills them up."""
+    pixels = np.clip(np.rint(batch["image"]), 0, 255).astype(np.uint8)
+    ends = [tokens[: len(tokens) - np.argmax(tokens[::-1] != tokens[-1])] for tokens in batch["tokens"]]
+    return pixels, [" ".join(map(str, tokens)) for tokens in ends]
+
+
+def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
+    """See `Task.load`: both towers of a model like this one, or a ViT that becomes the image tower, with a new head."""
+
+    def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
+        opened = sources[""]
+        if opened.description.model_type != "TwoTowers":
+            fields, grid = model.fields["image"], images.patch_grid(model, image_size)
+            tower = load_pretrained(pretrained_path=opened, init_params=init_params["img"], model_config=fields, grid=grid)
+            return {**init_params, "img": tower}
+        given = opened.flat
+        for name, x in flatten_dict(init_params, sep="/").items():
+            if name not in given or given[name].shape != x.shape:
+                has = f"has it as {given[name].shape}" if name in given else "lacks it"
+                raise UserError(f"{opened.path} does not fit: {name} must be {x.shape}, and the file {has}")
+        return unflatten_dict({name: given[name] for name in flatten_dict(init_params, sep="/")}, sep="/")
+
+    return load
+
+
+def _tokenize(model: Model, tokenizer: Any) -> Tokenize:
+    """The tokenizer. UserError for one with more tokens than the text tower knows."""
+    known = model.fields["text"].get("vocab_size")
+    if known is not None and tokenizer.vocab_size > known:
+        raise UserError(
+            f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, the text tower knows {known:,}: "
+            f"set config.model.text.vocab_size={tokenizer.vocab_size}, or give the vocabulary that the model was trained with"
+        )
+    return tokenizer

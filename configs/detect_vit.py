@@ -1,6 +1,6 @@
 """Finds objects with DETR's decoder over the feature map of a trained ViT, which stays as it is.
 
-    python -m vit_jax.main --workdir=runs/boxes --config=detect_vit:b16,FOLDER --config.pretrained=FILE
+    python -m vit_jax.main --workdir=runs/boxes --config=configs/detect_vit.py:b16,FOLDER --config.pretrained=FILE
 
 `:MODEL,DATASET` names a ViT (see configs/models.py) and a folder in COCO's, YOLO's or VOC's layout, or digit_scenes.
 No score was measured.

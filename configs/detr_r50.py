@@ -1,6 +1,7 @@
 """Fine-tunes a published DETR on a folder of images with boxes, with the rates and the augmentation of DETR's paper.
 
-    python -m vit_jax.main --workdir=runs/detr --config=configs/detr_r50.py --config.pretrained=detr-r50.pth --config.dataset=FOLDER
+    python -m vit_jax.main --workdir=runs/detr --config=configs/detr_r50.py --config.pretrained=detr-r50.pth \
+        --config.dataset=FOLDER
 
 `:MODEL` is r50, dc5, r101 or r101_dc5; the file must hold the same one. FOLDER is in COCO's, YOLO's or VOC's layout.
 300 epochs of COCO with 64 images a step are 554,000 steps; fewer classes and images need far fewer.

@@ -1,6 +1,8 @@
 """Opens the .npz of an image and a text tower: LiT's, and those of big_vision such as SigLIP's."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vit_jax import models
 from vit_jax.checkpoint import describe, google
@@ -11,6 +13,10 @@ from vit_jax.checkpoint.rules import Flat
 
 _BERT_HEAD = 64
 """The width of an attention head of BERT, which the shapes of its parameters do not tell."""
+_LIT_LENGTH = 16
+"""Tokens a text of LiT: a BERT's parameters have room for more."""
+_GEMMA = 256_000
+"""Tokens of Gemma's vocabulary, that of SigLIP 2."""
 
 
 def open_towers(path: Path, arrays: Flat) -> Opened | None:
@@ -57,8 +63,31 @@ def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
         std=facts.std,
         class_names=(),
         head="sigmoid" if "b" in flat else "softmax",
+        text=_bert_text(path) if is_bert else _sentencepiece_text(path, fields["text"], sigmoid="b" in flat),
         task={"type": "contrast"},
     )
+
+
+def _bert_text(path: Path) -> dict:
+    return {"tokenizer": "bert", "vocab": _vocabulary(path, "vocab.txt"), "max_len": _LIT_LENGTH}
+
+
+def _sentencepiece_text(path: Path, fields: Mapping[str, Any], *, sigmoid: bool) -> dict:
+    """LiT takes texts as they are; SigLIP was trained on lower case without punctuation, SigLIP 2 on lower case alone."""
+    is_gemma = fields["vocab_size"] >= _GEMMA
+    options = {"lower": True, **({"pad_token": 0} if is_gemma else {"strip_punctuation": True})} if sigmoid else {}
+    return {
+        "tokenizer": "sentencepiece",
+        "vocab": _vocabulary(path, "spiece.model", "sentencepiece.model"),
+        "max_len": fields["max_len"],
+        **options,
+    }
+
+
+def _vocabulary(path: Path, *usual: str) -> str:
+    """The name of the vocabulary beside a file: that of LiT's, which are called like their models, or a usual one."""
+    own = path.with_suffix(Path(usual[0]).suffix).name
+    return next((name for name in (own, *usual) if (path.parent / name).is_file()), own)
 
 
 def _bert(txt: Flat) -> dict:

@@ -46,7 +46,7 @@ _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
+class Tokenizer:
     """What all tokenizers have in common: `tokenizer(texts)` are tokens (b, max_len), too long a text is cut.
 
     Attributes:
@@ -106,7 +106,7 @@ class _Tokenizer:
 
 
 @dataclass(frozen=True)
-class BertTokenizer(_Tokenizer):
+class BertTokenizer(Tokenizer):
     """WordPiece in lower case: [CLS] in front, no [SEP], zeros behind. `vocab_path`: one token a line."""
 
     @property
@@ -142,7 +142,7 @@ class BertTokenizer(_Tokenizer):
 
 
 @dataclass(frozen=True)
-class SentencepieceTokenizer(_Tokenizer):
+class SentencepieceTokenizer(Tokenizer):
     """SentencePiece with a sticky end: the last token is always </s>, or padding.
 
     `vocab_path`: a `.model`, or a `tokenizer.json` of Hugging Face.
@@ -188,7 +188,7 @@ class SentencepieceTokenizer(_Tokenizer):
 
 
 @dataclass(frozen=True)
-class ClipTokenizer(_Tokenizer):
+class ClipTokenizer(Tokenizer):
     """CLIP's byte-pair encoding in lower case, between <|startoftext|> and <|endoftext|>, which a cut text keeps.
 
     `vocab_path`: `tokenizer.json`, or `vocab.json` with `merges.txt` beside it, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
@@ -228,7 +228,7 @@ class ClipTokenizer(_Tokenizer):
 TOKENIZERS = {"bert": BertTokenizer, "sentencepiece": SentencepieceTokenizer, "clip": ClipTokenizer}
 
 
-def make(tokenizer_name: str, vocab_path: str | Path, max_len: int, **options: Any) -> _Tokenizer:
+def make(tokenizer_name: str, vocab_path: str | Path, max_len: int, **options: Any) -> Tokenizer:
     """The tokenizer of this name. Raises UserError for another name, or an option that it does not have."""
     if tokenizer_name not in TOKENIZERS:
         raise unknown("tokenizer", tokenizer_name, TOKENIZERS)

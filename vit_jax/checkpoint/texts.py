@@ -1,0 +1,57 @@
+"""The tokenizer of a checkpoint that reads texts: what its description names, with the vocabulary beside it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint.hub import fetch
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.data.host import text
+from vit_jax.data.host.text import Tokenizer
+from vit_jax.errors import UserError
+from vit_jax.models import zoo
+
+LIT = "gs://vit_models/lit"
+"""Where LiT's vocabularies lie, each called like its model."""
+
+
+def open_tokenizer(opened: Opened, *, vocab: str | os.PathLike | None = None) -> Tokenizer:
+    """What makes tokens (n, max_len), int32, of a list of n texts, as the text tower of `opened` was trained with them.
+
+    Args:
+      vocab: the vocabulary's file, or an address that `hub.fetch` knows, where it does not lie beside the checkpoint. Those
+        of published LiT models are fetched.
+
+    Raises:
+      UserError: for a model without a text tower, a vocabulary that is not there, or one with more tokens than it knows.
+    """
+    described = dict(opened.description.text)
+    if opened.description.model_type != "TwoTowers":
+        raise UserError(f"{opened.path} is a {opened.description.model_type}, which reads no texts")
+    if not described:
+        raise UserError(f"{opened.path} does not tell how texts become tokens: its description has no entry text")
+    name, file, max_len = (described.pop(key) for key in ("tokenizer", "vocab", "max_len"))
+    tokenizer = text.make(name, _find(opened.path, file) if vocab is None else fetch(vocab), max_len, **described)
+    check_vocabulary(tokenizer, opened.description.model)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any]) -> None:
+    """Raises UserError for a tokenizer with more tokens than the text tower of a model with these fields knows."""
+    known = model["text"].get("vocab_size")
+    if known is not None and tokenizer.vocab_size > known:
+        raise UserError(
+            f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, the text tower knows {known:,}: "
+            "give the vocabulary that the model was trained with"
+        )
+
+
+def _find(path: Path, file: str) -> Path:
+    """The vocabulary beside a checkpoint, or the published one. Raises UserError if there is none."""
+    beside = (path if path.is_dir() else path.parent) / file
+    if not beside.is_file() and Path(file).stem in zoo.LIT:
+        return fetch(f"{LIT}/{file}")
+    if not beside.is_file():
+        raise UserError(f"{path} needs the vocabulary that its text tower was trained with: put it beside it, as {beside}")
+    return beside

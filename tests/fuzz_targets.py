@@ -15,10 +15,11 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
+import vit_jax
 from tests.data import test_detection
 from tests.fuzz import Files, Target
 from tests.models import small
-from vit_jax import checkpoint, convert, finite, predict
+from vit_jax import checkpoint, convert, finite
 from vit_jax.checkpoint import describe, fit, lora_file
 from vit_jax.data import detection
 from vit_jax.data.host import decode, view
@@ -120,7 +121,7 @@ def opens(folder: Path, source: str = "", always: bool = False) -> str | None:
     if not d.model.get("num_classes"):
         convert.compare(opened, opened)
         return None  # features that are not finite are counted where they are written
-    p = predict.load_classifier(folder / source)([IMAGE])
+    p = vit_jax.load(folder / source).probabilities([IMAGE])
     return None if np.all((p >= 0) & (p <= 1)) and abs(p.sum() - 1) < 1e-4 else f"predicted {p}"
 
 

@@ -96,6 +96,7 @@ def shrunk(text: str) -> str:
     """A block that trains, with a small model and little data."""
     small = "config.batch = config.batch_eval = 4; config.pp.update({'train': 'train[:60]', 'test': 'test[:20]', 'crop': 8}); "
     small += "config.model.hidden_size = 16; config.model.transformer.update({'num_layers': 1, 'mlp_dim': 16, 'num_heads': 2})"
+    text = re.sub(r"(fine_tune\(.*)\)$", r"\1, batch=4, batch_eval=4, pp={'crop': 8})", text, flags=re.MULTILINE)
     return re.sub(r"^(?=.*train_and_evaluate\(config)", small + "\n", text, flags=re.MULTILINE)
 
 

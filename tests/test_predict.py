@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vit_jax
 from tests.models import small
 from vit_jax import checkpoint, models, predict
 from vit_jax.checkpoint import describe
@@ -215,31 +216,31 @@ def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(capsys, monkey
 
 def test_a_model_without_parameters_is_refused(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} holds no parameter file"):
-        predict.load_classifier(tmp_path)
+        vit_jax.load(tmp_path)
     with pytest.raises(UserError, match=f"no such checkpoint: {tmp_path / 'far.npz'}"):
-        predict.load_classifier(tmp_path / "far.npz")
+        vit_jax.load(tmp_path / "far.npz")
 
 
 def test_class_names_must_match_the_head(tmp_path):
     write_model(tmp_path / "model.npz", class_names=NAMES[:4])
     with pytest.raises(UserError, match=f"{tmp_path / 'model.json'} names 4 classes, .*{tmp_path / 'model.npz'} has 5"):
-        predict.load_classifier(tmp_path)
+        vit_jax.load(tmp_path)
 
 
 def test_a_description_of_another_model_is_refused(tmp_path):
     write_model(tmp_path / "model.npz", model=FIELDS | {"hidden_size": 64}, class_names=NAMES)
     with pytest.raises(UserError, match=r"(?s)does not fit the model.*- cls \(1, 1, 64\)\n  \+ cls \(1, 1, 32\)"):
-        predict.load_classifier(tmp_path)
+        vit_jax.load(tmp_path)
 
 
 def test_a_file_without_head_cannot_classify(tmp_path):
     params = write_model(tmp_path / "model.npz")
     checkpoint.save({name: x for name, x in params.items() if name != "head"}, tmp_path / "model.npz")
     with pytest.raises(UserError, match=r"(?s)does not fit the model.*- head/bias \(5,\)"):
-        predict.load_classifier(tmp_path)
+        vit_jax.load(tmp_path)
     (tmp_path / "model.json").unlink()
     with pytest.raises(UserError, match=f"{tmp_path} has no head"):
-        predict.load_classifier(tmp_path)
+        vit_jax.load(tmp_path)
 
 
 # Published files, which have no description
@@ -278,7 +279,7 @@ def test_imagenet_has_its_usual_names():
 @pytest.mark.parametrize("model_name", [None, "ViT-Ti_16"])
 def test_the_model_follows_from_names_and_shapes_whatever_the_file_is_called(tmp_path, published, name, model_name):
     (tmp_path / name).hardlink_to(published)
-    classifier = predict.load_classifier(tmp_path / name, model_name=model_name)
+    classifier = vit_jax.load(tmp_path / name, model_name=model_name)
     model = classifier.predictor.task.model.module
     assert model.clone(model_name="ViT-Ti_16") == models.get_model("ViT-Ti_16", num_classes=1000)
     assert classifier.predictor.image_size == (32, 32)
@@ -288,7 +289,7 @@ def test_the_model_follows_from_names_and_shapes_whatever_the_file_is_called(tmp
 
 def test_other_classes_are_numbered_and_a_representation_layer_is_kept(tmp_path):
     checkpoint.save(tiny_16(21, grid=3, representation_size=24), tmp_path / "ViT-Ti_16.npz")
-    classifier = predict.load_classifier(tmp_path / "ViT-Ti_16.npz")
+    classifier = vit_jax.load(tmp_path / "ViT-Ti_16.npz")
     assert classifier.predictor.task.model.module.representation_size == 24
     assert classifier.predictor.image_size == (48, 48)
     assert classifier.class_names[17] == "class 17" and len(classifier.class_names) == 21
@@ -296,26 +297,26 @@ def test_other_classes_are_numbered_and_a_representation_layer_is_kept(tmp_path)
 
 def test_a_file_of_another_model_is_refused_with_a_list(published):
     with pytest.raises(UserError, match=r"(?s)does not fit the model.*- cls \(1, 1, 384\)\n  \+ cls \(1, 1, 192\)"):
-        predict.load_classifier(published, model_name="ViT-S_16")
+        vit_jax.load(published, model_name="ViT-S_16")
 
 
 def test_what_cannot_be_read_from_a_file_is_said(tmp_path, published):
     with pytest.raises(UserError, match="unknown model 'Ti_16': did you mean .*ViT-Ti_16"):
-        predict.load_classifier(published, model_name="Ti_16")
+        vit_jax.load(published, model_name="Ti_16")
     model = models.get_model("ViT-Ti_16", num_classes=3)
     checkpoint.save(small.random_params(model, np.zeros((1, 32, 48, 3))), tmp_path / "wide.npz")
     with pytest.raises(UserError, match="wide.npz has position embeddings that are no square, and no model.json"):
-        predict.load_classifier(tmp_path / "wide.npz")
+        vit_jax.load(tmp_path / "wide.npz")
 
 
 def test_scores_of_every_token_classify_no_image(tmp_path):
     write_model(tmp_path / "model.npz", model=FIELDS | {"classifier": "token_unpooled"})
     with pytest.raises(UserError, match="scores every token .token_unpooled."):
-        predict.load_classifier(tmp_path)
+        vit_jax.load(tmp_path)
 
 
 def test_a_classifier_has_no_boxes_to_draw_and_no_threshold(workdir, photos):
-    with pytest.raises(UserError, match="--threshold means nothing to the task of this model"):
+    with pytest.raises(UserError, match="option threshold means nothing to the task of this model: it has top"):
         predict.main([f"--model={workdir}", "--threshold=0.5", str(photos[0])])
     with pytest.raises(UserError, match="--draw: the task of this model has nothing to draw"):
         predict.main([f"--model={workdir}", "--draw=out", str(photos[0])])
@@ -324,8 +325,8 @@ def test_a_classifier_has_no_boxes_to_draw_and_no_threshold(workdir, photos):
 def test_a_head_of_sigmoids_gives_each_class_a_probability_for_itself(tmp_path, workdir, photos):
     write_model(tmp_path / "model.npz", head="sigmoid")
     images = [pixels(*SIZE, 3)]
-    odds = predict.load_classifier(workdir)(images)
-    each = predict.load_classifier(tmp_path)(images)
+    odds = vit_jax.load(workdir).probabilities(images)
+    each = vit_jax.load(tmp_path).probabilities(images)
     logits = np.log(each / (1 - each))
     np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), odds, atol=1e-5, rtol=0)
     assert abs(each.sum() - 1) > 1e-2
@@ -334,8 +335,8 @@ def test_a_head_of_sigmoids_gives_each_class_a_probability_for_itself(tmp_path, 
 def test_mean_std_and_interpolation_can_be_set(tmp_path, workdir):
     write_model(tmp_path / "model.npz", mean=[1.0, 2.0, 3.0], std=[90.0, 91.0, 92.0])
     image = [pixels(*SIZE, 3)]
-    told = predict.load_classifier(workdir, mean=(1, 2, 3), std=(90, 91, 92), interpolation="bicubic")
-    np.testing.assert_array_equal(told(image), predict.load_classifier(tmp_path)(image))
+    told = vit_jax.load(workdir, mean=(1, 2, 3), std=(90, 91, 92), interpolation="bicubic")
+    np.testing.assert_array_equal(told.probabilities(image), vit_jax.load(tmp_path).probabilities(image))
     assert told.predictor.description.preprocessing == {"interpolation": "bicubic", "antialias": True}
     for bad in ("--mean=1,2", "--std=0,0,0", "--mean=a,b,c"):
         with pytest.raises(UserError, match=bad.split("=")[0].strip("-")):

@@ -4,47 +4,23 @@ python -m vit_jax.predict --model=runs/photos --top=3 new_photo.jpg more_photos/
 python -m vit_jax.predict --model=hf://google/vit-base-patch16-224 --json cat.jpg
 """
 
-import dataclasses
-import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from vit_jax import arguments, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
-from vit_jax.data.host.inputs import read_images
 from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
 from vit_jax.files import json_text, read_regular, write_atomically
 from vit_jax.run import runtime
 from vit_jax.tasks.task import Shown
-
-
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """A trained classifier, ready to use: images → probabilities."""
-
-    predictor: predictor.Predictor
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.predictor.description.class_names
-
-    def __call__(self, images: Any) -> Float[np.ndarray, "b classes"]:
-        """Probabilities of one image or several, as `data.host.inputs.read_images` takes them."""
-        return self.predictor(read_images(images))["probabilities"]
-
-
-def load_classifier(source: str | os.PathLike, *, model_name: str | None = None, **changes: Any) -> Classifier:
-    """The classifier in a workdir, or in anything that `checkpoint.open_checkpoint` reads, see `predictor.load`."""
-    return Classifier(predictor.load(source, model_name=model_name, **changes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = args.size and predictor.parse_size(args.size)
     how = {"model_name": args.model_name, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=size, **how)
-    options = _options_of(loaded.task.show, {"top": args.top, "threshold": args.threshold})
+    given = {"top": args.top, "threshold": args.threshold}
+    show = loaded.show({name: value for name, value in given.items() if value is not None})
     width, count = max(len(shown(path)) for path in paths), 0
     for path, image, outputs in _predicted(loaded, paths):
-        prediction = loaded.task.show(outputs, image.shape[:2], **options)
+        prediction = show(outputs, image.shape[:2])
         _print(path, prediction.json if args.json else prediction.text, width=width)
         if args.draw:
             _draw(Path(args.draw), f"{count}_{path.stem}.png", image, prediction)
@@ -79,15 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failures := len(paths) - count:
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _options_of(show: Callable, given: dict[str, Any]) -> dict[str, Any]:
-    """What was given of the options of a task's `show`. UserError for an option of another task."""
-    known = inspect.signature(show).parameters
-    given = {name: value for name, value in given.items() if value is not None}
-    if unused := [name for name in given if name not in known]:
-        raise UserError(f"--{unused[0]} means nothing to the task of this model")
-    return given
 
 
 def _predicted(

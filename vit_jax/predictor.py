@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from vit_jax.data.device import augment
 from vit_jax.errors import UserError
 from vit_jax.finite import check_outputs
 from vit_jax.tasks import images
-from vit_jax.tasks.task import Params, Task
+from vit_jax.tasks.task import Params, Shown, Task
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Outputs = dict[str, np.ndarray]
@@ -52,6 +53,14 @@ class Predictor:
     def features(self, pictures: Sequence[Pixels], *, kind: str = "cls") -> Outputs:
         """`cls` (n, d), `patches` (n, h, w, d) or both of decoded images of any sizes, see `images.image_features`."""
         return self._batched(functools.partial(self._features, kind=kind), pictures)
+
+    def show(self, options: Mapping[str, Any]) -> Callable[..., Shown]:
+        """`Task.show` with some of its options: (outputs of one image, its (h, w)) → Shown. UserError for other options."""
+        known = list(inspect.signature(self.task.show).parameters)[2:]
+        if unused := [name for name in options if name not in known]:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"option {unused[0]} means nothing to the task of this model: {has}")
+        return functools.partial(self.task.show, **options)
 
     @functools.cached_property
     def _predict(self) -> Callable:

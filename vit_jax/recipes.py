@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 from vit_jax.arguments import parser
 from vit_jax.errors import UserError, command, did_you_mean, near
@@ -75,6 +76,16 @@ def find(name: str) -> Path:
         )
         hint = did_you_mean(list(dict.fromkeys(names))) or hint
     raise UserError(f"--config={name}: no such file or recipe: {hint} (`vit-jax recipes` lists them)")
+
+
+def load(name: str, argument: str = "") -> Any:
+    """The ConfigDict of a recipe, see `find`, as its `get_config(argument)` makes it."""
+    path = find(name)
+    make_importable(path)
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
 
 
 def make_importable(recipe: Path) -> None:

@@ -137,3 +137,9 @@ def _train_batches(experiment: Experiment, start_step: int, stop: GracefulExit) 
                 yield batch | {"stop": np.full(len(batch["seed"]), stop.signal is not None)}
 
     return experiment.parallelism.prefetch(flagged(), settings.prefetch)
+
+
+if __name__ == "__main__":
+    from vit_jax import main
+
+    main.cli()

@@ -1,0 +1,135 @@
+"""A trained model in Python: `vit_jax.load(source).predict("cat.jpg")`, and `vit_jax.fine_tune("photos/", pretrained=…)`."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, ArrayLike, Float
+from PIL import Image
+
+from vit_jax import predictor, recipes
+from vit_jax.data.host.inputs import read_images
+from vit_jax.tasks.task import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image; `print(prediction)` shows it as a table.
+
+    Attributes:
+      answers: what `vit-jax predict --json` prints: of a classifier {"predictions": [{"label", "index", "probability"}]},
+        the most probable first; of a detector {"objects": [{"label", "score", "box"}]}, with corners in pixels.
+      outputs: the arrays behind it, such as "logits" and "probabilities", (classes,).
+      picture: the image with what was found drawn into it, None where a task has nothing to draw.
+    """
+
+    answers: dict[str, Any]
+    outputs: dict[str, np.ndarray]
+    picture: Image.Image | None
+    text: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained model of any task. Images are paths, encoded bytes, PIL images or arrays of 0..255, one or several."""
+
+    predictor: predictor.Predictor
+
+    @property
+    def params(self) -> Params:
+        """The parameters, a nested dict of arrays."""
+        return self.predictor.params
+
+    @property
+    def module(self) -> nn.Module:
+        """The Flax module: `module.apply({"params": params}, images)`, of normalised images (b h w 3)."""
+        return self.predictor.task.model.module
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of the logits, () of a model without a head."""
+        return self.predictor.description.class_names
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) of images as the module sees them."""
+        return self.predictor.image_size
+
+    def predict(self, images: Any, **options: Any) -> Prediction | list[Prediction]:
+        """A prediction of one image, or a list of them of several.
+
+        Args:
+          options: those of the task: `top=5` of a classifier, `threshold=0.5` of a detector.
+
+        Raises:
+          UserError: for what is no image, and an option that the task does not have.
+        """
+        pictures = read_images(images)
+        show = self.predictor.show(options)
+        outputs = self.predictor(pictures)
+        found = []
+        for i, pixels in enumerate(pictures):
+            of_image = {name: x[i] for name, x in outputs.items()}
+            shown = show(of_image, pixels.shape[:2])
+            picture = shown.draw(Image.fromarray(pixels)) if shown.draw else None
+            found.append(Prediction(shown.json, of_image, picture, "\n".join(shown.text)))
+        return found[0] if is_one(images) else found
+
+    def probabilities(self, images: Any) -> Float[np.ndarray, "n classes"]:
+        """A classifier's probability of each of `class_names`."""
+        return self.predictor(read_images(images))["probabilities"]
+
+    def features(self, images: Any, kind: str = "cls") -> Float[np.ndarray, "n d"] | Float[np.ndarray, "n h w d"]:
+        """One vector an image ("cls": the class token, or the mean of a model without one), or a grid of them ("patches")."""
+        return self.predictor.features(read_images(images), kind=kind)[kind]
+
+    def logits(self, inputs: ArrayLike) -> Float[Array, "b classes"]:
+        """What the module makes of normalised images (b h w 3)."""
+        return self.module.apply({"params": self.params}, jnp.asarray(inputs), train=False)
+
+
+def load(source: str | os.PathLike, **options: Any) -> Model:
+    """The model of a workdir, file, folder, gs://…, https://… or hf://OWNER/NAME; the options are those of `predictor.load`.
+
+    A file without a head, such as hf://facebook/dinov2-base, is opened with `head=False`.
+    """
+    return Model(predictor.load(source, **options))
+
+
+def fine_tune(
+    data: str | os.PathLike,
+    *,
+    pretrained: str | os.PathLike,
+    workdir: str | os.PathLike | None = None,
+    recipe: str = "photos",
+    **fields: Any,
+) -> Model:
+    """Trains a model on a folder of images or a dataset, as `vit-jax train --config=RECIPE:DATA` does, and returns it.
+
+    Args:
+      pretrained: where to start, any source.
+      workdir: where all is written, by default runs/NAME of the data. The same call continues what it holds.
+      recipe: a name of `vit-jax recipes`, or a Python file.
+      fields: of the recipe: `total_steps=100, pp={"crop": 64}`.
+    """
+    from vit_jax.train import train_and_evaluate
+
+    config = recipes.load(recipe, os.fspath(data))
+    config.pretrained = os.fspath(pretrained)
+    config.update(fields)
+    workdir = Path(workdir or Path("runs", Path(data).resolve().name))
+    train_and_evaluate(config, workdir)
+    return load(workdir)
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is one image, not several."""
+    axes = getattr(images, "ndim", None)
+    return isinstance(images, str | os.PathLike | bytes | Image.Image) or axes in (2, 3)

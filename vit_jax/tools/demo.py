@@ -22,8 +22,8 @@ FEW = 10
 EXPECTED, EXPECTED_GAIN = 0.97, 0.05
 """The accuracy after fine-tuning on all labels, and what pretraining gains with few: see tests/tools/test_demo.py."""
 
-_FINETUNE = "--config=small_data:micro4,digits --config.total_steps=600"
-_FEW = "--config=small_data:micro4,digits --config.total_steps=100 --config.warmup_steps=20 --config.dataset={root}/images"
+_FINETUNE = "--config=small_data:micro4,digits --config.total_steps=900"
+_FEW = "--config=small_data:micro4,digits --config.total_steps=60 --config.warmup_steps=10 --config.dataset={root}/images"
 RUNS = {  # folder: what vit_jax.main is told
     "pretrain": "--config=pretrain:micro4,digits_0to4 --config.total_steps=500",
     "finetune": f"{_FINETUNE} --config.pretrained={{root}}/pretrain",

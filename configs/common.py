@@ -100,5 +100,5 @@ def _fields(cls: type) -> dict:
 
 
 def _placeholder(annotation: types.UnionType) -> config_dict.FieldReference:
-    (kind,) = (t for t in typing.get_args(annotation) if t is not type(None))
-    return config_dict.placeholder(kind)
+    kinds = [t for t in typing.get_args(annotation) if t is not type(None)]
+    return config_dict.placeholder(kinds[0] if len(kinds) == 1 else object)

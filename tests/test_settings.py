@@ -65,7 +65,6 @@ def test_a_config_arrives_unchanged():
     [
         ("total_steps", 7, "seven"),
         ("dataset", "digits", 3),
-        ("pretrained", "model.npz", 1.5),
         ("model_or_filename", "Ti_16", 16),
         ("tfds_data_dir", "data", 1),
     ],
@@ -76,6 +75,14 @@ def test_a_field_without_default_takes_its_type_only(field, value, wrong):
         config[field] = wrong
     config[field] = value
     assert config.to_dict()[field] == value
+
+
+@pytest.mark.parametrize("wrong", [1.5, {"img": 1.5}])
+def test_pretrained_names_files(wrong):
+    for right in ("model.npz", {"img": "model.npz", "txt": ""}):
+        assert Settings.from_config(complete(pretrained=right)).pretrained == right
+    with pytest.raises(UserError, match=r"config.pretrained(.img)?=1.5 must be the name of a file or folder, such as ./1.5"):
+        Settings.from_config(complete(pretrained=wrong))
 
 
 def test_the_resize_field_takes_an_integer_only():

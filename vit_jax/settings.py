@@ -96,7 +96,8 @@ class Settings:
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # empty: the architecture of `pretrained`
     dtype: str = "float32"  # what the model computes in; parameters are always float32
     # where to start from: `pretrained` if set, else a file in `pretrained_dir` if set, else from nothing
-    pretrained: str | None = None  # a file or folder of any family, a workdir, gs://…, https://…, hf://OWNER/NAME
+    pretrained: str | Mapping[str, str] | None = None  # a file or folder of any family, a workdir, gs://…, https://…,
+    # hf://OWNER/NAME; or one for each tower, {"img": …, "txt": …}, where "" is from nothing
     pretrained_dir: str | None = "."  # folder of published files: {model_name}.npz, or what model_or_filename says
     model_or_filename: str | None = None  # AugReg: an architecture such as Ti_16, or the name of a file
     # devices and memory
@@ -167,6 +168,12 @@ class Settings:
         """(h, w) of the images that the model sees."""
         return self.pp.crop, self.pp.crop_width or self.pp.crop
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """What `pretrained` names, by tower; that of a whole model is called ""."""
+        named = self.pretrained if isinstance(self.pretrained, Mapping) else {"": self.pretrained}
+        return {tower: source for tower, source in named.items() if source}
+
     def checked(self) -> "Settings":
         """The settings; UserError for a value that makes no sense."""
         self._check_choices()
@@ -191,7 +198,11 @@ class Settings:
         for name, allowed in choices.items():
             if (value := operator.attrgetter(name)(self)) not in allowed:
                 raise unknown(f"config.{name}", value, allowed)
-        if not self.model and not self.pretrained:
+        for tower, source in self.sources.items():
+            if not isinstance(source, str):
+                field = f"config.pretrained.{tower}".rstrip(".")
+                raise UserError(f"{field}={source!r} must be the name of a file or folder, such as ./{source}")
+        if not self.model and "" not in self.sources:
             raise UserError(_without_model(self.dataset or "FOLDER"))
         if not self.dataset:
             raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
@@ -199,8 +210,10 @@ class Settings:
             raise UserError(f"config.total_steps={self.total_steps}: say how many steps to train")
         if self.lora.rank and (self.freeze or self.train_only):
             raise UserError("config.lora freezes all but config.lora.train: leave config.freeze and config.train_only empty")
-        if self.lora.rank and not (self.pretrained or self.pretrained_dir):
+        if self.lora.rank and not (self.sources or self.pretrained_dir):
             raise UserError("config.lora changes a trained model: name it by --config.pretrained")
+        if self.lora.rank and self.sources and "" not in self.sources:
+            raise UserError("config.lora changes a whole model: config.pretrained must name one file, not one for each tower")
         if self.mesh != Mesh() and self.parallel != "mesh":
             raise UserError("config.mesh is set, but config.parallel is pmap: add --config.parallel=mesh")
         if self.sharpness_options and not self.sharpness:

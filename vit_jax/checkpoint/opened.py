@@ -1,5 +1,6 @@
 """A checkpoint that has been read, whatever it was: parameters under our names, and a description of the model."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,17 @@ class Opened:
     family: str
     flat: Flat
     description: Description
+
+    def image_tower(self) -> "Opened":
+        """The image tower of two as a model of its own; any other model as it is."""
+        if self.description.model_type != "TwoTowers":
+            return self
+        fields = {"model_type": "ViT", "model": self.description.model["image"], "text": {}, "task": {"type": "classify"}}
+        return dataclasses.replace(self, flat=self.under("img/"), description=dataclasses.replace(self.description, **fields))
+
+    def under(self, prefix: str) -> Flat:
+        """The parameters whose names begin with `prefix`, without it."""
+        return {name.removeprefix(prefix): x for name, x in self.flat.items() if name.startswith(prefix)}
 
     @property
     def params(self) -> Params:

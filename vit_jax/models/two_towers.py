@@ -3,6 +3,7 @@
 An image tower and a text tower each make one vector of length 1; the dot product of two says how well they go together.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ from vit_jax.models.text import TextTransformer
 from vit_jax.models.vit import VisionTransformer
 
 TEXT_MODELS = {"bert": BertModel, "text_transformer": TextTransformer}
+_OF_SHAPES_OR_TRAINING = {
+    *("config", "num_classes", "width", "num_layers", "mlp_dim", "vocab_size", "max_len", "head_bias"),
+    *("dropout_rate", "remat", "scan", "dtype", "parent", "name"),
+}
 
 
 class TwoTowers(nn.Module):
@@ -90,6 +95,23 @@ def _normalized(z: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Arra
 def scores(zimg: Float[Array, "n d"], ztxt: Float[Array, "m d"], out: Mapping[str, Float[Array, "1"]]) -> Float[Array, "n m"]:
     """How well every image goes with every text, before the softmax over either, or the sigmoid where `out` has a "b"."""
     return out["t"] * jnp.einsum("nd,md->nm", zimg, ztxt) + out.get("b", 0.0)
+
+
+def check_same_text(trained: Fields, fields: Fields, where: object) -> None:
+    """Raises UserError if the text tower of a model, read from `where`, computes otherwise than that of `fields`.
+
+    What differs in names or shapes of parameters is not told here, and options of training do not count.
+    """
+    ours, theirs = (_text_class(f.get("text_model", "text_transformer")) for f in (fields, trained))
+    for field in dataclasses.fields(ours) if ours is theirs else ():
+        if field.name in _OF_SHAPES_OR_TRAINING:
+            continue
+        old, new = (f["text"].get(field.name, field.default) for f in (trained, fields))
+        if old != new:
+            raise UserError(
+                f"{where} was trained with {field.name}={old!r} in its text tower, not {new!r}: "
+                f"--config.model.text.{field.name}={old}"
+            )
 
 
 def _check(fields: Fields) -> None:

@@ -11,7 +11,7 @@ from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel, trainable
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment
-from vit_jax.run.start import pretrained_path
+from vit_jax.run.start import pretrained_paths
 from vit_jax.tasks import images
 from vit_jax.tasks.images import patch_grid
 
@@ -45,7 +45,7 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
 
 
 def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any, described: Description) -> None:
-    lora, source = experiment.settings.lora, pretrained_path(experiment.settings)
+    lora, source = experiment.settings.lora, pretrained_paths(experiment.settings)[""]
     model = {name: tree for name, tree in frozen.items() if name != "lora"}
     base = lora_file.base_of(source, checkpoint.open_checkpoint(source), model)
     lora_file.save_adapter(path, trained, model, base=base, alpha=lora.alpha, targets=lora.targets, description=described)

@@ -1,8 +1,10 @@
 """What a run starts from: its own newest checkpoint, a file, or nothing."""
 
+import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from vit_jax import checkpoint
 from vit_jax.checkpoint import lora_file
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.checkpoint.state import Checkpointer
+from vit_jax.errors import UserError
 from vit_jax.optimize import trainable
 from vit_jax.optimize.step import State
 from vit_jax.run import workdir
@@ -27,19 +30,28 @@ def find_origin(settings: Settings, directory: Path | None = None) -> checkpoint
     """The description of what the run in a workdir started from, or a new one would; None if that is nothing."""
     if directory is not None and workdir.is_known(directory):
         return workdir.origin(directory)
-    return checkpoint.open_checkpoint(find_npz(settings.pretrained)).description if settings.pretrained else None
-
-
-def pretrained_path(settings: Settings) -> str | Path | None:
-    """The file or folder that a recipe starts from, None for nothing."""
-    if settings.pretrained:
-        return find_npz(settings.pretrained)
-    if not settings.pretrained_dir:
+    source = next((tower for tower in ("", "img") if tower in settings.sources), None)
+    if source is None:
         return None
+    with _errors_name(source):
+        opened = checkpoint.open_checkpoint(find_npz(settings.sources[source]))
+    return opened.image_tower().description if source else opened.description
+
+
+def pretrained_paths(settings: Settings) -> dict[str, str | Path]:
+    """The files or folders that a recipe starts from, by tower; that of a whole model is called "". {} for nothing."""
+    if settings.sources:
+        paths = {}
+        for tower, source in settings.sources.items():
+            with _errors_name(tower):
+                paths[tower] = find_npz(source)
+        return paths
+    if not settings.pretrained_dir:
+        return {}
     name = settings.model.get("model_name")
     if settings.model_or_filename:
         name = checkpoint.augreg_filename(settings.model_or_filename, settings.pretrained_dir)
-    return os.path.join(settings.pretrained_dir, f"{name}.npz")
+    return {"": os.path.join(settings.pretrained_dir, f"{name}.npz")}
 
 
 def split_params(experiment: Experiment, params: Params) -> tuple[Params, dict[str, Params]]:
@@ -74,19 +86,21 @@ def restore_or_load(experiment: Experiment, checkpointer: Checkpointer, *, keep_
     `keep_head`.
     """
     if checkpointer.latest_step() is None:
-        path = pretrained_path(experiment.settings)
-        if path is None:
+        paths = pretrained_paths(experiment.settings)
+        if not paths:
             return None
-        log.info("start    from %s%s", path, "" if keep_head else ", with a new head")
-        return new_state(experiment, _pretrained_params(experiment, path, keep_head))
+        for tower, path in paths.items():
+            with_head = "" if keep_head or tower else ", with a new head"
+            log.info("start    %sfrom %s%s", f"{tower} " if tower else "", path, with_head)
+        return new_state(experiment, _pretrained_params(experiment, paths, keep_head))
     shapes = abstract_state(experiment)
     wanted = experiment.parallelism.restore_shapes(shapes.replace(frozen={}))
     state = experiment.parallelism.place(checkpointer.restore(wanted))
     log.info("start    from this workdir's step %d", experiment.parallelism.read(state.step))
     if not shapes.frozen:
         return _with_frozen(experiment, state)
-    path = pretrained_path(experiment.settings)
-    params = None if path is None else _pretrained_params(experiment, path, keep_head=False)
+    paths = pretrained_paths(experiment.settings)
+    params = _pretrained_params(experiment, paths, keep_head=False) if paths else None
     return state.replace(frozen=new_state(experiment, params).frozen)
 
 
@@ -109,10 +123,24 @@ def _with_frozen(experiment: Experiment, state: State) -> State:
     return state.replace(frozen=state.frozen | own) if own else state
 
 
-def _pretrained_params(experiment: Experiment, path: str | Path, keep_head: bool) -> Params:
-    """The parameters in a file, made to fit."""
-    opened, task = checkpoint.open_checkpoint(path), experiment.task
-    if experiment.settings.lora.rank and opened.family == lora_file.FAMILY:
-        raise lora_file.no_base(opened.path)
+def _pretrained_params(experiment: Experiment, paths: Mapping[str, str | Path], keep_head: bool) -> Params:
+    """The parameters in files, made to fit."""
+    sources = {}
+    for tower, path in paths.items():
+        with _errors_name(tower):
+            sources[tower] = opened = checkpoint.open_checkpoint(path)
+        if experiment.settings.lora.rank and opened.family == lora_file.FAMILY:
+            raise lora_file.no_base(opened.path)
     classes = experiment.test_source.class_names if keep_head else None
-    return task.load({"": opened}, experiment.init_params(), classes=classes)
+    return experiment.task.load(sources, experiment.init_params(), classes=classes)
+
+
+@contextlib.contextmanager
+def _errors_name(tower: str) -> Iterator[None]:
+    """What is wrong with a source is said of the tower that it is for."""
+    try:
+        yield
+    except UserError as e:
+        if not tower:
+            raise
+        raise UserError(f"config.pretrained.{tower}: {e}") from e

@@ -36,6 +36,10 @@ def make(setup: Setup) -> Task:
         raise unknown("config.task.type", kind, TYPES)
     make_task = TYPES[kind].make_task
     task = make_task(setup, **options.checked(make_task, task_options, "config.task", reserved=("type",)))
+    for tower in setup.settings.sources:
+        if tower and tower not in task.towers:
+            has = f"has {' and '.join(task.towers)}" if task.towers else "is one model: give one file or folder"
+            raise UserError(f"config.pretrained.{tower}: the task {kind} {has}")
     if missing := [name for name in task.needs if name not in setup.features and f"{name}s" not in setup.features]:
         raise UserError(
             f"{setup.settings.dataset} offers {', '.join(setup.features)}; the task {kind} also needs {', '.join(missing)}"

@@ -14,16 +14,19 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from vit_jax.checkpoint import Description, load_pretrained
+from vit_jax.checkpoint import Description, check_fit, load_pretrained
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.data.device import augment
 from vit_jax.data.host import text
 from vit_jax.errors import UserError, unknown
+from vit_jax.models import two_towers
 from vit_jax.tasks import images, pairs
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
+TOWERS = ("img", "txt")
+"""For images, and for texts."""
 
 
 def make_task(
@@ -77,6 +80,7 @@ def make_task(
         show=show,
         preview=preview,
         load=make_load(model, settings.image_size),
+        towers=TOWERS,
     )
 
 
@@ -155,22 +159,52 @@ def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.nda
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
-    """See `Task.load`: both towers of a model like this one, or a ViT that becomes the image tower, with a new head."""
+    """See `Task.load`: all of a model like this one, or each tower from a source of its own. What no source has starts anew.
+
+    A ViT becomes the image tower, with a new head. A single tower of a model of two keeps its head where that fits.
+    """
+    grid = images.patch_grid(model, image_size)
 
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
-        opened = sources[""]
-        if opened.description.model_type != "TwoTowers":
-            fields, grid = model.fields["image"], images.patch_grid(model, image_size)
-            tower = load_pretrained(pretrained_path=opened, init_params=init_params["img"], model_config=fields, grid=grid)
-            return {**init_params, "img": tower}
-        given = opened.flat
-        for name, x in flatten_dict(init_params, sep="/").items():
-            if name not in given or given[name].shape != x.shape:
-                has = f"has it as {given[name].shape}" if name in given else "lacks it"
-                raise UserError(f"{opened.path} does not fit: {name} must be {x.shape}, and the file {has}")
-        return unflatten_dict({name: given[name] for name in flatten_dict(init_params, sep="/")}, sep="/")
+        if (whole := sources.get("")) and whole.description.model_type == "TwoTowers":
+            rest = {name: x for name, x in init_params.items() if name not in TOWERS}
+            of_file = {name: np.asarray(whole.flat[name]) for name in ("t", "b") if name in whole.flat}
+            check_fit(of_file, rest, whole.path)
+            img, txt = _image_tower(whole, init_params["img"], True), _text_tower(whole, init_params["txt"], True)
+            return of_file | {"img": img, "txt": txt}
+        params = dict(init_params)
+        if img := whole or sources.get("img"):
+            params["img"] = _image_tower(img, params["img"], _has_head_of(params["img"], img.under("img/")))
+        if txt := sources.get("txt"):
+            params["txt"] = _text_tower(txt, params["txt"], _has_head_of(params["txt"], txt.under("txt/")))
+        return params
+
+    def _image_tower(opened: Opened, init_params: Params, keep_head: bool) -> Params:
+        return load_pretrained(
+            pretrained_path=opened.image_tower(),
+            init_params=init_params,
+            model_config=model.fields["image"],
+            grid=grid,
+            keep_head=keep_head,
+        )
+
+    def _text_tower(opened: Opened, init_params: Params, keep_head: bool) -> Params:
+        check_usable(opened.description, opened.path)
+        two_towers.check_same_text(opened.description.model, model.fields, opened.path)
+        wanted, loaded = flatten_dict(init_params, sep="/"), opened.under("txt/")
+        if not keep_head:
+            loaded = {name: x for name, x in loaded.items() if not name.startswith("head/")}
+            loaded |= {name: x for name, x in wanted.items() if name.startswith("head/")}
+        check_fit(unflatten_dict(loaded, sep="/"), init_params, opened.path)
+        return unflatten_dict({name: np.asarray(loaded[name], x.dtype) for name, x in wanted.items()}, sep="/")
 
     return load
+
+
+def _has_head_of(tower: Params, source: Mapping[str, np.ndarray]) -> bool:
+    """Whether a tower has a head that fits one of the flat parameters of a source."""
+    kernel = source.get("head/kernel")
+    return kernel is not None and "head" in tower and tower["head"]["kernel"].shape == kernel.shape
 
 
 def _tokenize(model: Model, tokenizer: Any) -> Tokenize:

@@ -98,8 +98,9 @@ class Task:
       describe: () → the fields of `checkpoint.Description` that only this task knows: class_names, head, task.
       show: (outputs of `predict` for one example, its picture's (h, w), keyword options) → Shown.
       preview: (training batch, key), or (evaluation batch, None) → (what the model sees of it, uint8 (b h w 3), captions).
-      load: (checkpoints by prefix, fresh parameters, classes=) → parameters made to fit; the prefix of the whole is "".
+      load: (checkpoints by tower, fresh parameters, classes=) → parameters made to fit; that of the whole model is called "".
         A head starts anew, unless it is to score these classes.
+      towers: parts of the model, by the prefix of their parameters, that `config.pretrained` may name sources of their own for.
       frozen: () → other trees by name, on the host, that the loss reads and nobody trains.
       init_carry: () → the carry before the first step.
       files: what a trained model needs beside its parameters and description, such as a vocabulary; copied there.
@@ -121,6 +122,7 @@ class Task:
     show: Callable[..., Shown]
     preview: Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]
     load: Callable[..., Params]
+    towers: tuple[str, ...] = ()
     frozen: Callable[[], dict[str, Params]] = field(default=dict)
     init_carry: Callable[[], Tree] = field(default=dict)
     totals: Callable[[Batch], dict[str, Array]] = field(default=lambda batch: {})

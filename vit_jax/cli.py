@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module with a function `cli`, what it does)
     "train": ("vit_jax.main", "train a recipe, or continue what a folder holds"),
     "evaluate": ("vit_jax.evaluate", "score a model on a dataset"),
     "predict": ("vit_jax.predict", "name what is in images"),
+    "serve": ("vit_jax.serve.__main__", "show a model as a page on this machine, and answer over HTTP"),
     "features": ("vit_jax.features", "write the features of images to a file"),
     "convert": ("vit_jax.convert", "turn a checkpoint into the layout of another library"),
     "inspect": ("vit_jax.tools.inspection", "list what is inside a checkpoint"),

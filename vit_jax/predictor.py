@@ -19,7 +19,7 @@ from vit_jax.data.device import augment
 from vit_jax.errors import UserError
 from vit_jax.finite import check_outputs
 from vit_jax.tasks import images
-from vit_jax.tasks.task import Params, Shown, Task
+from vit_jax.tasks.task import Example, Params, Shown, Task
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Outputs = dict[str, np.ndarray]
@@ -50,6 +50,14 @@ class Predictor:
         check_outputs(outputs, self.source)
         return outputs
 
+    def example(self, picture: Pixels) -> Example:
+        """What the model sees of a decoded image of any size: arrays of fixed shapes."""
+        return self.task.eval_example({"image": picture}, exif_rotated=False)
+
+    def predict_examples(self, examples: Sequence[Example], size: int) -> Outputs:
+        """What `Task.predict` makes of at most `size` examples, (n, …): one program for all that say the same `size`."""
+        return self._filled_up(self._predict, examples, size)
+
     def features(self, pictures: Sequence[Pixels], *, kind: str = "cls") -> Outputs:
         """`cls` (n, d), `patches` (n, h, w, d) or both of decoded images of any sizes, see `images.image_features`."""
         return self._batched(functools.partial(self._features, kind=kind), pictures)
@@ -78,12 +86,14 @@ class Predictor:
     def _batched(self, function: Callable, pictures: Sequence[Pixels]) -> Outputs:
         parts = []
         for i in range(0, len(pictures), self.batch_size):
-            part = pictures[i : i + self.batch_size]
-            examples = [self.task.eval_example({"image": picture}, exif_rotated=False) for picture in part]
-            batch = {name: _padded([x[name] for x in examples], self.batch_size) for name in examples[0]}
-            outputs = jax.device_get(function(self.params, batch))
-            parts.append({name: x[: len(part)] for name, x in outputs.items()})
+            examples = [self.example(picture) for picture in pictures[i : i + self.batch_size]]
+            parts.append(self._filled_up(function, examples, self.batch_size))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _filled_up(self, function: Callable, examples: Sequence[Example], size: int) -> Outputs:
+        batch = {name: _padded([x[name] for x in examples], size) for name in examples[0]}
+        outputs = jax.device_get(function(self.params, batch))
+        return {name: x[: len(examples)] for name, x in outputs.items()}
 
 
 def load(

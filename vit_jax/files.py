@@ -22,15 +22,23 @@ def read_regular(path: str | os.PathLike, most: int = 1 << 31) -> bytes:
       UserError: for a pipe, a device, or a file that is too large; the message does not name the path.
       OSError: for a folder, a socket, or a file that is not there or cannot be read.
     """
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > most:
+            raise UserError(f"the file has {size:,} bytes, allowed are {most:,}")
+        return f.read(min(most, size + 1))  # it takes memory for as many bytes as it may read
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A regular file, opened to be read; the errors of `read_regular` for anything else."""
     # O_NONBLOCK: a pipe that nobody writes to would otherwise hold `open` for ever. It changes nothing for a file.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
-        status = os.fstat(f.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a named pipe" if stat.S_ISFIFO(status.st_mode) else "a device"
-            raise UserError(f"this is {kind}, not a file: only regular files are read")
-        if status.st_size > most:
-            raise UserError(f"the file has {status.st_size:,} bytes, allowed are {most:,}")
-        return f.read(min(most, status.st_size + 1))  # it takes memory for as many bytes as it may read
+    f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    mode = os.fstat(f.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        f.close()
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device"
+        raise UserError(f"this is {kind}, not a file: only regular files are read")
+    return f
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

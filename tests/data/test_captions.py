@@ -1,6 +1,7 @@
 """Every layout of captions gives the same pairs; what is wrong with a pair is an error that names file and line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def test_other_wording_is_other_data(tmp_path):
         ('{"image": "a.jpg", "text": " "}', "the caption of a.jpg is empty"),
         ('{"image": "a.jpg", "text": []}', "needs the fields image, a path, and text"),
         ('{"image": "a.jpg", "caption": "x"}', "needs the fields image.*it has image, caption"),
-        ('{"image": "a.jpg", "text": 3}', "needs the fields image"),
+        ('{"image": "a.jpg", "text": 3}', "needs the fields image.*it has image, text=3"),
+        ('{"image": "a.jpg", "text": NaN}', "needs the fields image.*it has image, text=nan"),
+        ('{"image": "' + "a" * 300 + '", "text": "x"}', "its image .* does not exist"),
         ('["a.jpg", "x"]', "must be an object such as"),
         ('{"image": ', "is no JSON"),
     ],
@@ -108,3 +111,78 @@ def test_what_is_wrong_with_files_is_named(tmp_path):
     csv(tmp_path)
     with pytest.raises(UserError, match=r"captions.jsonl and captions.csv: keep one"):
         captions.open_folder(str(tmp_path), "train")
+
+
+def coco(folder, annotations=None):
+    """COCO's folder of two splits of the same images."""
+    for split in ("train2017", "val2017"):
+        write_images(folder / split)
+        images = [{"id": i, "file_name": name} for i, name in enumerate(PAIRS)]
+        pairs = [{"id": 7, "image_id": i, "caption": text} for i, texts in enumerate(PAIRS.values()) for text in texts]
+        content = {"images": images, "annotations": pairs if annotations is None else annotations}
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+
+
+def test_cocos_captions_are_read_and_chosen_where_there_are_boxes_too(tmp_path):
+    coco(tmp_path)
+    for split in ("train", "train2017", "test", "val"):
+        source = get_source(str(tmp_path), split)
+        assert [example["text"] for example in source] == list(PAIRS.values())
+    assert source.where(1).endswith("val2017/sub/b.jpg")
+    boxes = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    boxes["images"] = [{"id": 0, "file_name": "a.jpg", "width": 6, "height": 4}]
+    for split in ("train2017", "val2017"):
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(boxes))
+    assert "boxes" in get_source(str(tmp_path), "train").features
+    assert "boxes" in get_source(str(tmp_path), "train", needs=("image", "boxes")).features
+    assert "text" in get_source(str(tmp_path), "train", needs=("image", "text")).features
+
+
+@pytest.mark.parametrize(
+    "annotation, message",
+    [
+        ({"id": 9, "image_id": 5, "caption": "x"}, "annotation 9 is of image 5, which the file does not list"),
+        ({"id": 9, "image_id": [1], "caption": "x"}, r"annotation 9 is of image \[1\]"),
+        ({"id": 9, "image_id": 0, "caption": float("nan")}, "annotation 9: its caption is nan, not a sentence"),
+        ({"id": 9, "image_id": 0, "caption": " "}, "annotation 9: the caption of a.jpg is empty"),
+        ({"id": 9, "image_id": 0, "caption": "x"}, "sub/b.jpg has no caption: write one, or remove the image"),
+        ({"id": 9, "image_id": 0}, "is no COCO file of images, and annotations with image_id and caption: KeyError"),
+        (7, "is no COCO file of images"),
+    ],
+)
+def test_a_wrong_annotation_of_coco_is_named(tmp_path, annotation, message):
+    coco(tmp_path, [annotation])
+    with pytest.raises(UserError, match=rf"captions_train2017.json:? ?{message}"):
+        get_source(str(tmp_path), "train")
+
+
+def test_what_coco_lists_and_is_not_there_is_named(tmp_path):
+    coco(tmp_path)
+    (tmp_path / "val2017" / "a.jpg").unlink()
+    with pytest.raises(UserError, match="annotation 7: its image .*val2017/a.jpg does not exist"):
+        get_source(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("top", ["", "train"])
+def test_a_note_beside_class_folders_is_no_caption(tmp_path, top):
+    folder = tmp_path / top
+    for name in ("cat/0.png", "cat/1.png", "dog/2.png", "x.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / name)
+    (folder / "x.txt").write_text("a note about this folder")
+    if top:
+        shutil.copytree(folder / "cat", tmp_path / "test" / "cat")
+    assert get_source(str(tmp_path), "train").class_names == ("cat", "dog")
+    (folder / "cat" / "1.txt").write_text("a cat")
+    with pytest.raises(UserError, match="cat/0.png has no caption: write .*cat/0.txt"):
+        get_source(str(tmp_path), "train")
+
+
+def test_folders_for_training_and_testing_are_not_mixed_by_a_note_above_them(tmp_path):
+    for name in ("train", "test"):
+        write_images(tmp_path / name)
+        beside(tmp_path / name)
+    shutil.copy(tmp_path / "train" / "a.jpg", tmp_path / "x.jpg")
+    (tmp_path / "x.txt").write_text("a note")
+    assert len(get_source(str(tmp_path), "train")) == len(get_source(str(tmp_path), "test")) == 2

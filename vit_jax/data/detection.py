@@ -22,6 +22,9 @@ from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError, printable, unknown
 from vit_jax.files import read_regular
 
+OFFERS = "boxes"
+"""What such a folder has beside images."""
+
 
 @dataclass
 class Picture:

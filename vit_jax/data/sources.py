@@ -5,12 +5,12 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 
 import numpy as np
 
-from vit_jax.data import captions, detection, listing
+from vit_jax.data import captions, detection, listing, shards
 from vit_jax.data.digit_scenes import DigitScenesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
@@ -27,13 +27,22 @@ HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder it
 SPLIT_LIKE = (*TEST_NAMES, "train", "training", "testing")
 
 
-def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tfds_manual_dir: str | None = None) -> Source:
+def get_source(
+    dataset: str,
+    split: str,
+    *,
+    needs: Collection[str] = (),
+    tfds_data_dir: str | None = None,
+    tfds_manual_dir: str | None = None,
+) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
-    `dataset` is `digits`, `digits_0to4`, `digit_scenes` (see DigitScenesSource), the path of an existing folder (see
-    FolderSource, detection.open_folder for images with boxes, captions.open_folder for images with sentences), or a tfds
-    name such as `cifar10`, for which alone the two tfds folders are. Raises UserError for an unknown dataset, split or
-    empty part.
+    `dataset` is `digits`, `digits_0to4`, `digit_scenes` (see DigitScenesSource), the path of an existing folder
+    (see FolderSource, detection.open_folder for images with boxes, captions.open_folder and shards.open_folder for images with
+    sentences), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which alone the two tfds folders
+    are. A folder of several layouts is read in the one that offers what a task `needs`.
+
+    Raises UserError for an unknown dataset, split or empty part.
     """
     if dataset in ("digits", "digits_0to4"):
         return DigitsSource(dataset, split)
@@ -41,7 +50,11 @@ def get_source(dataset: str, split: str, *, tfds_data_dir: str | None = None, tf
         return DigitScenesSource(split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        return detection.open_folder(path, split) or captions.open_folder(path, split) or FolderSource(path, split)
+        layouts = sorted((detection, captions, shards), key=lambda layout: layout.OFFERS not in needs)
+        known = (source for layout in layouts if (source := layout.open_folder(path, split)))
+        return next(known, None) or FolderSource(path, split)
+    if shards.is_pattern(path):
+        return shards.open_pattern(path, split)
     # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z]\w*(:[\w.*]+)?(/[\w.+-]+(:[\w.*]+)?)?", dataset):
         raise UserError(

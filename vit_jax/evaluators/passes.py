@@ -30,7 +30,8 @@ def open_split(experiment: Experiment, split: str | None, dataset: str | None) -
     if dataset is None and split == settings.pp.train:
         return experiment.train_source
     where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
-    return sources.get_source(dataset or settings.dataset, split or settings.pp.test, **where)
+    needs = experiment.task.needs
+    return sources.get_source(dataset or settings.dataset, split or settings.pp.test, needs=needs, **where)
 
 
 def open_pair(

@@ -52,6 +52,7 @@ def build(
 ) -> Experiment:
     """The experiment of a recipe. Raises UserError for whatever does not fit together. See `Experiment.origin`."""
     where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
+    where["needs"] = tasks.needs(settings)
     train_source = get_source(settings.dataset, settings.pp.train, **where)
     test_source = get_source(settings.dataset, settings.pp.test, **where)
     parallelism = make_parallelism(settings)

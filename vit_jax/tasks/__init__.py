@@ -28,6 +28,11 @@ def chosen(settings: Settings) -> dict[str, object]:
     return default | dict(settings.task)
 
 
+def needs(settings: Settings) -> tuple[str, ...]:
+    """The fields by which the task of a recipe chooses among the layouts that a folder may be read in."""
+    return getattr(TYPES.get(chosen(settings)["type"]), "NEEDS", ())
+
+
 def make(setup: Setup) -> Task:
     """The task of a recipe. UserError for options that it does not have, and data that lacks what it needs."""
     task_options = chosen(setup.settings)

@@ -25,6 +25,7 @@ from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
+NEEDS = ("image", "text")
 TOWERS = ("img", "txt")
 """For images, and for texts."""
 
@@ -60,7 +61,7 @@ def make_task(
     described = {"tokenizer": tokenizer, "vocab": Path(vocab).name, "max_len": max_len, **tokenizer_options} if vocab else {}
     return Task(
         model=model,
-        needs=("image", "text"),
+        needs=NEEDS,
         train_example=make_train_example(images.train_image(settings), tokenize),
         eval_example=make_eval_example(images.eval_image(settings), tokenize),
         init=make_init(model.module, settings.image_size, max_len),

@@ -40,9 +40,8 @@ GAP, LINE = 6, 18
 
 def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
     """The picture of a recipe."""
-    source = sources.get_source(
-        settings.dataset, settings.pp.train, tfds_data_dir=settings.tfds_data_dir, tfds_manual_dir=settings.tfds_manual_dir
-    )
+    where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
+    source = sources.get_source(settings.dataset, settings.pp.train, needs=tasks.needs(settings), **where)
     source = memory.kept_in_memory(source, settings.cache_gb)  # as in training: it decides at which scale photos are decoded
     task = tasks.make(Setup(settings, source.features, find_origin(settings)))
     chosen = np.random.default_rng(settings.seed).permutation(len(source))[:rows]

@@ -1,0 +1,281 @@
+"""Images with sentences in tar files, as WebDataset lays them out: `key.jpg` and `key.txt` or `key.json` of each pair.
+
+Where each member lies is read once, together with all texts, which are checked, and kept as an index. Then any pair is read
+from its place, in any order, on any number of threads.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_jax.data.features import Image, Source, Text, digest
+from vit_jax.data.listing import IMAGE_SUFFIXES, shown
+from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.errors import UserError, printable
+from vit_jax.files import open_regular, write_atomically
+
+log = logging.getLogger("vit_jax")
+
+OFFERS = "text"
+"""What shards have beside images."""
+LARGEST_TEXT = 1 << 20
+"""In bytes: no caption is longer."""
+_FIELDS = ("text", "caption")
+_BRACES = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")
+
+
+class Index(NamedTuple):
+    """Where the pairs of a shard lie: their keys, (n, 2) offset and size of images and of texts, and which texts are JSON."""
+
+    keys: np.ndarray
+    images: np.ndarray
+    texts: np.ndarray
+    is_json: np.ndarray
+
+
+class ShardSource(Source):
+    """The pairs of some shards, in their order."""
+
+    exif_rotated = True
+
+    def __init__(self, shards: list[Path], split: str):
+        self.features = {"image": Image(), "text": Text()}
+        with ThreadPoolExecutor() as executor:
+            indices = list(executor.map(_index, shards))
+        counts = [len(index.keys) for index in indices]
+        _, self._part = split_range(split, {split.partition("[")[0]: sum(counts)})
+        self._shards, self._indices, self._starts = shards, indices, np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shard, i = self._place(index)
+        of_shard = self._indices[shard]
+        try:
+            with open_regular(self._shards[shard]) as f:
+                image, text = (_read(f, *places[i]) for places in (of_shard.images, of_shard.texts))
+        except OSError as error:
+            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?") from error
+        return {"image": image, "text": _sentences(text, bool(of_shard.is_json[i]), self.where(index))}
+
+    def where(self, index: int) -> str:
+        shard, i = self._place(index)
+        return f"{shown(self._shards[shard])}: {printable(self._indices[shard].keys[i].decode(errors='replace'))}"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        keys = (key for index in self._indices for key in index.keys.tolist())
+        sizes = (size for index in self._indices for places in (index.images, index.texts) for size in places[:, 1].tolist())
+        parts = {"names": digest(keys), "sizes": digest(sizes), "first": self._part.start}
+        return super().fingerprint() | parts
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(number of the shard, number within it) of an example."""
+        number = self._part[index]
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return shard, number - int(self._starts[shard])
+
+
+def is_pattern(dataset: str) -> bool:
+    """Whether a dataset is named as tar files: `name.tar` or `name-{000..012}.tar`."""
+    return dataset.endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def open_pattern(pattern: str, split: str) -> ShardSource:
+    """The pairs of `name.tar` or `name-{000..012}.tar`: all make up `train`, of which parts are for testing.
+
+    Raises UserError for a shard that is not there, for what is no tar file, and for whatever is wrong with a pair.
+    """
+    if not pattern.endswith(".tar"):
+        raise UserError(f"{printable(pattern)}: nothing can be read from its place in a compressed file: unpack it to .tar")
+    if split.partition("[")[0] != "train":
+        raise UserError(
+            f"{printable(pattern)} is all for training: name parts, such as --config.pp.train='train[:99%]' and"
+            f" --config.pp.test='train[99%:]', not {split!r}"
+        )
+    return ShardSource([Path(name) for name in _expanded(pattern)], split)
+
+
+def open_folder(path: str, split: str) -> ShardSource | None:
+    """The pairs of the shards `train-*.tar`, `test-*.tar` in a folder, or in its folders `train` and `test`.
+
+    None for a folder without these. `test` may also be called `val`, `valid` or `validation`. Raises UserError as
+    `open_pattern` does.
+    """
+    root, asked = Path(path), split.partition("[")[0]
+    found = {name: sorted([*root.glob(f"{name}*.tar"), *root.glob(f"{name}/*.tar")]) for name in ("train", *TEST_NAMES)}
+    found = {name: shards for name, shards in found.items() if shards}
+    if "train" not in found:
+        return None
+    name = next((n for n in (asked, *(TEST_NAMES if asked in TEST_NAMES else ())) if n in found), None)
+    if name is None:
+        raise UserError(
+            f"{shown(root)} has shards for {', '.join(found)}, not for {asked!r}: name parts, such as 'train[99%:]'"
+        )
+    return ShardSource(found[name], split)
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """`name-{08..10}.tar` → name-08.tar, name-09.tar, name-10.tar; a name without braces as it is."""
+    match = _BRACES.fullmatch(pattern)
+    if match is None:
+        yield pattern
+        return
+    before, first, last, after = match.groups()
+    if int(last) < int(first):
+        raise UserError(f"{printable(pattern)}: {{{first}..{last}}} holds no number: the first is to be the smaller one")
+    for number in range(int(first), int(last) + 1):
+        for start in _expanded(before):
+            yield f"{start}{number:0{len(first)}}{after}"
+
+
+def _index(shard: Path) -> Index:
+    """The index of a shard: the one that is kept, if it is of this very file, or a new one."""
+    try:
+        with open_regular(shard) as f:
+            status = os.fstat(f.fileno())
+            of_file = np.array([status.st_size, status.st_mtime_ns])
+            kept = (shard.with_name(f".{shard.name}.index.npz"), _cached(shard))
+            for path in kept:
+                if (index := _kept(path, of_file)) is not None:
+                    return index
+            index = _made(f, shard, status.st_size)
+    except OSError as e:
+        raise UserError(f"{shown(shard)} cannot be read: {e.strerror}") from e
+    except UserError as e:
+        raise (e if str(e).startswith(shown(shard)) else UserError(f"{shown(shard)}: {e}")) from e
+    for path in kept:
+        try:
+            write_atomically(path, lambda f: np.savez(f, of_file=of_file, **index._asdict()))
+            break
+        except OSError:  # where nothing can be written
+            continue
+    return index
+
+
+def _cached(shard: Path) -> Path:
+    """Where the index is kept if it cannot be beside the shard."""
+    cache = os.environ.get("VIT_JAX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vit_jax")
+    name = hashlib.blake2s(os.fsencode(shard.absolute()), digest_size=16).hexdigest()
+    return Path(cache).expanduser() / "shards" / f"{name}.npz"
+
+
+def _kept(path: Path, of_file: np.ndarray) -> Index | None:
+    """An index that was written for a file of this size and time; None if there is none."""
+    try:
+        with open_regular(path) as f:
+            arrays = dict(np.load(f, allow_pickle=False))
+        if np.array_equal(arrays.pop("of_file"), of_file):
+            return Index(**arrays)
+    except (
+        OSError,
+        UserError,
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ):  # none, or one that is damaged: it is made anew
+        pass
+    return None
+
+
+def _made(f: Any, shard: Path, size: int) -> Index:
+    """Reads where the members lie, and checks every pair."""
+    pairs: dict[str, dict[str, tuple[int, int]]] = {}
+    ignored: Counter[str] = Counter()
+    try:
+        with tarfile.open(fileobj=f, mode="r:") as tar:
+            for member in tar:
+                key, kind = _key_and_kind(member.name)
+                if kind is None or member.isdir():
+                    ignored.update([] if member.isdir() else [_suffix(member.name)])
+                    continue
+                where = f"{shown(shard)}: {printable(member.name)}"
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise UserError(f"{where} is a link, a device or a sparse file: only regular files are read")
+                if member.offset_data + member.size > size:
+                    raise UserError(f"{where} is cut off: fetch the file anew")
+                if kind in pairs.setdefault(key, {}):
+                    raise UserError(f"{where} is the second {kind} of this pair: keep one of them")
+                pairs[key][kind] = member.offset_data, member.size
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as e:
+        raise (e if isinstance(e, UserError) else UserError(f"{shown(shard)} is no tar file, or is cut off: {e}")) from e
+    if not pairs:
+        raise UserError(f"{shown(shard)} holds no pairs of an image ({', '.join(IMAGE_SUFFIXES[:5])} …) and .txt or .json")
+    for key, members in pairs.items():
+        _check_pair(f, members, f"{shown(shard)}: {printable(key)}")
+    if ignored:
+        kinds = ", ".join(f"{n:,} {printable(suffix, 20)}" for suffix, n in ignored.most_common(10))
+        log.info("%s: ignored %d members: %s", shown(shard), ignored.total(), kinds)
+    texts = [members.get("txt", members.get("json")) for members in pairs.values()]
+    return Index(
+        keys=np.array([key.encode("utf-8", "surrogateescape") for key in pairs]),
+        images=np.array([members["image"] for members in pairs.values()], np.int64),
+        texts=np.array(texts, np.int64),
+        is_json=np.array(["txt" not in members for members in pairs.values()]),
+    )
+
+
+def _key_and_kind(name: str) -> tuple[str, str | None]:
+    """What pairs the members of a tar file, and "image", "txt" or "json"; None for other suffixes, from the first dot on."""
+    folder, base = os.path.split(name)
+    stem, suffix = base.partition(".")[0], _suffix(base)
+    kind = "image" if suffix in IMAGE_SUFFIXES else {".txt": "txt", ".json": "json"}.get(suffix)
+    return os.path.join(folder, stem), kind if stem else None
+
+
+def _suffix(name: str) -> str:
+    return "." + os.path.basename(name).partition(".")[2].lower()
+
+
+def _check_pair(f: Any, members: dict[str, tuple[int, int]], where: str) -> None:
+    """Raises UserError for a text without an image, an image without a text, and a text without words."""
+    if "image" not in members:
+        raise UserError(f"{where} has a text without an image: add it, or remove the text")
+    place = members.get("txt", members.get("json"))
+    if place is None:
+        raise UserError(f"{where} has an image without a text: add .txt or .json, or remove the image")
+    if place[1] > LARGEST_TEXT:
+        raise UserError(f"{where}: its text has {place[1]:,} bytes, allowed are {LARGEST_TEXT:,}")
+    _sentences(_read(f, *place), "txt" not in members, where)
+
+
+def _read(f: Any, offset: int, size: int) -> bytes:
+    f.seek(offset)
+    return f.read(size)
+
+
+def _sentences(data: bytes, is_json: bool, where: str) -> tuple[str, ...]:
+    """The sentences of a pair: the lines of a text, or `text` or `caption` of an object, a sentence or a list of them."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: its text is not in UTF-8: {e}") from e
+    if is_json:
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{where}: its text is no JSON: {e}") from e
+        field = next((name for name in _FIELDS if isinstance(row, dict) and name in row), None)
+        texts = row[field] if field else None
+        texts = texts if isinstance(texts, list) else [texts]
+        if not texts or not all(isinstance(x, str) for x in texts):
+            has = f"{field}={printable(row[field], 60)}" if field else "neither"
+            raise UserError(f"{where}: its JSON needs text or caption, a sentence or a list of them; it has {has}")
+    else:
+        texts = text.split("\n")
+    if not (sentences := tuple(x.strip() for x in texts if x.strip())):
+        raise UserError(f"{where}: its text is empty: write one, or remove the pair")
+    return sentences

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,7 +46,9 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Text:
-    """`text`: one or more sentences, a tuple of strings."""
+    """`text`: one or more sentences, a tuple of strings. `vocab`: the file of a vocabulary that comes with the data."""
+
+    vocab: Path | None = None
 
 
 Feature = Image | Label | Labels | Boxes | Segmentation | Text

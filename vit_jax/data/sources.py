@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.data import captions, detection, listing, shards
 from vit_jax.data.digit_scenes import DigitScenesSource
+from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, Listing, shown
@@ -37,7 +38,7 @@ def get_source(
 ) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
-    `dataset` is `digits`, `digits_0to4`, `digit_scenes` (see DigitScenesSource), the path of an existing folder
+    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_sentences` (see their classes), the path of an existing folder
     (see FolderSource, detection.open_folder for images with boxes, captions.open_folder and shards.open_folder for images with
     sentences), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which alone the two tfds folders
     are. A folder of several layouts is read in the one that offers what a task `needs`.
@@ -48,6 +49,8 @@ def get_source(
         return DigitsSource(dataset, split)
     if dataset == "digit_scenes":
         return DigitScenesSource(split)
+    if dataset == "digit_sentences":
+        return DigitSentencesSource(split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
         layouts = sorted((detection, captions, shards), key=lambda layout: layout.OFFERS not in needs)

@@ -44,7 +44,8 @@ def make_task(
     Args:
       loss: one of `pairs.LOSSES`, "softmax" (CLIP, LiT) or "sigmoid" (SigLIP), which needs `config.model.bias_init`.
       tokenizer, vocab, max_len, tokenizer_options: see `data.host.text.make`; the file is copied beside the trained model.
-        Without `vocab` images alone are embedded, and nothing can be trained.
+        Without `vocab` it is the one that comes with the data; without either images alone are embedded, and nothing can be
+        trained.
     """
     settings, model = setup.settings, setup.build_model()
     if loss not in pairs.LOSSES:
@@ -53,6 +54,7 @@ def make_task(
         raise UserError(f"config.model_type={model.type}: images and texts are compared by TwoTowers")
     if loss == "sigmoid" and model.fields.get("bias_init") is None:
         raise UserError("config.task.loss=sigmoid needs a bias: set config.model.bias_init, SigLIP's is -10")
+    vocab = vocab or getattr(setup.features.get("text"), "vocab", None) or ""
     if not vocab and settings.trainer == "train":
         raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")
     tokenize = _tokenize(model, text.make(tokenizer, vocab, max_len, **tokenizer_options)) if vocab else None

@@ -27,7 +27,16 @@ from vit_jax.train import train_and_evaluate
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DATA = ("batch=4", "batch_eval=8", "accum_steps=1", "total_steps=1", "warmup_steps=0", "prefetch=1", "pp.crop=8")
+DATA = (
+    "batch=4",
+    "batch_eval=8",
+    "accum_steps=1",
+    "total_steps=1",
+    "warmup_steps=0",
+    "prefetch=1",
+    "pp.crop=8",
+    "report=False",
+)
 MODEL = ("model.hidden_size=16", *(f"model.transformer.{field}" for field in ("num_layers=1", "mlp_dim=16", "num_heads=2")))
 DIGITS = ("pp.train=train[:60]", "pp.test=test[:20]")
 

@@ -16,6 +16,7 @@ LAYERS = (
     ("run",),
     ("evaluators",),
     ("predictor",),
+    ("report",),
 )
 """From the ground up. What is not named here is a command: it may know all of them, and no layer knows it."""
 LEAVES = {"vit_jax.optimize.trainable", "vit_jax.optimize.parallel"}  # they know nothing but errors, so that any may use them

@@ -341,3 +341,23 @@ def test_mean_std_and_interpolation_can_be_set(tmp_path, workdir):
     for bad in ("--mean=1,2", "--std=0,0,0", "--mean=a,b,c"):
         with pytest.raises(UserError, match=bad.split("=")[0].strip("-")):
             predict.main([f"--model={workdir}", bad, str(workdir / "model.npz")])
+
+
+def test_errors_of_a_labelled_folder_become_a_page(workdir, tmp_path, capsys):
+    names = ["1.png", "sub/2.png"]
+    for i, name in enumerate(f"{kind}/{name}" for kind in ("DÖG", "ape", "eel") for name in names):
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(*SIZE, 3, seed=i)).save(tmp_path / "new" / name)
+    options = ("--model", str(workdir), "--errors", str(tmp_path / "out"), "--json")
+    lines, said = run(capsys, *options, str(tmp_path / "new"))
+    answers = [json.loads(line) for line in lines]
+    right = sum(x["predictions"][0]["label"] == x["image"].split("/")[-2 - ("sub" in x["image"])].lower() for x in answers)
+    content = (tmp_path / "out" / "report.html").read_text()
+    assert f"right: {right} of 6 images" in content and content.count("<figure><a href=") == 6 and "report.html" in said
+    assert content.count('href="../new/') == 6 and "sections" not in content and 'id="recipe"' not in content
+    run(capsys, *options, str(tmp_path / "new" / "ape"), str(tmp_path / "new" / "eel" / "1.png"))
+    assert "of 3 images" in (tmp_path / "out" / "report.html").read_text()
+
+    (tmp_path / "new" / "DÖG").rename(tmp_path / "new" / "dingo")
+    with pytest.raises(UserError, match=r"2 of 6 images are in no folder .*\(ape, bear, cat, dög, eel\).*dingo/1.png"):
+        predict.main([*options, str(tmp_path / "new")])

@@ -50,7 +50,7 @@ ENCODER = {"num_layers": 1, "mlp_dim": 16, "num_heads": 2}
 MIXER = {"hidden_dim": 16, "num_blocks": 1, "tokens_mlp_dim": 16, "channels_mlp_dim": 16}
 STEM = "R_Ti_16-i21k-300ep-lr_0.001-aug_{}-wd_0.03-do_0.0-sd_0.0"
 SMALL = {
-    **{"batch": 8, "batch_eval": 8, "accum_steps": 2, "total_steps": 1, "warmup_steps": 0, "prefetch": 1},
+    **{"batch": 8, "batch_eval": 8, "accum_steps": 2, "total_steps": 1, "warmup_steps": 0, "prefetch": 1, "report": False},
     "pp": {"train": "train[:8]", "test": "test[:5]", "crop": 32},
 }
 

@@ -15,6 +15,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     c.model.hidden_size = 16
     c.model.transformer.update({"num_layers": 1, "mlp_dim": 16, "num_heads": 2, "dropout_rate": 0.1})
     c.pp.update({"train": "train[:100]", "test": "test[:37]", "crop": 8})
+    c.report = False  # a quarter of a second each
     c.update({"batch": 16, "batch_eval": 8, "total_steps": 20, "warmup_steps": 2, "progress_every": 1, "eval_every": 10})
     for name, value in overrides.items():
         target, field = (c.pp, name.removeprefix("pp_")) if name.startswith("pp_") else (c, name)

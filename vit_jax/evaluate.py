@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax import evaluators
+from vit_jax import evaluators, report
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.errors import UserError
 from vit_jax.finite import check_metrics
@@ -52,8 +52,12 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
         try:
             with only_run(directory), contextlib.closing(Writer(directory)) as writer:
                 writer.scalars(int(experiment.parallelism.read(state.step)), metrics)
+                if settings.report:
+                    report.of_run(experiment, state, directory, head=keep_head)
         except BusyError as error:
-            log.warning("%s: these metrics are not added to metrics.jsonl", str(error).partition(": ")[0])
+            log.warning(
+                "%s: these metrics are not added to metrics.jsonl, and no report is written", str(error).partition(": ")[0]
+            )
         log.info(format_metrics(metrics))
         return metrics
 

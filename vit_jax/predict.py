@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vit_jax import arguments, predictor
+from vit_jax import arguments, predictor, report
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
 from vit_jax.data.listing import find_images, shown
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, help="how many answers to show, of a classifier (default 5)")
     parser.add_argument("--threshold", type=float, help="the least score that is shown, of a detector (default 0.5)")
     parser.add_argument("--draw", metavar="DIR", help="write pictures with what was found, of a task that has places for it")
+    parser.add_argument("--errors", metavar="DIR", help="write DIR/report.html: of images in folders called as their classes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
     pixels.add_pixel_arguments(parser)
@@ -40,19 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.batch < 1 or (args.top is not None and args.top < 1):
         raise UserError(f"--top={args.top} and --batch={args.batch} must be at least 1")
     runtime.set_up()
-    paths = list(find_images(args.images))
+    found = [(argument, list(find_images([argument]))) for argument in args.images]
+    paths = [path for _, images in found for path in images]
     size = args.size and predictor.parse_size(args.size)
     how = {"model_name": args.model_name, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=size, **how)
     given = {"top": args.top, "threshold": args.threshold}
     show = loaded.show({name: value for name, value in given.items() if value is not None})
+    class_names = loaded.description.class_names
+    labels = report.known_labels(found, loaded.task, class_names) if args.errors else {}
+    answers: dict[Path, np.ndarray] = {}
     width, count = max(len(shown(path)) for path in paths), 0
     for path, image, outputs in _predicted(loaded, paths):
         prediction = show(outputs, image.shape[:2])
         _print(path, prediction.json if args.json else prediction.text, width=width)
         if args.draw:
             _draw(Path(args.draw), f"{count}_{path.stem}.png", image, prediction)
+        if labels:
+            answers[path] = outputs["probabilities"]
         count += 1
+    if answers:
+        about = {"model": args.model, "images": " ".join(map(shown, args.images))}
+        written = report.of_predictions(answers, labels, class_names, Path(args.errors), about)
+        print(f"wrote {shown(written)}", file=sys.stderr)
     if failures := len(paths) - count:
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failures else 0

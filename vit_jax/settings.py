@@ -157,6 +157,7 @@ class Settings:
     keep: int = 1  # how many checkpoints stay
     keep_best: str | None = None  # a metric such as accuracy_test: its best checkpoint stays too, and is model_best.npz
     evaluators: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: {"every": steps, …}}, see evaluators/
+    report: bool = True  # report.html at the end: curves, mistakes, calibration, the recipe, see docs/report.md
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import evaluators
+from vit_jax import evaluators, report
 from vit_jax.checkpoint.state import Checkpointer, WriteError
 from vit_jax.data import loader, memory
 from vit_jax.errors import UserError
@@ -111,6 +111,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         finally:
             with contextlib.closing(checkpointer), contextlib.closing(writer):  # each closed even if another fails
                 batches.close()
+        if settings.report and (done < settings.total_steps or not (directory / report.FILE).exists()):
+            report.of_run(experiment, state, directory)
         return experiment.parallelism.read(model_params(experiment, state)[""])
 
 

@@ -78,7 +78,9 @@ RECIPES = {"classify": classify, "contrast": contrast, "detect": detect, "distil
 def config(kind, folder, **overrides):
     """Plain gradient descent without dropout, so that devices and micro-batches can be compared."""
     c = RECIPES[kind](folder)
-    c.update({"total_steps": STEPS, "eval_every": STEPS, "warmup_steps": 0, "optimizer": "sgd", "weight_decay": 0.0})
+    c.update(
+        {"report": False, "total_steps": STEPS, "eval_every": STEPS, "warmup_steps": 0, "optimizer": "sgd", "weight_decay": 0.0}
+    )
     c.update({"optim_dtype": "float32", "base_lr": 0.05})
     if "transformer" in c.model:
         c.model.transformer.dropout_rate = 0.0

@@ -30,8 +30,7 @@ def match_classes(head: Sequence[str], dataset: Sequence[str], *, where: str) ->
     head, dataset = list(head), list(dataset)
     if head == dataset:
         return tuple(range(len(head)))
-    places = _places(head)
-    found = [_find(name, places) for name in dataset]
+    found = find_classes(head, dataset)
     known = [place for place in found if place is not None]
     if not known and len(head) == len(dataset) and (_are_ids(head) or _are_ids(dataset)):
         log.warning(
@@ -50,6 +49,12 @@ def match_classes(head: Sequence[str], dataset: Sequence[str], *, where: str) ->
     if found != list(range(len(head))):
         log.info("classes  %s has them in another order than the dataset: they are matched by name", where)
     return tuple(found)
+
+
+def find_classes(head: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """For each name the column of the head that is called so, see `match_classes`; None for a name that no column has."""
+    places = _places(head)
+    return [_find(name, places) for name in names]
 
 
 def check_same(known: Sequence[str], given: Sequence[str], *, where: str) -> None:

@@ -84,6 +84,10 @@ class Source(Protocol):
         """Returns how an error names the example: the path of its file, or 'digits train, example 17'."""
         ...
 
+    def path(self, index: int) -> str | None:
+        """The file of the example, None if it has none of its own."""
+        return None
+
 
 def digest(values: Iterable[object]) -> str:
     """16 hexadecimal digits that tell one sequence of texts or numbers from another."""

@@ -34,6 +34,9 @@ class RenumberedSource(Source):
     def where(self, index: int) -> str:
         return self._source.where(index)
 
+    def path(self, index: int) -> str | None:
+        return self._source.path(index)
+
     def _renumbered(self, labels: Any) -> Any:
         old = np.asarray(labels, int)
         known = (old >= 0) & (old < len(self._numbers))

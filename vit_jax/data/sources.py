@@ -119,7 +119,7 @@ class FolderSource(Source):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            return {"image": read_regular(os.path.join(self._root, self._names[index])), "label": int(self._labels[index])}
+            return {"image": read_regular(self.path(index)), "label": int(self._labels[index])}
         except OSError as error:
             message = f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?"
             raise UserError(message) from error
@@ -127,7 +127,10 @@ class FolderSource(Source):
             raise UserError(f"{self.where(index)} cannot be read: {error}") from error
 
     def where(self, index: int) -> str:
-        return shown(os.path.join(self._root, self._names[index]))
+        return shown(self.path(index))
+
+    def path(self, index: int) -> str:
+        return os.path.join(self._root, self._names[index])
 
     def fingerprint(self) -> dict[str, str | int]:
         names = [_composed(name) for name in self._names]

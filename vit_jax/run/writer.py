@@ -125,10 +125,11 @@ class Writer:
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Metrics for people, in one line: shares such as accuracy as percentages, all else with four significant digits."""
-    return "  ".join(f"{name} {_format(name, float(value))}" for name, value in metrics.items())
+    return "  ".join(f"{name} {format_metric(name, float(value))}" for name, value in metrics.items())
 
 
-def _format(name: str, value: float) -> str:
+def format_metric(name: str, value: float) -> str:
+    """A value as `format_metrics` writes it."""
     words = set(re.split("[/_]", name.lower()))
     if words & SHARES and "l2" not in words and 0 <= value <= 1:
         return f"{100 * value:.2f} %"

@@ -8,21 +8,20 @@ cropped on the host, changed on the device, and mixed with another image of its 
 stand the classes with the two largest targets, and those targets. `--config.seed` takes other images and draws.
 """
 
-import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import overrides, tasks
-from vit_jax.data import loader, memory, sources
+from vit_jax.data import memory, sources
 from vit_jax.errors import UserError
 from vit_jax.files import COMPILED_PROGRAMS
+from vit_jax.report.samples import augmented
 from vit_jax.run import runtime
 from vit_jax.run.start import find_origin
 from vit_jax.settings import Settings
@@ -44,24 +43,7 @@ def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Ima
     source = sources.get_source(settings.dataset, settings.pp.train, needs=tasks.needs(settings), **where)
     source = memory.kept_in_memory(source, settings.cache_gb)  # as in training: it decides at which scale photos are decoded
     task = tasks.make(Setup(settings, source.features, find_origin(settings)))
-    chosen = np.random.default_rng(settings.seed).permutation(len(source))[:rows]
-
-    # As in evaluation, then as in training, drawn anew for every column
-    grid = [task.preview(_stacked(loader.load(source, int(i), task.eval_example) for i in chosen), None)]
-    for column in range(1, columns):
-        rngs = [np.random.default_rng((settings.seed, column, row)) for row in range(len(chosen))]
-        examples = [
-            loader.load(source, int(i), functools.partial(task.train_example, rng=rng))
-            | {"seed": rng.integers(2**32, dtype=np.uint32)}
-            for i, rng in zip(chosen, rngs, strict=True)
-        ]
-        grid.append(task.preview(_stacked(examples), jax.random.fold_in(jax.random.key(settings.seed), column)))
-    return draw(grid)
-
-
-def _stacked(examples: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    examples = list(examples)
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    return draw(augmented(task, source, settings, rows=rows, columns=columns))
 
 
 def draw(grid: Sequence[tuple[UInt8[np.ndarray, "b h w 3"], Sequence[str]]]) -> Image.Image:

@@ -5,6 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from configs import (
@@ -12,6 +14,7 @@ from configs import (
     augreg_pretrain,
     common,
     deit3,
+    dinov2,
     distill,
     gsam,
     inference_time,
@@ -183,6 +186,26 @@ def test_augreg_changes_its_own_copy_of_the_model():
 def test_augreg_refuses_an_unknown_architecture():
     with pytest.raises(UserError, match="unknown AugReg model 'R_Ti_61': did you mean R_Ti_16"):
         augreg.get_config("R_Ti_61-i21k-300ep")
+
+
+@pytest.mark.parametrize(
+    "arg", ["vits14", "vitb14", "vitl16_short", "vitg14", "micro4,digits", "micro4,cifar10", "photos,FOLDER"]
+)
+def test_dinov2_has_a_teacher_and_whole_patches(arg):
+    config = dinov2.get_config(arg)
+    assert config.ema_decay_end == 1.0 and config.pp.crop % 2 == 0
+    if not arg.startswith("photos"):  # its model is that of the checkpoint
+        settings = check(config)
+        patch = settings.model["patches"]["size"][0]
+        assert settings.task["local_size"] % patch == 0 == settings.pp.crop % patch
+
+
+def test_dinov2s_giant_has_the_published_number_of_parameters():
+    settings = check(dinov2.get_config("vitg14"))
+    model = architectures.build("ViT", {**settings.model, "num_classes": None})
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 518, 518, 3), np.float32))
+    assert round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6, 1) == 1136.5
+    assert (settings.base_lr, settings.total_steps) == (2e-4 * 3**0.5, 625_000)
 
 
 def test_the_mixer_recipe():

@@ -93,7 +93,7 @@ def run(line: str) -> int:
     given = named.get("--config", "")
     if name in ("train", "evaluate", "plan", "preview"):
         more = [*DATA, *(MODEL if "micro4" in given else ())]
-        more += DIGITS if "digits" in given else ()
+        more += DIGITS if "digit" in given else ()
         added = [f"--config.{field}" for field in more]
         rest += [option for option in added if option.partition("=")[0] not in named]
     with arguments(name, *rest), pytest.raises(SystemExit) as stop:

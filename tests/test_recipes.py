@@ -22,6 +22,7 @@ from configs import (
     detect,
     detect_vit,
     detr_r50,
+    dinov2,
     distill,
     gsam,
     inference_time,
@@ -41,6 +42,7 @@ from configs import (
 from tests import command_line, tiny
 from tests.data import toy_tfds
 from vit_jax import checkpoint, models
+from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.optimize import trainable
 from vit_jax.train import train_and_evaluate
@@ -144,6 +146,20 @@ def test_detect_vit_trains_a_decoder_on_a_frozen_vit(tmp_path):
     for name in before.keys() - {"head/kernel", "head/bias"}:
         np.testing.assert_array_equal(after[f"backbone/{name}"], before[name], err_msg=name)
     assert after["class_embed/kernel"].shape[-1] == 11 and np.isfinite(tiny.metrics(tmp_path / "run", "train_loss")[1])
+
+
+def test_dinov2_trains_a_vit_without_labels(tmp_path):
+    config = small(dinov2.get_config("vitl16_short"), patches={"size": (8, 8)})
+    config.evaluators = {}
+    config.update({"dtype": "float32", "accum_steps": 1})
+    config.task.update({"local_size": 16, "local_crops": 1, "prototypes": 16, "hidden": 16, "bottleneck": 8})
+    config.task.update({"jitter_prob": 0.0, "blur": (0.0,) * 3})  # they take seconds to compile
+    with pytest.raises(UserError, match="an image of 8x8 is too small for a crop of 16"):
+        train_and_evaluate(config, tmp_path / "digits")
+    config.dataset = "digit_canvas"
+    train_and_evaluate(config, tmp_path / "canvas")
+    assert np.isfinite(tiny.metrics(tmp_path / "canvas", "train_loss")[1])
+    assert "head/kernel" not in tiny.arrays(tmp_path / "canvas")
 
 
 # From nothing, on the ten digits

@@ -141,6 +141,7 @@ class Settings:
     cooldown_steps: int = 0  # of rsqrt and constant: a line to 0 at the end
     timescale: float = 10_000.0  # of rsqrt
     weight_decay: float = 0.0
+    weight_decay_end: float | None = None  # with this the decay goes to it by a half cosine over all steps
     lr_factors: tuple[Any, ...] = ()  # (expression for names, factor) pairs; the first that matches counts
     layer_decay: float | None = None  # such as 0.75: earlier blocks learn more slowly
     sharpness: str | None = None  # sam or gsam
@@ -245,6 +246,8 @@ class Settings:
             raise UserError(
                 f"config.ema_decay_end={self.ema_decay_end} must be from 0 to 1, and needs config.ema_decay to begin with"
             )
+        if self.weight_decay_end is not None and not self.weight_decay_end >= 0:
+            raise UserError(f"config.weight_decay_end={self.weight_decay_end} must be at least 0")
         if self.pp.crop < 1 or (self.pp.crop_width is not None and self.pp.crop_width < 1):
             raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
         if self.pp.interpolation != "bilinear" and not self.pp.antialias:

@@ -17,11 +17,12 @@ from vit_jax.run import start
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.experiment import Experiment, build, make_update, model_params
 from vit_jax.run.lock import only_run
-from vit_jax.run.progress import NotFiniteError, Progress, log_setup
+from vit_jax.run.progress import Progress, log_setup
 from vit_jax.run.save_model import write_model
 from vit_jax.run.signals import GracefulExit, LoaderHangs
 from vit_jax.run.writer import Writer, logging_to
 from vit_jax.settings import Settings
+from vit_jax.tasks.task import TrainingFailed
 
 log = logging.getLogger("vit_jax")
 
@@ -97,7 +98,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                 if stopping:
                     log.info("stopped by signal %d after step %d: the same command continues", stop.exit_code - 128, step)
                     raise SystemExit(stop.exit_code)
-        except (NotFiniteError, WriteError):
+        except (TrainingFailed, WriteError):
             raise
         except (UserError, LoaderHangs):  # a bad image, say: what was learnt so far stays
             if jax.process_count() == 1 and (step := int(experiment.parallelism.read(state.step))) > done:

@@ -97,14 +97,17 @@ def digest(values: Iterable[object]) -> str:
     return digits.hexdigest()
 
 
+_SIDE = 512  # no crop is larger than this image of `example`
+
+
 def example(features: Mapping[str, Feature]) -> dict[str, Any]:
     """The smallest example that has these fields, for whoever needs shapes alone."""
     fields: dict[type, dict[str, Any]] = {
-        Image: {"image": np.zeros((8, 8, 3), np.uint8)},
+        Image: {"image": np.zeros((_SIDE, _SIDE, 3), np.uint8)},
         Label: {"label": 0},
         Labels: {"labels": (0,)},
         Boxes: {"boxes": np.zeros((0, 4), np.float32), "box_labels": np.zeros(0, np.int32), "box_crowd": np.zeros(0, bool)},
-        Segmentation: {"segmentation": np.zeros((8, 8), np.uint8)},
+        Segmentation: {"segmentation": np.zeros((_SIDE, _SIDE), np.uint8)},
         Text: {"text": ("",)},
     }
     return {name: value for feature in features.values() for name, value in fields[type(feature)].items()}

@@ -11,12 +11,14 @@ from functools import cache
 import numpy as np
 
 from vit_jax.data import captions, detection, listing, shards
+from vit_jax.data.digit_canvas import DigitCanvasSource
 from vit_jax.data.digit_scenes import DigitScenesSource
 from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, Listing, shown
 from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.unlabelled import PREFIX, UnlabelledSource
 from vit_jax.errors import UserError
 from vit_jax.files import read_regular
 
@@ -38,10 +40,11 @@ def get_source(
 ) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
-    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_sentences` (see their classes), the path of an existing folder
-    (see FolderSource, detection.open_folder for images with boxes, captions.open_folder and shards.open_folder for images with
-    sentences), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which alone the two tfds folders
-    are. A folder of several layouts is read in the one that offers what a task `needs`.
+    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_sentences`, `digit_canvas` (see their classes), the path of an
+    existing folder (see FolderSource, detection.open_folder for images with boxes, captions.open_folder and shards.open_folder
+    for images with sentences), `unlabelled:FOLDER` (see UnlabelledSource), tar files (see shards.open_pattern), or a tfds name
+    such as `cifar10`, for which alone the two tfds folders are. A folder of several layouts is read in the one that offers
+    what a task `needs`.
 
     Raises UserError for an unknown dataset, split or empty part.
     """
@@ -51,6 +54,10 @@ def get_source(
         return DigitScenesSource(split)
     if dataset == "digit_sentences":
         return DigitSentencesSource(split)
+    if dataset == "digit_canvas":
+        return DigitCanvasSource(split)
+    if dataset.startswith(PREFIX):
+        return UnlabelledSource(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
         layouts = sorted((detection, captions, shards), key=lambda layout: layout.OFFERS not in needs)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import linear, residual
@@ -218,13 +218,20 @@ class Encoder(nn.Module):
         registers: Float[Array, "b r d"] | None = None,
         *,
         num_prefix: int = 0,
+        seen: Int[Array, "b m"] | None = None,
         train: bool = False,
         with_layers: bool = False,
     ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
-        """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2."""
+        """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2.
+
+        With `seen` only the tokens at these places, behind that prefix, are encoded; each keeps its position.
+        """
         if self.add_position_embedding:
             x = AddPositionEmbs(name="posembed_input")(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        if seen is not None:
+            kept = jnp.take_along_axis(x[:, num_prefix:], seen[..., None], axis=1)
+            x = jnp.concatenate([x[:, :num_prefix], kept], axis=1)
         if registers is not None:
             x = jnp.concatenate([x[:, :num_prefix], registers.astype(x.dtype), x[:, num_prefix:]], axis=1)
         kept = self._keep(x.shape[0], train)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import residual, resnet, zoo
@@ -16,6 +16,7 @@ from vit_jax.models.resnet import ResNet
 
 CLASSIFIERS = ("token", "gap", "map", "distilled", "cls_mean", "unpooled", "token_unpooled")
 POSITION_EMBEDDINGS = ("learned", "sincos2d", "none")
+Hidden = tuple[Bool[Array, "b h w"], Float[Array, "#b d"]]
 _WITH_CLS = ("token", "distilled", "cls_mean", "token_unpooled")
 
 
@@ -172,8 +173,11 @@ class VisionTransformer(nn.Module):
         tokens, _, _ = self._encode(images, train)
         return self.classifier_head(tokens, apart=True)
 
-    def features(self, images: Float[Array, "b H W c"], *, train: bool = False) -> dict[str, Any]:
+    def features(self, images: Float[Array, "b H W c"], *, train: bool = False, hidden: Hidden | None = None) -> dict[str, Any]:
         """What the encoder makes of the images, for probes, dense tasks and pictures.
+
+        Args:
+          hidden: which patches the model does not see, and the token that it sees instead, before positions are added.
 
         Returns:
           cls: (b, d), the class token, or None if the model has none;
@@ -181,7 +185,7 @@ class VisionTransformer(nn.Module):
           patches: (b, h·w, d) and map: (b, h, w, d), the patch tokens in rows and as a grid;
           layers: for every block all its tokens (b, n, d), before the last LayerNorm.
         """
-        tokens, (h, w), layers = self._encode(images, train, with_layers=True)
+        tokens, (h, w), layers = self._encode(images, train, with_layers=True, hidden=hidden)
         b, n, d = tokens.shape
         first, registers = n - h * w, self.num_registers
         patches = tokens[:, first:]
@@ -194,11 +198,20 @@ class VisionTransformer(nn.Module):
             "layers": layers,
         }
 
-    def _encode(self, images: Float[Array, "b H W c"], train: bool, with_layers: bool = False):
+    def _encode(
+        self,
+        images: Float[Array, "b H W c"],
+        train: bool,
+        with_layers: bool = False,
+        hidden: Hidden | None = None,
+        seen: Int[Array, "b m"] | None = None,
+    ):
         x = images.astype(self.dtype)
         if self.resnet is not None:
             x = self.backbone(x)
         x = self.embedding(x)
+        if hidden is not None:
+            x = jnp.where(hidden[0][..., None], hidden[1].astype(x.dtype), x)
         b, h, w, d = x.shape
         x = x.reshape(b, h * w, d)
         if self.position_embedding == "sincos2d":
@@ -210,7 +223,7 @@ class VisionTransformer(nn.Module):
         names = ["cls"] * (self.classifier in _WITH_CLS) + ["dist"] * (self.classifier == "distilled")
         x = jnp.concatenate([*(batch_of(getattr(self, name)) for name in names), x], axis=1)
         registers = batch_of(self.registers) if self.num_registers else None
-        tokens, layers = self.Transformer(x, registers, num_prefix=len(names), train=train, with_layers=with_layers)
+        tokens, layers = self.Transformer(x, registers, num_prefix=len(names), seen=seen, train=train, with_layers=with_layers)
         return tokens, (h, w), layers
 
 

@@ -17,6 +17,7 @@ from vit_jax.optimize import towers
 
 Tree = Any
 Steps = list[optax.GradientTransformation]
+Decay = float | optax.Schedule
 
 DECAY_TYPES = ("cosine", "linear", "rsqrt", "constant")
 
@@ -77,7 +78,7 @@ def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
     grad_norm_clip: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     dtype: Any = jnp.float32,
     lr_factors: Sequence[tuple[str, float]] = (),
     layer_decay: float | None = None,
@@ -87,7 +88,8 @@ def make_optimizer(
     """Clipping by the global norm, one of `OPTIMIZERS`, decay of the matrices, the rate, and a factor for every group.
 
     Args:
-      weight_decay: decoupled and times the learning rate, on what `matrices` names; the published sgd has none.
+      weight_decay: decoupled and times the learning rate, on what `matrices` names; it may depend on the step. The published
+        sgd has none.
       dtype: of the momentum or first moment.
       lr_factors, layer_decay, num_layers: see `group_factors`. They come last, so they scale a parameter's whole update,
         rate and decay, and no normalisation undoes them.
@@ -109,20 +111,21 @@ def make_optimizer(
 # The optimisers: a function each from (weight_decay, dtype of the first moment, options) to what precedes the rate.
 
 
-def _sgd(weight_decay: float, dtype: Any, *, momentum: float = 0.9) -> Steps:
+def _sgd(weight_decay: Decay, dtype: Any, *, momentum: float = 0.9) -> Steps:
     """m ← momentum·m + g, as in the published fine-tuning."""
     if weight_decay:
-        raise UserError(f"weight_decay={weight_decay} needs --config.optimizer=adamw; sgd here is the published one, without")
+        how = "a schedule of weight_decay" if callable(weight_decay) else f"weight_decay={weight_decay}"
+        raise UserError(f"{how} needs --config.optimizer=adamw; sgd here is the published one, without")
     return [optax.trace(momentum, accumulator_dtype=dtype)]
 
 
-def _adamw(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Steps:
+def _adamw(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Steps:
     """https://arxiv.org/abs/1711.05101"""
     return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), _decay(weight_decay)]
 
 
 def _adafactor(
-    weight_decay: float,
+    weight_decay: Decay,
     dtype: Any,
     *,
     momentum: float = 0.9,
@@ -149,7 +152,7 @@ def _adafactor(
     return [*steps, optax.ema(momentum, debias=False, accumulator_dtype=dtype), _decay(weight_decay)]
 
 
-def _lamb(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> Steps:
+def _lamb(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> Steps:
     """AdamW whose step for a matrix w is u·φ(‖w‖)/‖u‖ (https://arxiv.org/abs/1904.00962).
 
     As in the implementations that train BERT and DeiT III, only what is decayed is so scaled. φ(z) = max(z, 1): with
@@ -159,13 +162,13 @@ def _lamb(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.999
     return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), _decay(weight_decay), trust]
 
 
-def _lion(weight_decay: float, dtype: Any, *, b1: float = 0.9, b2: float = 0.99) -> Steps:
+def _lion(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.99) -> Steps:
     """The sign of b1·m + (1 − b1)·g, then m ← b2·m + (1 − b2)·g (https://arxiv.org/abs/2302.06675)."""
     return [optax.scale_by_lion(b1, b2, mu_dtype=dtype), _decay(weight_decay)]
 
 
 def _muon(
-    weight_decay: float, dtype: Any, *, momentum: float = 0.95, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    weight_decay: Decay, dtype: Any, *, momentum: float = 0.95, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> Steps:
     """Orthogonalised Nesterov momentum for the matrices of the blocks, Adam (b1, b2) for everything else.
 
@@ -191,8 +194,16 @@ OPTIMIZERS: dict[str, Callable[..., Steps]] = {
 }
 
 
-def _decay(weight_decay: float) -> optax.GradientTransformation:
-    return optax.add_decayed_weights(weight_decay, matrices)
+def _decay(weight_decay: Decay) -> optax.GradientTransformation:
+    if not callable(weight_decay):
+        return optax.add_decayed_weights(weight_decay, matrices)
+
+    def update(updates: Tree, state: optax.ScaleByScheduleState, params: Tree) -> tuple[Tree, optax.ScaleByScheduleState]:
+        decay = weight_decay(state.count)
+        updates = jax.tree.map(lambda u, x, decays: u + decay * x if decays else u, updates, params, matrices(params))
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 # Names of parameters: which are matrices, and which of those Muon's

@@ -57,7 +57,7 @@ def build(
     test_source = get_source(settings.dataset, settings.pp.test, **where)
     parallelism = make_parallelism(settings)
     task = tasks.make(Setup(settings, train_source.features, origin, parallelism.constrain_examples))
-    check_batch(settings, task, parallelism)
+    check_batch(settings, task, parallelism, len(train_source) if hasattr(train_source, "__len__") else None)
     schedule = make_schedule(settings)
     return Experiment(
         settings=settings,
@@ -81,11 +81,19 @@ def make_parallelism(settings: Settings) -> parallel.Parallelism:
     return parallel.Mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, rules)
 
 
-def check_batch(settings: Settings, task: Task, parallelism: parallel.Parallelism) -> None:
-    """Raises UserError unless devices and micro-batches get equal parts, and the task allows for micro-batches."""
+def check_batch(settings: Settings, task: Task, parallelism: parallel.Parallelism, count: int | None) -> None:
+    """Raises UserError unless devices and micro-batches get equal parts, and the task allows for micro-batches.
+
+    Where examples are compared with each other, a batch must not be larger than their `count`, if that is known.
+    """
     if settings.trainer != "train":
         return
     parallel.check_batch(settings.batch, settings.accum_steps, parallelism.batch_shards)
+    if task.whole_batch and count is not None and count < settings.batch:
+        raise UserError(
+            f"{settings.pp.train} of {settings.dataset} has {count:,} examples, and config.batch={settings.batch} of them are "
+            f"compared with each other, where none may be twice: use more, or --config.batch={max(1, count // 2)} or less"
+        )
     if settings.accum_steps > 1 and task.whole_batch and task.embed is None:
         raise UserError(
             f"config.accum_steps={settings.accum_steps}: this task compares all examples of a batch, "
@@ -112,7 +120,7 @@ def make_optimizer(settings: Settings, model: tasks.Model, schedule: optax.Sched
         settings.optimizer,
         schedule,
         grad_norm_clip=settings.grad_norm_clip,
-        weight_decay=settings.weight_decay,
+        weight_decay=make_weight_decay(settings),
         dtype=settings.optim_dtype,
         lr_factors=settings.lr_factors,
         layer_decay=settings.layer_decay,
@@ -142,10 +150,18 @@ def make_update(experiment: Experiment) -> Callable[[State, dict], tuple[State, 
 
 def make_ema_decay(settings: Settings) -> float | step.Schedule | None:
     """`config.ema_decay`, or the half cosine over all steps from it to `config.ema_decay_end`, as in BYOL and DINO."""
-    first, last = settings.ema_decay, settings.ema_decay_end
+    return _half_cosine(settings.ema_decay, settings.ema_decay_end, settings.total_steps)
+
+
+def make_weight_decay(settings: Settings) -> float | optax.Schedule:
+    """`config.weight_decay`, or the half cosine over all steps from it to `config.weight_decay_end`, as in DINO."""
+    return _half_cosine(settings.weight_decay, settings.weight_decay_end, settings.total_steps)
+
+
+def _half_cosine(first: float | None, last: float | None, total_steps: int | None) -> float | step.Schedule | None:
     if last is None:
         return first
-    return lambda done: last - (last - first) * (jnp.cos(jnp.pi * done / settings.total_steps) + 1) / 2
+    return lambda done: last - (last - first) * (jnp.cos(jnp.pi * done / (total_steps or 1)) + 1) / 2
 
 
 def _make_sharpness(settings: Settings, schedule: optax.Schedule) -> sharpness.Sharpness | None:
@@ -158,8 +174,8 @@ def _make_sharpness(settings: Settings, schedule: optax.Schedule) -> sharpness.S
 
 
 def model_params(experiment: Experiment, state: State) -> dict[str, Params]:
-    """The parameters to evaluate, on the devices, by the suffix of their metrics: "", and "_ema" for the average."""
+    """The parameters to evaluate, on the devices, by the suffix of their metrics, see `Task.leaves`."""
     trained = {"": state.params} | ({"_ema": state.ema} if state.ema is not None else {})
-    if "model" not in state.frozen:
-        return trained
-    return {suffix: experiment.join(params, state.frozen["model"]) for suffix, params in trained.items()}
+    if "model" in state.frozen:
+        trained = {suffix: experiment.join(params, state.frozen["model"]) for suffix, params in trained.items()}
+    return experiment.task.leaves(trained)

@@ -12,12 +12,13 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.checkpoint.state import Checkpointer
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import unknown
 from vit_jax.optimize import optim, parallel, trainable
 from vit_jax.run.experiment import Experiment
 from vit_jax.run.signals import GracefulExit
 from vit_jax.run.start import split_params
 from vit_jax.run.writer import Writer, format_metrics
+from vit_jax.tasks.task import TrainingFailed
 
 log = logging.getLogger("vit_jax")
 
@@ -57,7 +58,7 @@ def log_setup(experiment: Experiment) -> None:
     log.info("devices  %d x %s, computing in %s%s", len(devices), devices[0].device_kind, settings.dtype, how)
 
 
-class NotFiniteError(UserError):
+class NotFiniteError(TrainingFailed):
     """The loss, the gradient or the update is not finite: there is nothing left to save."""
 
 
@@ -65,7 +66,7 @@ class Progress:
     """Follows the loop without holding it up: a step's metrics are read once later steps have been dispatched."""
 
     def __init__(self, experiment: Experiment, writer: Writer, checkpointer: Checkpointer, stop: GracefulExit):
-        self.settings, self.parallelism = experiment.settings, experiment.parallelism
+        self.settings, self.parallelism, self.task = experiment.settings, experiment.parallelism, experiment.task
         self.writer, self.checkpointer, self.stop = writer, checkpointer, stop
         self.pending: deque[tuple[int, Any]] = deque()
         self.clock: float | None = None
@@ -121,6 +122,7 @@ class Progress:
             metrics = self.parallelism.read(on_devices)
             self.agreed_to_stop |= bool(metrics.get("stop", False))
             self._check_finite(step, metrics)
+            self.task.check(step, metrics)
             if self.clock is None:  # the first step compiles, which says nothing about speed
                 self.start_clock()
             else:

@@ -24,16 +24,17 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
     A LoRA run leaves its small part only, as `adapter.npz` for `model.npz`, which others open together with its base.
     """
     frozen = experiment.parallelism.read(state.frozen.get("model", {}))
-    for suffix, trained in (("", state.params), ("_ema", state.ema)):
-        if trained is None:
-            continue
-        trained = experiment.parallelism.read(trained)
+    averaged = {} if state.ema is None else {"_ema": state.ema}
+    trees = {suffix: experiment.parallelism.read(trained) for suffix, trained in ({"": state.params} | averaged).items()}
+    if not experiment.settings.lora.rank:
+        trees = experiment.task.leaves({suffix: trainable.merge(trained, frozen) for suffix, trained in trees.items()})
+    for suffix, tree in trees.items():
         target = path.with_stem(path.stem + suffix)
         if parallel.is_main() and experiment.settings.lora.rank:
             target = target.with_name(target.name.replace("model", "adapter"))
-            _write_adapter(experiment, target, trained, frozen, description(experiment, step, metrics))
+            _write_adapter(experiment, target, tree, frozen, description(experiment, step, metrics))
         elif parallel.is_main():
-            checkpoint.save(trainable.merge(trained, frozen), target)
+            checkpoint.save(tree, target)
             describe.write(target, description(experiment, step, metrics))
             for file in experiment.task.files:
                 content = file.read_bytes()
@@ -61,12 +62,11 @@ def description(experiment: Experiment, step: int, metrics: dict[str, float]) ->
         model=task.model.fields,
         image_size=settings.image_size,
         grid=patch_grid(task.model, settings.image_size),
-        resize=origin.resize if origin else "bilinear",
         mean=mean,
         std=std,
         preprocessing=images.preprocessing(settings),
         dataset=settings.dataset,
         step=step,
         metrics=metrics,
-        **task.describe(),
+        **({"resize": origin.resize if origin else "bilinear"} | task.describe()),
     )

@@ -11,11 +11,17 @@ from vit_jax.checkpoint import Description
 from vit_jax.data import features
 from vit_jax.errors import UserError, unknown
 from vit_jax.settings import Preprocessing, Settings
-from vit_jax.tasks import classify, contrast, detect, distill
+from vit_jax.tasks import classify, contrast, detect, distill, self_distill
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Context, Loss, Model, Shown, Task
 
-TYPES: dict[str, ModuleType] = {"classify": classify, "contrast": contrast, "detect": detect, "distill": distill}
+TYPES: dict[str, ModuleType] = {
+    "classify": classify,
+    "contrast": contrast,
+    "detect": detect,
+    "distill": distill,
+    "self_distill": self_distill,
+}
 
 __all__ = ["TYPES", "Context", "Loss", "Model", "Setup", "Shown", "Task", "chosen", "make", "of_description", "check_usable"]
 

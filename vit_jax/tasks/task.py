@@ -15,11 +15,17 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
+from vit_jax.errors import UserError
+
 Tree = Any
 Params = Any
 Batch = dict[str, Array]
 Example = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainingFailed(UserError):
+    """What was learnt since the last checkpoint is worth nothing: none is written."""
 
 
 class Devices(Protocol):
@@ -91,7 +97,7 @@ class Task:
       needs: fields that the examples of a source must offer, such as ("image", "label").
       train_example: (example of a source, rng=numpy generator, exif_rotated=) → dict of arrays of fixed shapes.
       eval_example: (example of a source, exif_rotated=) → dict of arrays of fixed shapes.
-      init: key → fresh parameters of the model.
+      init: key → fresh parameters, of the model, or of all that is trained where `leaves` picks the model from them.
       loss: (parameters of the model, Context, batch, key) → Loss. It draws all randomness from the key.
       predict: (parameters of the model, evaluation batch) → dict of arrays by example.
       evaluators: types of `evaluators.TYPES` that run on the test split by default; their metrics end with `_test`.
@@ -105,6 +111,9 @@ class Task:
       init_carry: () → the carry before the first step.
       files: what a trained model needs beside its parameters and description, such as a vocabulary; copied there.
       totals: batch → sums over its examples that a loss divides by, such as the number of boxes.
+      leaves: parameters by suffix, "" and with `config.ema_decay` "_ema" → those that are scored, and written as
+        `modelSUFFIX.npz`.
+      check: (step, metrics) → None; raises TrainingFailed where going on makes no sense.
       whole_batch: the loss of an example depends on the others of the batch. Micro-batches then need `embed`.
       embed: (parameters, Context, batch, key) → tree of arrays by example, from which `loss_of` makes the loss of
         the whole batch: loss = loss_of(parameters, Context, embed(…)). Gradients are cached (https://arxiv.org/abs/2101.06983).
@@ -126,6 +135,8 @@ class Task:
     frozen: Callable[[], dict[str, Params]] = field(default=dict)
     init_carry: Callable[[], Tree] = field(default=dict)
     totals: Callable[[Batch], dict[str, Array]] = field(default=lambda batch: {})
+    leaves: Callable[[dict[str, Params]], dict[str, Params]] = field(default=lambda params: params)
+    check: Callable[[int, Mapping[str, float]], None] = field(default=lambda step, metrics: None)
     whole_batch: bool = False
     embed: Callable[[Params, Context, Batch, jax.Array], Tree] | None = None
     loss_of: Callable[[Params, Context, Tree], Loss] | None = None

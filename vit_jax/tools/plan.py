@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax import models, overrides
 from vit_jax.data import features, sources
+from vit_jax.data.unlabelled import PREFIX
 from vit_jax.errors import UserError
 from vit_jax.optimize import parallel
 from vit_jax.optimize.step import State
@@ -281,7 +282,7 @@ def build(settings: Settings, num_classes: int) -> Experiment:
     """The experiment of a recipe, without its data; see `make_plan` for `num_classes`."""
 
     def get_source(dataset: str, split: str, **where: Any) -> sources.Source | _Unseen:
-        if dataset.startswith("digit") or os.path.isdir(os.path.expanduser(dataset)):
+        if dataset.startswith(("digit", PREFIX)) or os.path.isdir(os.path.expanduser(dataset)):
             return sources.get_source(dataset, split, **where)
         return _Unseen(num_classes)
 

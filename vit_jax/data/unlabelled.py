@@ -1,0 +1,59 @@
+"""Images without classes: every one below a folder, however it is sorted."""
+
+import hashlib
+import os
+from typing import Any
+
+from vit_jax.data import listing
+from vit_jax.data.features import Image, Source, digest
+from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.errors import UserError
+from vit_jax.files import read_regular
+
+PREFIX = "unlabelled:"
+HELD_OUT = 0.1
+
+
+class UnlabelledSource(Source):
+    """All images below a folder; `test` is a tenth of them, or one, by a hash of their names. Links are followed.
+
+    The order is that of the hash. Raises UserError for a folder with fewer than two images.
+    """
+
+    exif_rotated = True
+
+    def __init__(self, folder: str, split: str):
+        self._root = os.path.expanduser(folder)
+        self.features = {"image": Image()}
+        if not os.path.isdir(self._root):
+            raise UserError(f"dataset {PREFIX}{folder}: no such folder")
+        found = listing.list_images(self._root)
+        names = sorted(found.images, key=_hash)
+        if len(names) < 2:
+            report = found.report()
+            raise UserError(
+                f"{listing.shown(self._root)} holds {len(names)} images, two or more are needed{report and f': {report}'}"
+            )
+        held_out = max(1, round(HELD_OUT * len(names)))
+        parts = {"train": names[held_out:]} | dict.fromkeys(TEST_NAMES, names[:held_out])
+        asked, part = split_range(split, {name: len(part) for name, part in parts.items()})
+        self._names = parts[asked][part.start : part.stop]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {"image": read_regular(os.path.join(self._root, self._names[index]))}
+        except (OSError, UserError) as error:
+            raise UserError(f"{self.where(index)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+    def where(self, index: int) -> str:
+        return listing.shown(os.path.join(self._root, self._names[index]))
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return super().fingerprint() | {"names": digest(self._names)}
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2s(name.replace(os.sep, "/").encode("utf-8", "surrogateescape"), digest_size=8).digest()

@@ -1,0 +1,78 @@
+"""What tasks without labels have in common: they leave a ViT without a head, of which features are wanted."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from vit_jax.checkpoint.family import POSITION_RULES
+from vit_jax.checkpoint.resize import weights
+from vit_jax.data.device import augment
+from vit_jax.tasks import classify, images
+from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Batch, Loss, Model, Params, Shown, Task
+
+
+def features_task(setup: Setup, model: Model, kind: str) -> Task:
+    """What a trained backbone without a head does, for a task of this type: `features` (b, d), its class token or the mean."""
+    mean, std = setup.normalisation
+    eval_image = images.eval_image(setup.settings)
+
+    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
+        label = {"label": np.int32(example["label"])} if "label" in example else {}
+        return {"image": eval_image(example["image"], exif_rotated=exif_rotated)} | label
+
+    def predict(params: Params, batch: Batch) -> dict[str, Array]:
+        return {"features": images.image_features(model.module, params, augment.normalize(batch["image"], mean, std))["cls"]}
+
+    def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
+        return pixels(batch["image"]), [""] * len(batch["image"])
+
+    return Task(
+        model=model,
+        needs=("image",),
+        train_example=eval_example,
+        eval_example=eval_example,
+        init=classify.make_init(model.module, setup.settings.image_size),
+        loss=lambda params, context, batch, key: Loss(jnp.zeros(())),
+        predict=predict,
+        evaluators=(),
+        describe=lambda: {"class_names": (), "task": {"type": kind}},
+        show=show,
+        preview=preview,
+        load=images.make_load(model, setup.settings.image_size),
+    )
+
+
+def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
+    """The features of an image: the first numbers as text, all of them as JSON."""
+    x = outputs["features"]
+    return Shown(["features " + " ".join(f"{v:.3f}" for v in x[:6]) + " …"], {"features": [float(v) for v in x]})
+
+
+def at_grid(params: Params, grid: tuple[int, int], new: tuple[int, int], rule: str) -> Params:
+    """A ViT's parameters with its learned positions of a grid of patches resampled to another, see `checkpoint.resize`."""
+    if grid == new or "posembed_input" not in params["Transformer"]:
+        return params
+    table = params["Transformer"]["posembed_input"]["pos_embedding"]
+    first, d = table.shape[1] - math.prod(grid), table.shape[2]
+    rows, columns = (jnp.asarray(weights(old, to, rule), jnp.float32) for old, to in zip(grid, new, strict=True))
+    patches = jnp.einsum("ih,hwd,jw->ijd", rows, table[0, first:].reshape(*grid, d), columns, precision="highest")
+    table = jnp.concatenate([table[:, :first], patches.reshape(1, -1, d)], axis=1)
+    return {**params, "Transformer": {**params["Transformer"], "posembed_input": {"pos_embedding": table}}}
+
+
+def position_rule(setup: Setup, model: Model) -> str:
+    """How learned positions are resampled: as the origin says, and from nothing as DINOv2 does."""
+    if setup.origin:
+        return setup.origin.resize
+    return POSITION_RULES["DINOv2 with registers" if model.fields.get("num_registers") else "DINOv2"]
+
+
+def pixels(x: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
+    """Rounded, to be looked at."""
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)

@@ -32,7 +32,7 @@ def run() -> None:
     s = Settings.from_config(flags.FLAGS.config)
     e = plan.build(s, num_classes=1000)
     lowered = experiment.make_update(e).lower(*plan.abstract_arguments(e))
-    print(f"{e.model_fields['model_name']}, batch {s.batch}, {s.dtype}, remat={s.remat}, scan={s.scan}")
+    print(f"{e.task.model.fields['model_name']}, batch {s.batch}, {s.dtype}, remat={s.remat}, scan={s.scan}")
     for name, options in (("as it runs here", {}), ("as it is planned", plan.NEARER_TO_A_GPU)):
         update = lowered.compile(options)
         memory = update.memory_analysis()

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import detect_vit
+from vit_jax import models
+from vit_jax.checkpoint import Description
+from vit_jax.data.features import Boxes
 from vit_jax.data.loader import ExampleError
+from vit_jax.settings import Settings
 from vit_jax.tasks import detect
 from vit_jax.tasks.detect import Sizes
+from vit_jax.tasks.setup import Setup
 
 
 def scene(height, width, box, crowd=None):
@@ -67,3 +73,23 @@ def test_evaluation_sees_the_whole_image_and_results_are_in_its_pixels():
     assert "dog" in shown.text[0] and len(detect.make_show(("cat", "dog"))(outputs, size, threshold=0.3).text) == 2
     drawn = np.asarray(shown.draw(Image.new("RGB", size[::-1])))
     assert drawn[100, 48:53].any() and not drawn[100, 70:80].any()  # the left side, and nothing inside
+
+
+def test_a_detector_computes_its_vit_with_the_numerics_of_the_vits_own_checkpoint():
+    config = detect_vit.get_config("b16,digit_scenes")
+    fields = models.named("ViT-B_16")[1]
+    fields = {**fields, "transformer": fields["transformer"] | {"activation": "gelu", "norm_eps": 1e-12}}
+    origin = Description(
+        model_type="ViT",
+        model=fields,
+        image_size=(224, 224),
+        grid=(14, 14),
+        mean=(127.5,) * 3,
+        std=(127.5,) * 3,
+        class_names=(),
+    )
+    setup = Setup(Settings.from_config(config), {"boxes": Boxes(("a", "b"))}, origin)
+    built = setup.build_model(num_classes=2)
+    transformer = built.fields["body"]["vit"]["transformer"]
+    assert (transformer["activation"], transformer["norm_eps"]) == ("gelu", 1e-12)
+    assert "transformer" not in built.fields

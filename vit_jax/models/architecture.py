@@ -28,6 +28,7 @@ class Architecture:
       last: the same for what follows the blocks.
       nested: the module that a field holds the keywords of, by field.
       blocks: the field that holds the blocks' keywords, such as remat; "" where they are the model's own.
+      backbone: dotted name of the field with the keywords of a ViT that may come from a checkpoint of its own; "" for none.
       depth: the field, among the blocks' keywords, that is the number of equal blocks; "" where they are not equal.
       choices: the allowed values of a field, by its dotted name.
       check: raises UserError for fields whose allowed values depend on others.
@@ -47,6 +48,7 @@ class Architecture:
     grid: Callable[[Fields, tuple[int, int]], tuple[int, int]]
     nested: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     blocks: str = ""
+    backbone: str = ""
     depth: str = ""
     choices: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
     check: Callable[[Fields], None] = lambda fields: None

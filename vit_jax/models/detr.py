@@ -281,6 +281,7 @@ DETR = Architecture(
     last=r"(decoder/norm|class_embed|bbox_embed)/.*",
     cut=_cut,
     grid=_grid,
+    backbone="body.vit",
     choices={"activation": ACTIVATIONS},
 )
 YOLOS = Architecture(
@@ -309,4 +310,5 @@ TOKENS = Architecture(
     last=r"(class_embed|bbox_embed)/.*",
     cut=_cut,
     grid=_grid,
+    backbone="body.vit",
 )

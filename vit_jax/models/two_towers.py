@@ -140,6 +140,7 @@ ARCHITECTURE = Architecture(
     block=r"(?:Encoder_0/encoderblock_|BertEncoder_0/encoder_block/layer_sequence/layers_)(\d+)/.*",
     last=r"(Encoder_0/encoder_norm|head)/.*",
     check=_check,
+    backbone="image",
     cut=lambda fields: vit.ARCHITECTURE.cut(fields["image"]),
     grid=lambda fields, image_size: vit.ARCHITECTURE.grid(fields["image"], image_size),
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Array
@@ -46,11 +46,10 @@ class Setup:
             raise UserError("config.model is empty, and this run began from nothing: repeat its --config")
         kind = settings.model_type if settings.model else origin.model_type
         fields = {**(settings.model or origin.model), **changes}
-        if origin and kind == "TwoTowers" != origin.model_type:  # of the image tower alone
-            fields = {**fields, "image": _with_numerics_of(origin, fields["image"])}
-        elif origin:
-            fields = _with_numerics_of(origin, fields)
         architecture = models.architecture_of(kind)
+        if origin:
+            path = architecture.backbone.split(".") if architecture.backbone and origin.model_type != kind else []
+            fields = _with_numerics_of(origin, fields, path)
         if self.constrain is None:
             return Model(kind, fields, architecture.build(fields))
         of_blocks = {"remat": settings.remat, "scan": settings.scan, "constrain": self.constrain}
@@ -59,7 +58,12 @@ class Setup:
         )
 
 
-def _with_numerics_of(origin: checkpoint.Description, fields: dict[str, Any]) -> dict[str, Any]:
+def _with_numerics_of(origin: checkpoint.Description, fields: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The fields, of which those at `path` belong to the model of `origin`."""
+    fields = dict(fields)
+    if path:
+        key, *rest = path
+        return fields | ({key: _with_numerics_of(origin, fields[key], rest)} if fields.get(key) else {})
     transformer = dict(fields.get("transformer", {}))
     for name in ("activation", "norm_eps"):
         theirs = origin.model.get("transformer", {}).get(name)

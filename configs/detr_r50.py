@@ -7,8 +7,7 @@
 300 epochs of COCO with 64 images a step are 554,000 steps; fewer classes and images need far fewer.
 
 Published on COCO val2017, AP: r50 42.0, dc5 43.3, r101 43.5, r101_dc5 44.9 (facebookresearch/detr). Nobody has repeated
-that with this code, and an ImageNet ResNet cannot be given as a start yet. The paper divides the rate by 10 for its last
-third, here a cosine ends it.
+that with this code, and an ImageNet ResNet cannot be given as a start yet.
 """
 
 import ml_collections
@@ -38,6 +37,7 @@ def get_config(arg: str = "r50") -> ml_collections.ConfigDict:
     config.batch = 64
     config.batch_eval = 64
     config.total_steps = 554_000
+    config.decay_type, config.decay_steps = "step", (369_000,)  # after 200 of 300 epochs
     config.warmup_steps = 0
     config.eval_every = 10_000
     # without gradient, but weight decay would move them

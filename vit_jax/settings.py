@@ -135,9 +135,10 @@ class Settings:
     optimizer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its own, such as {"b2": 0.95}
     optim_dtype: str = "bfloat16"  # of the momentum
     base_lr: float = 0.03
-    decay_type: str = "cosine"  # or linear, rsqrt, constant
+    decay_type: str = "cosine"  # or linear, step, rsqrt, constant
     warmup_steps: int = 500
     linear_end: float = 1e-5  # the rate that linear ends with
+    decay_steps: tuple[int, ...] = ()  # of step: after each of them a tenth of the rate
     cooldown_steps: int = 0  # of rsqrt and constant: a line to 0 at the end
     timescale: float = 10_000.0  # of rsqrt
     weight_decay: float = 0.0

@@ -12,7 +12,7 @@ import pytest
 
 import vit_jax.data.tfds_source as tfds_source
 from tests.data.toy_tfds import NAMES, SIZES, build, png, to_tfrecord
-from vit_jax.data.features import Image, Label, Labels
+from vit_jax.data.features import Boxes, Image, Label, Labels
 from vit_jax.data.tfds_source import TfdsSource
 from vit_jax.errors import UserError
 
@@ -48,12 +48,26 @@ def prepared(tmp_path_factory) -> dict[str, Path]:
         lambda split, i: {"image": io.BytesIO(png(split, i)), "original_label": i % 3, "real_label": several(i)},
     )  # fmt: skip
     to_tfrecord(folder, roots["tfrecord"] / "real" / "1.2.0")
+    parts = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=NAMES), "is_crowd": np.bool_}
+    features = {"image": tfds.features.Image(shape=(None, None, 3)), "objects": tfds.features.Sequence(parts)}
+    folder = build(
+        roots["array_record"], "scenes", features,
+        lambda split, i: {"image": io.BytesIO(png(split, i)), "objects": objects(i)},
+    )  # fmt: skip
+    to_tfrecord(folder, roots["tfrecord"] / "scenes" / "1.2.0")
     build(roots["array_record"], "texts", {"text": tfds.features.Text()}, lambda split, i: {"text": f"{split} {i}"})
     return roots
 
 
 def several(i: int) -> tuple[int, ...]:
     return ((), (i % 2,), (2, 0))[i % 3]
+
+
+def objects(i: int) -> list[dict]:
+    import tensorflow_datasets as tfds
+
+    one = {"bbox": tfds.features.BBox(ymin=0.25, xmin=0.2, ymax=0.5, xmax=1.0), "label": i % 3, "is_crowd": i % 2 == 1}
+    return [one] * (i % 3)
 
 
 @pytest.fixture(params=FORMATS)
@@ -69,6 +83,17 @@ def tfrecord_copy(prepared, tmp_path) -> Path:
 
 def contents(source: TfdsSource) -> list[tuple[bytes, int]]:
     return [(example["image"], example["label"]) for example in (source[i] for i in range(len(source)))]
+
+
+def test_objects_become_boxes_in_pixels(data_dir):
+    source = TfdsSource("scenes", "train", data_dir=data_dir)
+    assert source.features == {"image": Image(), "boxes": Boxes(NAMES)} and source.class_names == NAMES
+    found = sorted(((len(e["boxes"]), e["boxes"].tolist(), e["box_crowd"].tolist()) for e in source), key=lambda x: x[0])
+    assert [n for n, _, _ in found] == sorted(i % 3 for i in range(SIZES["train"]))
+    sizes = {(4 + i % 3, i % 2 == 1) for i in range(SIZES["train"]) if i % 3 == 1}  # heights of the images with one object
+    boxes = {(box[0][1] * 4, crowd[0]) for n, box, crowd in found if n == 1}
+    assert boxes == {(float(height), crowd) for height, crowd in sizes}
+    assert all(box[0] == 1.0 and box[2] == 5.0 for _, of_image, _ in found for box in of_image)  # 5 pixels wide
 
 
 @pytest.mark.parametrize("split", SIZES)
@@ -101,8 +126,8 @@ def test_an_image_may_have_several_labels_or_none(data_dir):
 def test_the_label_of_published_datasets(name, label, tmp_path):
     import tensorflow_datasets as tfds
 
-    features, found = tfds_source._image_and_label(tfds.builder(name, data_dir=tmp_path).info)
-    assert found == label and set(features) == {"image", label}
+    features, found = tfds_source._image_and_answers(tfds.builder(name, data_dir=tmp_path).info)
+    assert found == label and set(features) == {"image", label} | ({"objects"} if name.startswith("voc") else set())
 
 
 def test_formats_agree(prepared):

@@ -43,6 +43,14 @@ def test_schedule_has_the_published_figures(decay_type, step, rate):
     np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), rate, rtol=1e-5, atol=1e-9)
 
 
+def test_steps_divide_the_rate_by_ten():
+    schedule = optim.make_schedule(1.0, 100, decay_type="step", decay_steps=(60, 90))
+    np.testing.assert_allclose([schedule(s) for s in (0, 59, 60, 89, 90, 100)], [1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)
+    for wrong in ({"decay_type": "step"}, {"decay_steps": (60,)}):
+        with pytest.raises(UserError, match="step needs them"):
+            optim.make_schedule(1.0, 100, **wrong)
+
+
 def test_without_warmup_the_first_step_has_the_full_rate():
     schedule = optim.make_schedule(0.03, 100)
     np.testing.assert_allclose([schedule(0), schedule(50), schedule(100)], [0.03, 0.015, 0], atol=1e-9)

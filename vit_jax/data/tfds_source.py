@@ -5,14 +5,15 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_jax.data.features import Image, Label, Labels, Source, digest
+from vit_jax.data.features import Boxes, Image, Label, Labels, Source, digest
+from vit_jax.data.host import view
 from vit_jax.errors import UserError, did_you_mean, near
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
@@ -20,7 +21,7 @@ _RESTORE = "Restore that file, or delete the folder and prepare the dataset agai
 
 
 class TfdsSource(Source):
-    """The images and labels of one split of a prepared tfds dataset, in the order of its record files.
+    """The images, labels and boxes of one split of a prepared tfds dataset, in the order of its record files.
 
     `name` is `dataset`, `dataset/config` or either with `:version` (the newest prepared version otherwise). `split` is
     anything tfds knows: `train`, `train[:98%]`, `train[10%:-500]`, `train+validation`. Found by its files alone, in
@@ -28,9 +29,10 @@ class TfdsSource(Source):
     nor its dependencies are needed; the files carry features.json since tfds 4.0.
 
     ArrayRecord goes through tfds' own data source. TFRecord, which tfds reads only through TensorFlow, goes through
-    `TfRecords`. Of an example only `image` (left encoded) and its label or labels are parsed, so a segmentation mask
-    costs nothing. Several threads may read at once. A dataset that is not prepared is prepared here if TensorFlow is
-    installed (`manual_dir` holds archives that must be fetched by hand). What the user can mend is a `UserError`.
+    `TfRecords`. Of an example only `image` (left encoded), its label or labels, and its `objects` (of coco and voc) are
+    parsed, so a segmentation mask costs nothing. Several threads may read at once. A dataset that is not prepared is
+    prepared here if TensorFlow is installed (`manual_dir` holds archives that must be fetched by hand). What the user can
+    mend is a `UserError`.
     """
 
     exif_rotated = False  # TensorFlow's decoder ignores the EXIF orientation, and so must whoever compares with it
@@ -49,12 +51,17 @@ class TfdsSource(Source):
             raise UserError(f"{folder} is not a readable tfds dataset: {error}. Prepare it again.") from error
 
         self._name, self._split, self._full_name = name, split, builder.info.full_name
-        self._tfds_features, self._label = _image_and_label(builder.info)
+        self._tfds_features, self._label = _image_and_answers(builder.info)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
-        feature = self._tfds_features[self._label]
-        self._multi_label = isinstance(feature, tfds.features.Sequence)
-        classes = Labels(tuple(feature.feature.names)) if self._multi_label else Label(tuple(feature.names))
-        self.features = {"image": Image(), "labels" if self._multi_label else "label": classes}
+        self.features = {"image": Image()}
+        if self._label:
+            feature = self._tfds_features[self._label]
+            several = isinstance(feature, tfds.features.Sequence)
+            self.features["labels" if several else "label"] = (
+                Labels(tuple(feature.feature.names)) if several else Label(tuple(feature.names))
+            )
+        if "objects" in self._tfds_features:
+            self.features["boxes"] = Boxes(tuple(self._tfds_features["objects"].feature["label"].names))
         file_format = _choose_format(builder)
         instructions = _file_instructions(builder.info, split)
         self._files = [os.fspath(i.filename) for i in instructions]
@@ -74,19 +81,21 @@ class TfdsSource(Source):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": the bytes as stored (PNG or JPEG), "label": int}. Negative indices are an IndexError.
+        """`image`, the bytes as stored (PNG or JPEG), with `label`, `labels` or boxes. Negative indices are an IndexError.
 
-        Where an image may have several labels or none, as in `imagenet2012_real`, `"labels"` is a tuple of them.
+        Where an image may have several labels or none, as in `imagenet2012_real`, `labels` is a tuple of them.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.where(index)}: there are {len(self)} examples")
         try:
             record = self._records[int(index)]
             example = self._tfds_features.deserialize_example_np(record, decoders=self._decoders)
-            image, label = bytes(example["image"]), example[self._label]
-            if self._multi_label:
-                return {"image": image, "labels": tuple(int(x) for x in label)}
-            return {"image": image, "label": int(label)}
+            found: dict[str, Any] = {"image": bytes(example["image"])}
+            if "label" in self.features:
+                found["label"] = int(example[self._label])
+            elif "labels" in self.features:
+                found["labels"] = tuple(int(x) for x in example[self._label])
+            return found | (_boxes(found["image"], example["objects"]) if "boxes" in self.features else {})
         except UserError:
             raise
         except Exception as error:  # array_record and protobuf raise a different class for every kind of damage
@@ -240,10 +249,11 @@ def _choose_format(builder: Any) -> Any:
     )
 
 
-def _image_and_label(info: Any) -> tuple[Any, str]:
-    """A FeaturesDict of the dataset's image and label alone, so that nothing else is ever decoded; and the label's name.
+def _image_and_answers(info: Any) -> tuple[Any, str]:
+    """A FeaturesDict of image, label and objects alone, so that nothing else is ever decoded; and the label's name, or "".
 
     The label is `label`, a ClassLabel; else a Sequence of ClassLabels: the supervised one, or `labels`, or the first one.
+    `objects` is a Sequence of dicts with `bbox` and `label`.
     """
     import tensorflow_datasets as tfds
 
@@ -258,13 +268,32 @@ def _image_and_label(info: Any) -> tuple[Any, str]:
         several = [name for name, f in held.items() if isinstance(f, tfds.features.Sequence) and has_classes(f.feature)]
         supervised = info.supervised_keys[1] if info.supervised_keys else None
         candidates = [name for name in (supervised, "labels") if name in several] or several
-    if not isinstance(held.get("image"), tfds.features.Image) or not candidates:
+    parts = getattr(held.get("objects"), "feature", None)
+    with_boxes = (
+        isinstance(parts, tfds.features.FeaturesDict) and "bbox" in parts and "label" in parts and has_classes(parts["label"])
+    )
+    if not isinstance(held.get("image"), tfds.features.Image) or not (candidates or with_boxes):
         listing = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in held.items())
         raise UserError(
-            f"{info.full_name} cannot be used for classification: it has the features {listing}, where `image: Image` and "
-            "`label: ClassLabel` with its classes, or a Sequence of these, are needed. Choose another dataset."
+            f"{info.full_name} cannot be used: it has the features {listing}, where `image: Image` and `label: ClassLabel` "
+            "with its classes, or a Sequence of these, or `objects` with `bbox` and `label` are needed. Choose another dataset."
         )
-    return tfds.features.FeaturesDict({key: held[key] for key in ("image", candidates[0])}), candidates[0]
+    kept = ["image", *candidates[:1], *(["objects"] if with_boxes else [])]
+    return tfds.features.FeaturesDict({key: held[key] for key in kept}), candidates[0] if candidates else ""
+
+
+def _boxes(image: bytes, objects: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Objects, whose boxes are top, left, bottom, right as parts of the image, as `features.Boxes` has them.
+
+    COCO's crowds and VOC's difficult objects are both what an evaluation ignores.
+    """
+    height, width = view.Picture.read(image, exif_rotated=False).size
+    boxes = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)
+    return {
+        "boxes": boxes[:, [1, 0, 3, 2]] * np.array([width, height, width, height], np.float32),
+        "box_labels": np.asarray(objects["label"], np.int32),
+        "box_crowd": np.asarray(objects.get("is_crowd", objects.get("is_difficult", np.zeros(len(boxes)))), bool),
+    }
 
 
 def _file_instructions(info: Any, split: str) -> list[Any]:

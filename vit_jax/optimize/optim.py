@@ -19,7 +19,7 @@ Tree = Any
 Steps = list[optax.GradientTransformation]
 Decay = float | optax.Schedule
 
-DECAY_TYPES = ("cosine", "linear", "rsqrt", "constant")
+DECAY_TYPES = ("cosine", "linear", "step", "rsqrt", "constant")
 
 
 def make_schedule(
@@ -29,14 +29,16 @@ def make_schedule(
     warmup_steps: int = 0,
     decay_type: str = "cosine",
     linear_end: float = 1e-5,
+    decay_steps: Sequence[int] = (),
     cooldown_steps: int = 0,
     timescale: float = 10_000,
 ) -> optax.Schedule:
-    """Linear warm-up to `base_lr`, then a cosine to 0, a line to `linear_end`, a reciprocal square root, or nothing.
+    """Linear warm-up to `base_lr`, then a cosine to 0, a line to `linear_end`, steps, a reciprocal square root, or nothing.
 
     With progress p = clip((step − warmup) / (total − warmup), 0, 1) the rate is
       cosine: base·(1 + cos πp)/2,
       linear: linear_end + (base − linear_end)·(1 − p),
+      step: base / 10 for each of `decay_steps` that is done, as DETR and ResNets are trained,
       rsqrt: base / √(1 + max(0, step − warmup) / timescale), as in big_vision (https://arxiv.org/abs/2106.04560),
       constant: base,
     times min(1, step / warmup). The last two know no end of their own: over the last `cooldown_steps` they fall on a line
@@ -45,6 +47,8 @@ def make_schedule(
     """
     if decay_type not in DECAY_TYPES:
         raise unknown("decay_type", decay_type, DECAY_TYPES)
+    if (decay_type == "step") != bool(decay_steps):
+        raise UserError(f"decay_steps={tuple(decay_steps)} and decay_type={decay_type}: step needs them, others have none")
     endless = decay_type in ("rsqrt", "constant")
     if cooldown_steps and not endless:
         raise UserError(f"cooldown_steps={cooldown_steps} needs decay_type rsqrt or constant; {decay_type} ends by itself")
@@ -62,6 +66,8 @@ def make_schedule(
             rate = base_lr * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         elif decay_type == "linear":
             rate = linear_end + (base_lr - linear_end) * (1.0 - progress)
+        elif decay_type == "step":
+            rate = base_lr * 0.1 ** sum(jnp.float32(step >= at) for at in decay_steps)
         elif decay_type == "rsqrt":
             rate = base_lr / jnp.sqrt(1.0 + jnp.maximum(0, step - warmup_steps) / timescale)
         else:

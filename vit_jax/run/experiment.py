@@ -109,6 +109,7 @@ def make_schedule(settings: Settings) -> optax.Schedule:
         warmup_steps=settings.warmup_steps,
         decay_type=settings.decay_type,
         linear_end=settings.linear_end,
+        decay_steps=settings.decay_steps,
         cooldown_steps=settings.cooldown_steps,
         timescale=settings.timescale,
     )

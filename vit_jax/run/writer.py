@@ -21,7 +21,23 @@ from vit_jax.optimize import parallel
 
 log = logging.getLogger("vit_jax")
 
-SHARES = {"accuracy", "top1", "top5", "knn", "fewshot", "precision", "recall", "ap", "map", "iou", "miou", "dice"}
+SHARES = {
+    "accuracy",
+    "top1",
+    "top5",
+    "knn",
+    "fewshot",
+    "precision",
+    "recall",
+    "ap",
+    "ap50",
+    "ap75",
+    "ar",
+    "map",
+    "iou",
+    "miou",
+    "dice",
+}
 """Words in the names of metrics that are shares of a whole."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax.checkpoint import Description, load_pretrained
 from vit_jax.checkpoint.classes import match_classes
@@ -282,13 +282,15 @@ def draw(image: Image.Image, found: Sequence[Mapping[str, Any]], names: Sequence
     image = image.convert("RGB")
     canvas = ImageDraw.Draw(image)
     thick = max(1, round(min(image.size) / 200))
+    font = ImageFont.load_default(max(10, round(min(image.size) / 16)))
     for one in found:
         color = COLORS[list(names).index(one["label"]) % len(COLORS)]
         canvas.rectangle(one["box"], outline=color, width=thick)
-        text = f"{one['label']} {one['score']:.0%}" if "score" in one else one["label"]
-        corner = one["box"][0], max(0, one["box"][1] - 11)
-        canvas.rectangle(canvas.textbbox(corner, text), fill=color)
-        canvas.text(corner, text, fill="white")
+        text = f"{one['label']}: {one['score']:.0%}" if "score" in one else one["label"]
+        left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+        x, y = max(0, min(one["box"][0], image.width - right - 3)), max(0, one["box"][1] - bottom - 2)
+        canvas.rectangle((x, y, x + right + 2, y + bottom + 2), fill=color)
+        canvas.text((x + 1, y), text, fill="black", font=font)
     return image
 
 

@@ -33,15 +33,21 @@ def test_what_arrives_together_is_computed_together_and_each_gets_its_own():
     asyncio.run(asyncio.wait_for(run(), 4))
 
 
-def test_one_alone_waits_for_the_deadline_and_more_than_a_batch_is_cut():
+def test_one_alone_does_not_wait_and_many_wait_for_as_many_as_last_time():
     async def run():
         log, loop = [], asyncio.get_running_loop()
-        async with batcher(log, wait=0.05) as queue:
+        async with batcher(log, wait=0.2) as queue:
             start = loop.time()
-            assert await queue.submit([1]) == [2]
-            assert 0.04 < loop.time() - start < 2
-            await queue.submit(list(range(11)))
-        assert [len(batch) for batch in log] == [1, 8, 3]
+            for i in range(3):
+                assert await queue.submit([i]) == [2 * i]
+            assert loop.time() - start < 0.2
+            await queue.submit(list(range(11)))  # the three that are left do not wait for eight
+            assert loop.time() - start < 0.4
+            late = asyncio.create_task(queue.submit([7]))  # of three that are expected
+            await asyncio.sleep(0.02)
+            await asyncio.gather(queue.submit([8]), late)
+            assert loop.time() - start > 0.2
+        assert [len(batch) for batch in log] == [1, 1, 1, 8, 3, 2]
 
     asyncio.run(run())
 

@@ -6,6 +6,7 @@ python -m vit_jax.serve --model=hf://google/vit-base-patch16-224 --port=8080 --b
 
 import argparse
 import importlib.util
+import logging
 import socket
 from collections.abc import Sequence
 
@@ -94,8 +95,14 @@ def _serve(loaded: predictor.Predictor, limits: Limits, listener: socket.socket)
             await super().startup(sockets)
             say(f"{address} shows {loaded.source}; Ctrl-C stops it")
 
-    how = {"timeout_graceful_shutdown": round(2 * limits.timeout + 1), "limit_concurrency": 16 * limits.queue}
-    Server(uvicorn.Config(make_app(service), log_level="warning", access_log=False, **how)).run(sockets=[listener])
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what others send is no matter for this log
+    how = {
+        "log_level": "error",
+        "access_log": False,
+        "timeout_graceful_shutdown": round(2 * limits.timeout + 1),
+        "limit_concurrency": 16 * limits.queue,
+    }
+    Server(uvicorn.Config(make_app(service), **how)).run(sockets=[listener])
 
 
 def cli() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -88,6 +88,8 @@ async def _predict(service: Service, request: Request, *, busy: bool) -> Respons
         return _json({"error": str(e)}, 400, UNREAD)
     except Refused as e:
         return _json({"error": e.message}, e.status, UNREAD | ({"Retry-After": "1"} if e.status == 503 else {}))
+    except ClientDisconnect:
+        return _json({"error": "the client has gone"}, 499)  # nginx's number for it: nobody reads this but the counters
     except Exception:
         log.exception("a request failed")
         return _json({"error": "internal error"}, 500, UNREAD)

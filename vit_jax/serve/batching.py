@@ -23,10 +23,11 @@ class _Entry(NamedTuple):
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects items until `most` are there or the first has waited for `wait` seconds, and computes them as one batch.
+    """Computes items in batches of at most `most`.
 
-    While a batch is computed the next one gathers. All methods are called in one event loop, within `async with batcher`;
-    its end waits for what was accepted.
+    While a batch is computed the next one gathers. It goes when as many wait as the last one had, or the first of them has
+    waited for `wait` seconds: one client alone never waits, and of many the answers come at a time, so that they come back
+    at a time. All methods are called in one event loop, within `async with batcher`; its end waits for what was accepted.
     """
 
     def __init__(self, compute: Callable[[list[Item]], Sequence[Result]], *, most: int, wait: float, room: int):
@@ -37,6 +38,7 @@ class Batcher(Generic[Item, Result]):
         """
         self._compute, self._most, self._wait, self._room = compute, most, wait, room
         self._waiting: deque[_Entry] = deque()
+        self._expected = 1
         self._changed = asyncio.Event()
         self._closing = False
         self.thread = ThreadPoolExecutor(1, "compute")
@@ -88,7 +90,8 @@ class Batcher(Generic[Item, Result]):
             for entry in [entry for entry in self._waiting if entry.result.cancelled()]:
                 self._waiting.remove(entry)
             left = self._waiting[0].arrived + self._wait - time.monotonic() if self._waiting else None
-            if self._closing or len(self._waiting) >= self._most or (left is not None and left <= 0):
+            if self._closing or len(self._waiting) >= self._expected or (left is not None and left <= 0):
+                self._expected = max(1, min(self._most, len(self._waiting)))
                 return [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
             self._changed.clear()
             with suppress(TimeoutError):

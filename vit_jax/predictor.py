@@ -10,19 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from vit_jax import checkpoint, models, tasks
 from vit_jax.checkpoint import Description, describe, pixels
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.data.device import augment
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 from vit_jax.finite import check_outputs
+from vit_jax.models import attention_maps
 from vit_jax.tasks import images
 from vit_jax.tasks.task import Example, Params, Shown, Task
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Outputs = dict[str, np.ndarray]
+ATTENTION = ("mean", "rollout", "relevance")
 KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
 
 
@@ -70,6 +72,58 @@ class Predictor:
             raise UserError(f"option {unused[0]} means nothing to the task of this model: {has}")
         return functools.partial(self.task.show, **options)
 
+    def attention(self, pictures: Sequence[Pixels], *, method: str = "rollout", **options: Any) -> Float[np.ndarray, "n h w"]:
+        """Where the model looks in decoded images of any sizes, by patch: "mean", "rollout" or "relevance" for a class.
+
+        `options` are those of `attention_maps`.
+        """
+        if method not in ATTENTION:
+            raise unknown("method", method, ATTENTION)
+        return self.attention_maps(pictures, names=(method,), **options)[method]
+
+    def attention_maps(
+        self,
+        pictures: Sequence[Pixels],
+        *,
+        names: Sequence[str] = (),
+        target: int | str | None = None,
+        fuse: str = "mean",
+        discard: float = 0.0,
+    ) -> Outputs:
+        """What `models.attention_maps.maps` finds in decoded images, or only `names` of it. UserError for a Mixer, a detector.
+
+        Args:
+          target: the class, by name or number, that `relevance` is for; the most probable one of every image if None.
+          fuse, discard: how heads become one, and what share of the weights `rollout` leaves out, see there.
+        """
+        attention_maps.image_tower(self.task.model.module, self.params)
+        if ("relevance" in names or target is not None) and not self.description.class_names:
+            raise UserError(f"{self.source} has no head, and so no classes to explain: use mean or rollout")
+        chosen = np.int32(-1 if target is None else self._class_number(target))
+        run = functools.partial(self._attention, target=chosen, names=tuple(names), fuse=fuse, discard=discard)
+        return self._batched(run, pictures)
+
+    def _class_number(self, target: int | str) -> int:
+        """The class that is meant by a name or a number. UserError for one that there is not."""
+        names = self.description.class_names
+        if target in names:
+            return names.index(target)
+        if not str(target).isdecimal():
+            raise unknown("class", str(target), names)
+        if int(target) >= len(names):
+            raise UserError(f"class {target}: there are {len(names)} classes, numbered from 0")
+        return int(target)
+
+    @functools.cached_property
+    def _attention(self) -> Callable:
+        def run(params: Params, batch: dict[str, Any], *, target: Any, names: tuple[str, ...], **how: Any) -> dict[str, Any]:
+            inputs = augment.normalize(batch["image"], self.description.mean, self.description.std)
+            tower, params = attention_maps.image_tower(self.task.model.module, params)
+            found = attention_maps.maps(tower, params, inputs, target=jnp.broadcast_to(target, len(inputs)), **how)
+            return {name: found[name] for name in names or found}
+
+        return jax.jit(run, static_argnames=("names", "fuse", "discard"))
+
     @functools.cached_property
     def _predict(self) -> Callable:
         return jax.jit(self.task.predict)
@@ -101,7 +155,7 @@ def load(
     *,
     size: tuple[int, int] | None = None,
     model_name: str | None = None,
-    head: bool = True,
+    head: bool | None = True,
     batch_size: int = 8,
     interpolation: str | None = None,
     **changes: Any,
@@ -114,7 +168,7 @@ def load(
     Args:
       size: (h, w) of the images, if not the file's own; position embeddings are resampled by the rule of its family.
       model_name: insists on an architecture.
-      head: False leaves the head out, for features alone.
+      head: False leaves the head out, for features alone; None takes it where there is one.
       interpolation: resizes photos so, antialiased, whatever the file says.
       changes: fields of the description to be set, such as mean and std.
 
@@ -125,6 +179,8 @@ def load(
     description = dataclasses.replace(opened.description, **changes)
     if model_name:
         description = _insisted(description, model_name)
+    if head is None:
+        head = bool(description.model.get("num_classes", True))
     if head:
         tasks.check_usable(description, source)
     else:

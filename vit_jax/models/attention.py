@@ -74,8 +74,14 @@ class MultiHeadDotProductAttention(nn.Module):
         if train and self.dropout_rate > 0:
             ones = jnp.ones((q.shape[0], self.num_heads, q.shape[1], k.shape[1]))
             dropout_mask = nn.Dropout(self.dropout_rate, deterministic=False)(ones)
-        y = attend(q, k, v, dropout_mask, mask=mask)
+        y = self.attend(q, k, v, dropout_mask, mask=mask)
         return Linear((d,), 2, dtype=self.dtype, name="out")(y)
+
+    def attend(
+        self, q: Float[Array, "b n k h"], k: Float[Array, "b m k h"], v: Float[Array, "b m k h"], *args: Any, **kwargs: Any
+    ) -> Float[Array, "b n k h"]:
+        """`attend`: a method, so that whoever wants the weights can put another in its place, see `attention_maps`."""
+        return attend(q, k, v, *args, **kwargs)
 
 
 def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:

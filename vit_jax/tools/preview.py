@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vit_jax import overrides, tasks
 from vit_jax.data import memory, sources
@@ -26,6 +26,8 @@ from vit_jax.run import runtime
 from vit_jax.run.start import find_origin
 from vit_jax.settings import Settings
 from vit_jax.tasks.setup import Setup
+from vit_jax.tools import pictures
+from vit_jax.tools.pictures import GAP, LINE, fitted
 
 _OUT = flags.DEFINE_string("out", None, "The picture to write, such as grid.png.")
 _ROWS = flags.DEFINE_integer("rows", 6, "How many images.", lower_bound=1)
@@ -33,8 +35,6 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "How many pictures of each, the or
 
 SIDE = 128, 224
 """Smaller pictures are enlarged to at least the first of these, larger ones reduced to the second, in pixels."""
-GAP, LINE = 6, 18
-"""Between pictures, and what a line of text takes, in pixels."""
 
 
 def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
@@ -53,7 +53,7 @@ def draw(grid: Sequence[tuple[UInt8[np.ndarray, "b h w 3"], Sequence[str]]]) -> 
     height, width = round(h * scale), round(w * scale)
     cell_height, cell_width = height + LINE + GAP, width + GAP
     canvas = Image.new("RGB", (GAP + len(grid) * cell_width, GAP + rows * cell_height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    pen, font = ImageDraw.Draw(canvas), pictures.font()
     resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     for column, (images, captions) in enumerate(grid):
         for row, (image, text) in enumerate(zip(images, captions, strict=True)):
@@ -61,15 +61,6 @@ def draw(grid: Sequence[tuple[UInt8[np.ndarray, "b h w 3"], Sequence[str]]]) -> 
             canvas.paste(Image.fromarray(image).resize((width, height), resampling), (left, top))
             pen.text((left, top + height + 1), fitted(text, font, width), fill="black", font=font)
     return canvas
-
-
-def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, or as much of its beginning as fits into `width` pixels, and dots."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "..") > width:
-        text = text[:-1]
-    return text + ".."
 
 
 def main() -> None:

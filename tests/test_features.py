@@ -14,6 +14,7 @@ from vit_jax.checkpoint import describe
 from vit_jax.checkpoint.resize import resize
 from vit_jax.data.host.resize import resize as resized
 from vit_jax.errors import UserError
+from vit_jax.tools import look
 
 SIZE = (16, 24)
 PATCH = (4, 8)
@@ -177,6 +178,27 @@ def test_a_mixer_has_one_size_only(photos, tmp_path):
         run(*arguments, "--size=32")
 
 
+def test_pictures_of_components_are_written_alone_or_beside_the_numbers(photos, tmp_path, capsys):
+    model, params = write_model(tmp_path)
+    run(f"--model={tmp_path}", f"--pca={tmp_path / 'alone'}", photos)
+    run(f"--model={tmp_path}", f"--pca={tmp_path / 'beside'}", f"--out={tmp_path / 'f.npz'}", photos)
+    said, _ = capsys.readouterr()
+    assert "wrote 5 pictures to" in said and "of the patches are foreground" in said and said.count("f.npz: cls 5x32") == 1
+    _, arrays = read(tmp_path / "f.npz")
+    assert list(arrays) == ["cls"]
+    names = [f"{i}_{name}.png" for i, name in enumerate("abcde")]
+    foreground, colours = look.feature_colours(by_hand(model, params, PIXELS)[1])
+    for folder in ("alone", "beside"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
+        for name, expected in zip(names, colours, strict=True):
+            with Image.open(tmp_path / folder / name) as picture:
+                pixels = np.asarray(picture)[-round(2 * look.COLUMN * SIZE[0] / SIZE[1]) - 6 : -6, -2 * look.COLUMN - 6 : -6]
+            h, w, _ = pixels.shape
+            patches = pixels[h // 8 :: h // 4, w // 6 :: w // 3][:4, :3] / 255
+            np.testing.assert_allclose(patches, expected, atol=0.01)
+    assert 0 < foreground.mean() < 1
+
+
 def test_broken_images_are_named_and_left_out(photos, tmp_path, capsys):
     model, params = write_model(tmp_path)
     broken = tmp_path / "broken.png"
@@ -212,6 +234,7 @@ def test_rows_that_are_not_finite_are_counted_and_named(photos, tmp_path, capsys
     [
         (["--out=f.h5"], "--out=f.h5 must end with .npz or .safetensors"),
         (["--out=f"], "must end with"),
+        ([], "nothing is to be written: give --out=FILE for numbers, or --pca=DIR for pictures"),
         (["--out=f.npz", "--size=20x40"], "--size=20x40 must be a side in pixels"),
         (["--out=f.npz", "--size=0"], "--size=0 must be"),
         (["--out=f.npz", "--size=1,2,3"], "--size=1,2,3 must be"),

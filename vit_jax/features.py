@@ -2,6 +2,7 @@
 
 python -m vit_jax.features --model=hf://facebook/dinov2-base --out=features.npz photos/
 python -m vit_jax.features --model=runs/photos --out=features.safetensors --kind=both --size=224 a.jpg b.jpg
+python -m vit_jax.features --model=hf://facebook/dinov2-base --pca=pictures photos/
 """
 
 import itertools
@@ -24,6 +25,7 @@ from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
 from vit_jax.finite import finite_rows
 from vit_jax.run import runtime
+from vit_jax.tools import look
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
     parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
-    parser.add_argument("--out", required=True, metavar="FILE", help=f"what to write: {' or '.join(SUFFIXES)}")
+    parser.add_argument("--out", metavar="FILE", help=f"what to write: {' or '.join(SUFFIXES)}")
+    parser.add_argument("--pca", metavar="DIR", help="write pictures in which patches of like features have like colours")
     parser.add_argument(
         "--kind", choices=predictor.KINDS, default="cls", help="one vector an image (default), a grid of them, or both"
     )
@@ -44,21 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
     pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
-    out, size = _writable(args.out), args.size and predictor.parse_size(args.size)
+    if not (args.out or args.pca):
+        raise UserError("nothing is to be written: give --out=FILE for numbers, or --pca=DIR for pictures")
+    out, size = args.out and _writable(args.out), args.size and predictor.parse_size(args.size)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
     runtime.set_up()
     paths = list(find_images(args.images))
     how = {"head": False, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=size, **how)
-    read, outputs = _extract(loaded, paths, args.kind)
+    wanted = [*predictor.KINDS[args.kind]] if args.out else []
+    kinds = {tuple(names): kind for kind, names in predictor.KINDS.items()}
+    read, outputs = _extract(loaded, paths, kinds[tuple(sorted({*wanted, *(["patches"] if args.pca else [])}))])
     failures = len(paths) - len(read)
     if failures:
         print(f"{failures} of {len(paths)} images could not be read and are left out", file=sys.stderr)
     if bad := [shown(path) for path, fine in zip(read, finite_rows(outputs) if read else (), strict=True) if not fine]:
         failures += len(bad)
         print(f"{len(bad)} of {len(read)} images have features that are not finite: {some(bad)}", file=sys.stderr)
-    if read:
+    if read and args.pca:
+        _draw(loaded, read, outputs["patches"], Path(args.pca).expanduser())
+    outputs = {name: outputs[name] for name in wanted if read}
+    if outputs:
         _write(out, [str(path) for path in read], outputs)
         arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in outputs.items())
         note = "" if "cls" in loaded.params or "cls" not in outputs else " (cls is the mean of the patches: no class token)"
@@ -99,6 +109,15 @@ def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Pat
                     tqdm.write(f"error: {shown(path)}: {image}", file=sys.stderr)
                 else:
                     yield path, image
+
+
+def _draw(loaded: predictor.Predictor, paths: Sequence[Path], patches: np.ndarray, folder: Path) -> None:
+    """A picture of each image, the colours of which mean the same in all."""
+    foreground, colours = look.feature_colours(patches)
+    for i, (path, x) in enumerate(zip(paths, colours, strict=True)):
+        picture = look.feature_picture(decode(read_regular(path), exif_rotated=True), x, loaded)
+        write_atomically(folder / f"{i}_{path.stem}.png", lambda f, picture=picture: picture.save(f, "PNG", optimize=True))
+    print(f"wrote {len(paths)} pictures to {shown(folder)}: {foreground.mean():.0%} of the patches are foreground")
 
 
 def _write(out: Path, names: list[str], arrays: dict[str, np.ndarray]) -> None:

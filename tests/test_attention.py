@@ -7,6 +7,7 @@ from PIL import Image
 from tests.models import small
 from tests.test_predict import DESCRIPTION, FIELDS, NAMES, SIZE, write_model
 from vit_jax import attention, checkpoint, models, predictor
+from vit_jax.api import Model
 from vit_jax.checkpoint import describe
 from vit_jax.errors import UserError
 
@@ -63,6 +64,8 @@ def test_maps_from_python_are_those_of_the_images(place):
     for method in predictor.ATTENTION:
         np.testing.assert_allclose(model.attention(images, method=method), found[method], atol=1e-6)
     np.testing.assert_array_equal(model.attention_maps(images, names=("target",), target=3)["target"], [3, 3, 3])
+    again = Model(model).attention(images[0], "relevance", target=NAMES[found["target"][0]])
+    np.testing.assert_allclose(again, found["relevance"][:1], atol=1e-6)
     of_others = model.attention(images, method="relevance", target=(found["target"][0] + 1) % 5)
     assert np.abs(of_others[0] - found["relevance"][0]).max() > 1e-4
 
@@ -76,7 +79,7 @@ def test_maps_from_python_are_those_of_the_images(place):
         (["--position=p.jpg"], "--position=p.jpg must end with .png"),
         (["a.jpg", "--out=here", "--discard=1"], "--discard=1.0 must be from 0 to below 1"),
         (["photos", "--out=here", "--class=bare"], "unknown class 'bare': did you mean bear?"),
-        (["photos", "--out=here", "--class=5"], "--class=5: there are 5 classes, numbered from 0"),
+        (["photos", "--out=here", "--class=5"], "class 5: there are 5 classes, numbered from 0"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(arguments, message, place, monkeypatch):
@@ -91,13 +94,13 @@ def test_models_without_a_head_show_what_they_have_and_others_say_why_not(place,
     headless = DESCRIPTION | {"model": fields, "class_names": []}
     describe.write(tmp_path / "model.npz", describe.Description(**headless))
     run(f"--model={tmp_path}", f"--out={tmp_path / 'out'}", place / "photos" / "a.jpg")
-    with pytest.raises(UserError, match="--class=bear: .* has no head"):
+    with pytest.raises(UserError, match="has no head, and so no classes to explain"):
         run(f"--model={tmp_path}", f"--out={tmp_path / 'out'}", place / "photos" / "a.jpg", "--class=bear")
     model = predictor.load(tmp_path, head=None)
     for options, message in (
         ({"method": "relevance"}, "no head, and so no classes"),
         ({"method": "rolout"}, "unknown method 'rolout': did you mean rollout?"),
-        ({"target": 0}, "has 0 classes"),
+        ({"target": 0}, "has no head"),
     ):
         with pytest.raises(UserError, match=message):
             model.attention([np.zeros((*SIZE, 3), np.uint8)], **options)

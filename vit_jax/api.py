@@ -90,6 +90,13 @@ class Model:
         """One vector an image ("cls": the class token, or the mean of a model without one), or a grid of them ("patches")."""
         return self.predictor.features(read_images(images), kind=kind)[kind]
 
+    def attention(self, images: Any, method: str = "rollout", **options: Any) -> Float[np.ndarray, "n h w"]:
+        """Where a ViT looks, by patch: "rollout", "mean" of the last layer, or "relevance" for a class, `target="cat"`.
+
+        `options` are those of `Predictor.attention_maps`.
+        """
+        return self.predictor.attention(read_images(images), method=method, **options)
+
     def logits(self, inputs: ArrayLike) -> Float[Array, "b classes"]:
         """What the module makes of normalised images (b h w 3)."""
         return self.module.apply({"params": self.params}, jnp.asarray(inputs), train=False)

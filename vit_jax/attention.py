@@ -19,11 +19,11 @@ from vit_jax import arguments, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
 from vit_jax.data.listing import find_images, shown
-from vit_jax.errors import UserError, command, printable, unknown
-from vit_jax.files import read_regular, write_atomically
+from vit_jax.errors import UserError, command, printable
+from vit_jax.files import read_regular
 from vit_jax.models import attention_maps
 from vit_jax.run import runtime
-from vit_jax.tools import look
+from vit_jax.tools import look, pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,29 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     how = {"model_name": args.model_name, "batch_size": 1, "head": None, **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=args.size and predictor.parse_size(args.size), **how)
     if args.position:
-        _write(look.position_picture(look.position_similarity(loaded)), Path(args.position))
+        _write(look.position_picture(look.position_similarity(loaded)), Path(args.position).expanduser())
     if args.filters:
-        _write(look.filters_picture(look.filters(loaded)), Path(args.filters))
-    options = {"target": _class_number(args.target, loaded), "fuse": args.heads, "discard": args.discard}
-    outs = [Path(args.out) / f"{i}_{path.stem}.png" for i, path in enumerate(paths)]
+        _write(look.filters_picture(look.filters(loaded)), Path(args.filters).expanduser())
+    options = {"target": args.target, "fuse": args.heads, "discard": args.discard}
+    outs = [Path(args.out).expanduser() / f"{i}_{path.stem}.png" for i, path in enumerate(paths)]
     drawn = [_draw(loaded, path, out, options, layers=args.layers) for path, out in zip(paths, outs, strict=True)]
     if failures := drawn.count(False):
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _class_number(text: str | None, loaded: predictor.Predictor) -> int | None:
-    """The class that is meant by a name or a number. UserError for one that the model does not have."""
-    names = loaded.description.class_names
-    if text is None or text in names:
-        return None if text is None else names.index(text)
-    if not names:
-        raise UserError(f"--class={text}: {loaded.source} has no head, and so no classes to explain")
-    if not text.isdecimal():
-        raise unknown("class", text, names)
-    if int(text) >= len(names):
-        raise UserError(f"--class={text}: there are {len(names)} classes, numbered from 0")
-    return int(text)
 
 
 def _draw(loaded: predictor.Predictor, path: Path, out: Path, options: dict[str, Any], *, layers: bool) -> bool:
@@ -99,7 +85,7 @@ def _draw(loaded: predictor.Predictor, path: Path, out: Path, options: dict[str,
 
 
 def _write(picture: Image.Image, out: Path) -> None:
-    write_atomically(out, lambda f: picture.save(f, "PNG", optimize=True))
+    pictures.write(picture, out)
     print(f"wrote {shown(out)}, {picture.width} x {picture.height} pixels")
 
 

@@ -1,4 +1,4 @@
-"""Writes the features of images to a file: one vector an image, or a grid of them.
+"""Writes the features of images to a file: one vector an image, or a grid of them; or draws them.
 
 python -m vit_jax.features --model=hf://facebook/dinov2-base --out=features.npz photos/
 python -m vit_jax.features --model=runs/photos --out=features.safetensors --kind=both --size=224 a.jpg b.jpg
@@ -25,7 +25,7 @@ from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
 from vit_jax.finite import finite_rows
 from vit_jax.run import runtime
-from vit_jax.tools import look
+from vit_jax.tools import look, pictures
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -56,19 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = list(find_images(args.images))
     how = {"head": False, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=size, **how)
-    wanted = [*predictor.KINDS[args.kind]] if args.out else []
-    kinds = {tuple(names): kind for kind, names in predictor.KINDS.items()}
-    read, outputs = _extract(loaded, paths, kinds[tuple(sorted({*wanted, *(["patches"] if args.pca else [])}))])
+    kind = args.kind if args.out else "patches"
+    read, outputs = _extract(loaded, paths, "both" if args.pca and kind == "cls" else kind)
     failures = len(paths) - len(read)
     if failures:
         print(f"{failures} of {len(paths)} images could not be read and are left out", file=sys.stderr)
-    if bad := [shown(path) for path, fine in zip(read, finite_rows(outputs) if read else (), strict=True) if not fine]:
+    finite = finite_rows(outputs) if read else np.zeros(0, bool)
+    if bad := [shown(path) for path, fine in zip(read, finite, strict=True) if not fine]:
         failures += len(bad)
         print(f"{len(bad)} of {len(read)} images have features that are not finite: {some(bad)}", file=sys.stderr)
-    if read and args.pca:
-        _draw(loaded, read, outputs["patches"], Path(args.pca).expanduser())
-    outputs = {name: outputs[name] for name in wanted if read}
-    if outputs:
+    if args.pca and finite.any():
+        fine = [path for path, is_fine in zip(read, finite, strict=True) if is_fine]
+        _draw(loaded, fine, outputs["patches"][finite], Path(args.pca).expanduser())
+    if read and args.out:
+        outputs = {name: outputs[name] for name in predictor.KINDS[kind]}
         _write(out, [str(path) for path in read], outputs)
         arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in outputs.items())
         note = "" if "cls" in loaded.params or "cls" not in outputs else " (cls is the mean of the patches: no class token)"
@@ -116,7 +117,7 @@ def _draw(loaded: predictor.Predictor, paths: Sequence[Path], patches: np.ndarra
     foreground, colours = look.feature_colours(patches)
     for i, (path, x) in enumerate(zip(paths, colours, strict=True)):
         picture = look.feature_picture(decode(read_regular(path), exif_rotated=True), x, loaded)
-        write_atomically(folder / f"{i}_{path.stem}.png", lambda f, picture=picture: picture.save(f, "PNG", optimize=True))
+        pictures.write(picture, folder / f"{i}_{path.stem}.png")
     print(f"wrote {len(paths)} pictures to {shown(folder)}: {foreground.mean():.0%} of the patches are foreground")
 
 

@@ -90,18 +90,23 @@ class Predictor:
         fuse: str = "mean",
         discard: float = 0.0,
     ) -> Outputs:
-        """What `models.attention_maps.maps` finds in decoded images, or only `names` of it. UserError for a Mixer, a detector.
+        """What `models.attention_maps.maps` finds in decoded images, or only `names` of it.
 
         Args:
           target: the class, by name or number, that `relevance` is for; the most probable one of every image if None.
           fuse, discard: how heads become one, and what share of the weights `rollout` leaves out, see there.
+
+        Raises:
+          UserError: for a Mixer, a detector, a class that there is not, and results that are not finite.
         """
         attention_maps.image_tower(self.task.model.module, self.params)
         if ("relevance" in names or target is not None) and not self.description.class_names:
             raise UserError(f"{self.source} has no head, and so no classes to explain: use mean or rollout")
         chosen = np.int32(-1 if target is None else self._class_number(target))
         run = functools.partial(self._attention, target=chosen, names=tuple(names), fuse=fuse, discard=discard)
-        return self._batched(run, pictures)
+        outputs = self._batched(run, pictures)
+        check_outputs(outputs, self.source)
+        return outputs
 
     def _class_number(self, target: int | str) -> int:
         """The class that is meant by a name or a number. UserError for one that there is not."""

@@ -34,11 +34,16 @@ def seen(picture: UInt8[np.ndarray, "h w 3"], loaded: predictor.Predictor, *, wi
 
 def share(loaded: predictor.Predictor, grid: tuple[int, int]) -> tuple[float, float]:
     """How much of the height and width of what the model sees its patches stand for, see `pictures.heat_over`."""
-    fields = loaded.description.model
-    fields = fields.get("image", fields)
+    fields = _fields(loaded)
     stride = resnet.stride(fields["resnet"]["num_layers"]) if fields.get("resnet") else 1
     sizes = zip(grid, fields["patches"]["size"], loaded.image_size, strict=True)
     return tuple(n * stride * patch / length for n, patch, length in sizes)
+
+
+def _fields(loaded: predictor.Predictor) -> dict[str, Any]:
+    """Those of the model that sees the images, perhaps one of two towers."""
+    fields = loaded.description.model
+    return fields.get("image", fields)
 
 
 def attention_sheet(
@@ -73,7 +78,7 @@ def layers_sheet(
     heads = found["heads"]
     small = pictures.resized(seen(picture, loaded), max(112, COLUMN * 4 // heads.shape[1]))
     part = share(loaded, heads.shape[2:])
-    has_probe = len(heads) > models.architecture_of("ViT").num_layers(loaded.description.model)
+    has_probe = len(heads) > models.architecture_of("ViT").num_layers(_fields(loaded))
     rows: list[list[Captioned]] = []
     for i, layer in enumerate(heads):
         row = "probe" if has_probe and i + 1 == len(heads) else f"layer {i + 1}"
@@ -97,7 +102,7 @@ def class_text(loaded: predictor.Predictor, found: dict[str, Any]) -> str:
 def position_similarity(loaded: predictor.Predictor) -> Float[np.ndarray, "h w h w"]:
     """The cosine between the position embeddings of any two patches. UserError for a model without."""
     described, params = loaded.description, loaded.params.get("img", loaded.params)
-    fields = described.model.get("image", described.model)
+    fields = _fields(loaded)
     if described.model_type not in ("ViT", "TwoTowers") or fields.get("position_embedding", "learned") == "none":
         raise UserError(f"{loaded.source} ({described.model_type}) has no position embeddings that a ViT adds to its patches")
     h, w = models.architecture_of("ViT").grid(fields, loaded.image_size)

@@ -1,10 +1,15 @@
 """Pictures for people: heat maps over photos, and sheets of captioned pictures."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
+
+from vit_jax.data.listing import shown
+from vit_jax.errors import UserError
+from vit_jax.files import write_atomically
 
 GAP, LINE = 6, 18
 """Between pictures, and what a line of text takes, in pixels."""
@@ -80,3 +85,11 @@ def resized(image: Image.Image, width: int, *, smooth: bool = True) -> Image.Ima
     """The image at this width, its aspect kept."""
     size = width, max(1, round(image.height * width / image.width))
     return image.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG, whole or not at all. UserError where nothing can be written."""
+    try:
+        write_atomically(path, lambda f: picture.save(f, "PNG", optimize=True))
+    except OSError as e:
+        raise UserError(f"{shown(path)} cannot be written: {e.strerror or e}") from e

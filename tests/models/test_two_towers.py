@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,3 +214,31 @@ def test_errors():
     ):
         with pytest.raises(UserError, match=message):
             build("TwoTowers", {"image": IMAGE, "text": TEXT} | fields)
+
+
+@pytest.mark.parametrize("text", [{"text": TEXT}, {"text_model": "bert", "text": {"config": BERT, "vocab_size": 30}}])
+def test_remat_and_scan_reach_both_towers_and_change_no_number(text):
+    fields = {"image": IMAGE, **text, "out_dim": (None, 32)}
+    images = np.random.default_rng(0).normal(size=(len(TOKENS), 16, 16, 3)).astype(np.float32)
+    params = random_params(build("TwoTowers", fields), images=images, tokens=TOKENS)
+
+    def gradient(**memory):
+        model = build("TwoTowers", {**fields, **memory})
+
+        def loss(params):
+            zimg, ztxt, _ = model.apply({"params": params}, images=images, tokens=TOKENS, train=True)
+            return ((zimg @ ztxt.T) ** 2).sum()
+
+        quick = {"xla_backend_optimization_level": 0}
+        return str(jax.make_jaxpr(loss)(params)), jax.jit(jax.grad(loss), compiler_options=quick)(params)
+
+    program, plain = gradient()
+    assert program.count("remat") == 0
+    for memory in ({"remat": "full"}, {"remat": "full", "scan": True})[: 1 if "text_model" in text else 2]:
+        program, found = gradient(**memory)
+        assert program.count("scan[") == (2 if "scan" in memory else 0)
+        assert program.count("remat") >= (2 if "scan" in memory else 4)
+        chex.assert_trees_all_close(found, plain, atol=2e-6)
+    if "text_model" in text:
+        with pytest.raises(UserError, match="config.scan=True is not for a text tower of BERT"):
+            build("TwoTowers", {**fields, "scan": True})

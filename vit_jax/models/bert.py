@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.models.layers import rematerialised
 from vit_jax.models.linear import Linear
 
 SIZES = {
@@ -32,6 +33,7 @@ class BertModel(nn.Module):
       num_classes: width of the result; None or 0 gives the class token as it is.
       vocab_size, max_len: sizes of the tables of words and positions; a text may be shorter.
       dropout_rate: of every branch and of the embeddings, in training.
+      remat: see `layers.Encoder`.
       dtype: what every layer computes in; parameters stay float32.
     """
 
@@ -40,6 +42,7 @@ class BertModel(nn.Module):
     vocab_size: int = 30_522
     max_len: int = 512
     dropout_rate: float = 0.0
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -52,7 +55,7 @@ class BertModel(nn.Module):
         if isinstance(self.config, str) and self.config not in SIZES:
             raise unknown("config of BERT", self.config, SIZES)
         sizes = SIZES[self.config] if isinstance(self.config, str) else SIZES["base"] | dict(self.config)
-        others = {name: getattr(self, name) for name in ("vocab_size", "max_len", "dropout_rate", "dtype")}
+        others = {name: getattr(self, name) for name in ("vocab_size", "max_len", "dropout_rate", "remat", "dtype")}
         return BertEncoder(**sizes, **others, **kwargs)
 
 
@@ -66,6 +69,7 @@ class BertEncoder(nn.Module):
     vocab_size: int
     max_len: int
     dropout_rate: float = 0.0
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -79,7 +83,7 @@ class BertEncoder(nn.Module):
         x = embed(token_ids=tokens, position_ids=jnp.arange(n)[None], segment_ids=jnp.zeros((1, n), int))
         x = nn.LayerNorm(_NORM_EPS, self.dtype, name="layer_norm")(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        layer = partial(_Layer, self.mlp_dim, self.num_heads, self.dropout_rate, self.dtype)
+        layer = partial(rematerialised(_Layer, self.remat), self.mlp_dim, self.num_heads, self.dropout_rate, self.dtype)
         return _EncoderBlock(layer, self.num_layers, name="encoder_block")(x, tokens != 0, train)
 
 

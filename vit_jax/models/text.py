@@ -1,5 +1,6 @@
 """Text Transformers: tokens to one vector a text, as the text towers of LiT and SigLIP read them, and CLIP's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class TextTransformer(nn.Module):
       pool: whose output is taken: "last" the last token's, or "end" the first of the tokens `end_token`
         (without one: of the highest token of the text, which is how CLIP finds its end).
       head_bias: whether the head has a bias.
-      remat, scan: see `layers.Encoder`.
+      remat, scan, constrain: see `layers.Encoder`.
       dtype: what every layer computes in; parameters stay float32.
     """
 
@@ -46,6 +47,7 @@ class TextTransformer(nn.Module):
     head_bias: bool = True
     remat: str = "none"
     scan: bool = False
+    constrain: Callable[[Array], Array] = lambda x: x
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -65,6 +67,7 @@ class TextTransformer(nn.Module):
             add_position_embedding=False,
             remat=self.remat,
             scan=self.scan,
+            constrain=self.constrain,
             dtype=self.dtype,
             name="Encoder_0",
         )

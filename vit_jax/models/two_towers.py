@@ -4,7 +4,7 @@ An image tower and a text tower each make one vector of length 1; the dot produc
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from vit_jax.models.vit import VisionTransformer
 TEXT_MODELS = {"bert": BertModel, "text_transformer": TextTransformer}
 _OF_SHAPES_OR_TRAINING = {
     *("config", "num_classes", "width", "num_layers", "mlp_dim", "vocab_size", "max_len", "head_bias"),
-    *("dropout_rate", "remat", "scan", "dtype", "parent", "name"),
+    *("dropout_rate", "remat", "scan", "constrain", "dtype", "parent", "name"),
 }
 
 
@@ -37,6 +37,7 @@ class TwoTowers(nn.Module):
         scores are those of a sigmoid (SigLIP), without of a softmax (LiT, CLIP).
       pp: what the texts and images go through first: tokenizer_name, max_len, size, see `vit_jax.preprocess`.
       model_name: name of the architecture; of its published files, too.
+      remat, scan, constrain: of the blocks of both towers, see `layers.Encoder`; a BERT has remat alone.
       dtype: what every layer computes in; parameters stay float32.
     """
 
@@ -48,6 +49,9 @@ class TwoTowers(nn.Module):
     bias_init: float | None = None
     pp: Mapping[str, Any] | None = None
     model_name: str | None = None
+    remat: str = "none"
+    scan: bool = False
+    constrain: Callable[[Array], Array] = lambda x: x
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -62,12 +66,15 @@ class TwoTowers(nn.Module):
         out: dict[str, Array] = {}
         dim_image, dim_text = self.out_dim if isinstance(self.out_dim, list | tuple) else (self.out_dim,) * 2
         zimg = ztxt = None
+        of_blocks = {"remat": self.remat, "scan": self.scan, "constrain": self.constrain}
         if tokens is not None:
-            fields = {"dtype": self.dtype, **self.text, "num_classes": dim_text}
-            text = _text_class(self.text_model)(**fields, name="txt")
-            ztxt, out["txt/norm"] = _normalized(text(tokens, train=train))
+            cls = _text_class(self.text_model)
+            known = {name: value for name, value in of_blocks.items() if name in cls.__dataclass_fields__}
+            fields = {"dtype": self.dtype, **known, **self.text, "num_classes": dim_text}
+            ztxt, out["txt/norm"] = _normalized(cls(**fields, name="txt")(tokens, train=train))
         if images is not None:
-            fields = {"dtype": self.dtype, **self.image, "num_classes": dim_image}
+            transformer = of_blocks | dict(self.image["transformer"])
+            fields = {"dtype": self.dtype, **self.image, "transformer": transformer, "num_classes": dim_image}
             image = VisionTransformer(**fields, name="img")
             zimg, out["img/norm"] = _normalized(image(images, train=train))
         if zimg is not None and ztxt is not None and zimg.shape[-1] != ztxt.shape[-1]:
@@ -119,6 +126,8 @@ def _check(fields: Fields) -> None:
     vit.ARCHITECTURE.build({"num_classes": None, **fields["image"]})
     text_class = _text_class(fields.get("text_model", "text_transformer"))
     check_fields(text_class, {"num_classes": None, **fields["text"]}, "model.text")
+    if fields.get("scan") and text_class is BertModel:
+        raise UserError("config.scan=True is not for a text tower of BERT, whose blocks are compiled one by one")
 
 
 def _num_layers(fields: Fields) -> dict[str, int]:

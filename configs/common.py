@@ -45,6 +45,18 @@ def use_torchvision_crops(config: ml_collections.ConfigDict) -> None:
     config.pp.update({"crop_method": "random_resized", "area": (0.08, 1.0), "interpolation": "bicubic", "antialias": True})
 
 
+def use_captions(config: ml_collections.ConfigDict, dataset: str) -> None:
+    """Images with sentences at 224 px. Little is cut off, and nothing is mirrored, as sentences tell left from right."""
+    config.dataset = dataset or "shards"
+    config.pp.update({"train": "train[:99%]", "test": "train[99%:]", "crop": 224, "flip": False})
+    config.pp.update({"crop_method": "random_resized", "area": (0.9, 1.0), "interpolation": "bicubic", "antialias": True})
+    config.pretrained_dir = ""
+    config.accum_steps = 1
+    config.progress_every = 50
+    config.eval_every = 2_500
+    config.checkpoint_every = 2_500
+
+
 def steps(config: ml_collections.ConfigDict, epochs: float) -> int:
     """How many steps of `config.batch` make up so many epochs of `config.pp.train` of a dataset in `SIZES`."""
     _, part = split_range(config.pp.train, SIZES[config.dataset])
@@ -66,6 +78,9 @@ SIZES = {
     "oxford_iiit_pet": {"train": 3_680},
 }
 """How many examples the datasets have for training, by split."""
+
+CLIP_MEAN, CLIP_STD = (122.7709, 116.7460, 104.0937), (68.5005, 66.6322, 70.3232)
+"""Of the 0..255 pixels, by channel, of the images that CLIP was trained on."""
 
 _CIFAR = {"total_steps": 10_000, "pp": {"train": "train[:98%]", "test": "test", "crop": 384}}
 _DIGITS = {

@@ -6,6 +6,7 @@ commands of a page run in order in one folder. A Python block that begins with t
 
 import ast
 import dataclasses
+import inspect
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from tests import tiny
 from tests.command_line import arguments
 from vit_jax import cli, evaluators, recipes, settings, tasks
 from vit_jax.checkpoint import hub
+from vit_jax.tasks import contrast
 from vit_jax.tools import plan, preview  # noqa: F401  their flags are to stay
 from vit_jax.train import train_and_evaluate
 
@@ -38,6 +40,7 @@ DATA = (
     "report=False",
 )
 MODEL = ("model.hidden_size=16", *(f"model.transformer.{field}" for field in ("num_layers=1", "mlp_dim=16", "num_heads=2")))
+TOWERS = (*(field.replace("model.", "model.image.", 1) for field in MODEL), "model.out_dim=(None,16)")
 DIGITS = ("pp.train=train[:60]", "pp.test=test[:20]")
 
 
@@ -94,6 +97,7 @@ def run(line: str) -> int:
     if name in ("train", "evaluate", "plan", "preview"):
         more = [*DATA, *(MODEL if "micro4" in given else ())]
         more += DIGITS if "digit" in given else ()
+        more += TOWERS if given.startswith("lit:digits") else ()
         added = [f"--config.{field}" for field in more]
         rest += [option for option in added if option.partition("=")[0] not in named]
     with arguments(name, *rest), pytest.raises(SystemExit) as stop:
@@ -134,7 +138,8 @@ def test_what_a_page_names_exists(page):
 
 def known_fields() -> set[str]:
     """Dotted names of all fields of a recipe."""
-    default, names = settings.Settings(), set()
+    default, names = settings.Settings(), {f"pretrained.{tower}" for tower in contrast.TOWERS}
+    names |= {f"task.{option}" for task in tasks.TYPES.values() for option in inspect.signature(task.make_task).parameters}
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
         nested = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()

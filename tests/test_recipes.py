@@ -17,6 +17,7 @@ from PIL import Image
 from configs import (
     augreg,
     augreg_pretrain,
+    clip,
     common,
     deit3,
     detect,
@@ -26,12 +27,14 @@ from configs import (
     distill,
     gsam,
     inference_time,
+    lit,
     lora_finetune,
     mixer_base16_cifar10,
     mixer_i1k,
     photos,
     pretrain,
     sam,
+    siglip,
     small_data,
     transfer,
     vit,
@@ -45,11 +48,15 @@ from vit_jax import checkpoint, models
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.optimize import trainable
+from vit_jax.run import start
+from vit_jax.settings import Settings
+from vit_jax.tools import plan
 from vit_jax.train import train_and_evaluate
 
 CONFIGS = Path(common.__file__).parent
 ENCODER = {"num_layers": 1, "mlp_dim": 16, "num_heads": 2}
 MIXER = {"hidden_dim": 16, "num_blocks": 1, "tokens_mlp_dim": 16, "channels_mlp_dim": 16}
+HEAD, HEAD_BIAS = "img/head/kernel", "img/head/bias"
 STEM = "R_Ti_16-i21k-300ep-lr_0.001-aug_{}-wd_0.03-do_0.0-sd_0.0"
 SMALL = {
     **{"batch": 8, "batch_eval": 8, "accum_steps": 2, "total_steps": 1, "warmup_steps": 0, "prefetch": 1, "report": False},
@@ -160,6 +167,49 @@ def test_dinov2_trains_a_vit_without_labels(tmp_path):
     train_and_evaluate(config, tmp_path / "canvas")
     assert np.isfinite(tiny.metrics(tmp_path / "canvas", "train_loss")[1])
     assert "head/kernel" not in tiny.arrays(tmp_path / "canvas")
+
+
+# Images and words
+
+
+def test_lit_trains_a_text_tower_for_a_frozen_vit(tmp_path):
+    config = lit.get_config()
+    config.update(SMALL)
+    config.model.image.update({"hidden_size": 16})
+    config.model.image.transformer.update(ENCODER)
+    config.model.text.update({"width": 16, **ENCODER})
+    config.model.out_dim = (None, 16)
+    before = published(ConfigDict({"model_type": "ViT", "model": config.model.image}), tmp_path / "vit.npz", side=32)
+    config.pretrained["img"] = str(tmp_path / "vit.npz")
+    train_and_evaluate(config, tmp_path / "run")
+    after = tiny.arrays(tmp_path / "run")
+    assert {name for name in after if name.startswith("img/")} == {f"img/{name}" for name in before} - {HEAD, HEAD_BIAS}
+    for name in before.keys() - {"head/kernel", "head/bias"}:
+        np.testing.assert_array_equal(after[f"img/{name}"], before[name], err_msg=name)
+    assert np.isfinite(tiny.metrics(tmp_path / "run", "train_loss")[1])
+    assert (tmp_path / "run" / "digit_words.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arg", "count"),
+    [
+        (lit, "b16b", 195_871_489),
+        (lit, "l16ti", 311_913_089),
+        (siglip, "b16", 203_155_970),  # as google/siglip-base-patch16-224 has
+        (clip, "b32", 151_277_313 - 2 * 768 + 768 + 512),  # as OpenAI's, without its norm in front, and with two biases
+    ],
+)
+def test_lit_siglip_and_clip_have_the_published_sizes(recipe, arg, count, tmp_path):
+    config = recipe.get_config(arg)
+    (tmp_path / "words.txt").write_text("[PAD]\n[UNK]\n[CLS]\n")
+    config.task = {**config.task, "tokenizer": "bert", "vocab": str(tmp_path / "words.txt"), "tokenizer_options": {}}
+    config.pretrained["img"] = ""
+    experiment = plan.build(Settings.from_config(config), num_classes=0)
+    state = start.abstract_state(experiment)
+    trained, frozen = (flatten_dict(x, sep="/") for x in (state.params, state.frozen.get("model", {})))
+    assert sum(x.size for x in (trained | frozen).values()) == count
+    heads = {name for name in trained if name.startswith("img/")}
+    assert heads == {"b16b": {HEAD, HEAD_BIAS}, "l16ti": set()}.get(arg, heads) and bool(frozen) == (recipe is lit)
 
 
 # From nothing, on the ten digits

@@ -51,12 +51,12 @@ VOCAB = Path(__file__).with_name("digit_words.txt")
 """WordPiece: the numbers' names, and the words and marks of more than one wording for training. All others are unknown words,
 which a tower learns to overlook because training has many of them.
 """
-SENTENCES = 4
-"""Of each image: as many in English as in German."""
+SENTENCES = {"train": 2, "test": 5}
+"""Of each image in each language: two of the wordings, or all of those for testing."""
 
 
 class DigitSentencesSource(Source):
-    """The 1,437 digits for training and 360 for testing (see DigitsSource), with `text`: two sentences in each language.
+    """The 1,437 digits for training and 360 for testing (see DigitsSource), with `text`: `SENTENCES` in each language.
 
     An image's sentences depend on its number and split alone. `label` is the digit; its classes are called by their English
     names.
@@ -79,7 +79,7 @@ class DigitSentencesSource(Source):
         sentences = [
             wording.format(NAMES[language][example["label"]])
             for language, wordings in self._wordings.items()
-            for wording in rng.choice(wordings, SENTENCES // len(NAMES), replace=False)
+            for wording in rng.choice(wordings, SENTENCES[self._name], replace=False)
         ]
         return example | {"text": tuple(rng.permutation(sentences).tolist())}
 

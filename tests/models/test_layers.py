@@ -356,7 +356,14 @@ def test_attention_is_left_to_xla_where_cudnn_refuses_and_the_log_says_so(monkey
     assert not attention.cudnn_takes.__wrapped__("float32", 64)
 
 
-@pytest.mark.parametrize("name, exact", [("gelu_tanh", nn.gelu), ("gelu", partial(nn.gelu, approximate=False))])
+@pytest.mark.parametrize(
+    "name, exact",
+    [
+        ("gelu_tanh", nn.gelu),
+        ("gelu", partial(nn.gelu, approximate=False)),
+        ("quick_gelu", lambda x: x / (1 + jnp.exp(-1.702 * x))),
+    ],
+)
 def test_gelu_and_its_slope_are_exact_everywhere(name, exact):
     x = jnp.linspace(-20, 20, 4001)
     y, vjp = jax.vjp(partial(linear.activate, name=name), x)

@@ -192,6 +192,19 @@ def test_whose_token_speaks_for_a_text():
     np.testing.assert_allclose(jitted(by_id, params, TOKENS)[0], z[0], atol=1e-5)
 
 
+def test_a_causal_tower_reads_to_the_end_of_a_text_alone():
+    fields = TEXT | {"causal": True, "pool": "end", "end_token": 4, "activation": "quick_gelu"}
+    model = TextTransformer(num_classes=None, **fields)
+    params = random_params(model, TOKENS)
+    z = jitted(model, params, TOKENS)
+    behind, before = TOKENS.copy(), TOKENS.copy()
+    behind[0, 4:], before[0, 0] = 8, 8
+    np.testing.assert_array_equal(jitted(model, params, behind), z)
+    assert np.abs(jitted(model, params, before)[0] - z[0]).max() > 0.1
+    looped = TextTransformer(num_classes=None, **fields, scan=True, remat="full")
+    np.testing.assert_allclose(jitted(looped, params, TOKENS), z, atol=1e-5)
+
+
 def test_errors():
     model = two_towers(out_dim=(None, 16))
     inputs = {"images": jnp.zeros((1, 16, 16, 3)), "tokens": TOKENS[:1]}

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import linear, residual
-from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.attention import Mask, MultiHeadDotProductAttention
 from vit_jax.models.linear import Linear, activate
 
 Dtype = Any
@@ -38,6 +38,7 @@ class PatchEmbed(nn.Module):
     width: int
     patch_size: tuple[int, int]
     padding: str = "VALID"
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -45,7 +46,7 @@ class PatchEmbed(nn.Module):
         b, height, width, c = images.shape
         p, q = self.patch_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, q, c, self.width))
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,)) if self.use_bias else None
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
         if self.padding == "SAME":
             (top, bottom), (left, right) = (((-s % r) // 2, -s % r - (-s % r) // 2) for s, r in ((height, p), (width, q)))
@@ -54,7 +55,8 @@ class PatchEmbed(nn.Module):
         if h == 0 or w == 0:
             raise UserError(f"an image of {height}x{width} holds no patch of {p}x{q}: use larger images or smaller patches")
         patches = images[:, : h * p, : w * q].reshape(b, h, p, w, q, c)
-        return jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel) + bias
+        x = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)
+        return x if bias is None else x + bias
 
 
 class AddPositionEmbs(nn.Module):
@@ -69,8 +71,8 @@ class AddPositionEmbs(nn.Module):
 class MlpBlock(nn.Module):
     """Dense → activation → Dense, each followed by dropout; the width is kept.
 
-    `activation`: "gelu_tanh" as in all Google ViTs, "gelu" (the erf form, as in torch's), "relu", or "swiglu", where
-    Dense_0 makes a gate and a value of `mlp_dim` each: silu(gate) · value.
+    `activation`: "gelu_tanh" as in all Google ViTs, "gelu" (the erf form, as in torch's), "quick_gelu" (as in
+    OpenAI's CLIP), "relu", or "swiglu", where Dense_0 makes a gate and a value of `mlp_dim` each: silu(gate) · value.
     """
 
     mlp_dim: int
@@ -127,9 +129,13 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], kept: Sequence[residual.Kept] = (None, None), train: bool = False
+        self,
+        x: Float[Array, "b n d"],
+        kept: Sequence[residual.Kept] = (None, None),
+        train: bool = False,
+        mask: Mask | None = None,
     ) -> Float[Array, "b n d"]:
-        """`kept` says for each of the two branches which examples it is added to, see `residual.add`."""
+        """`kept` says for each of the two branches which examples it is added to, see `residual.add`; `mask` who sees whom."""
 
         def norm(x: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)(x)
@@ -144,7 +150,7 @@ class EncoderBlock(nn.Module):
                 qk_norm_eps=self.norm_eps if self.qk_norm else None,
                 dtype=self.dtype,
                 name="MultiHeadDotProductAttention_1",
-            )(norm(x, "LayerNorm_0"), train=train)
+            )(norm(x, "LayerNorm_0"), mask=mask, train=train)
             return scale(nn.Dropout(self.dropout_rate, deterministic=not train)(y), "ls1")
 
         def transform(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -162,7 +168,7 @@ class EncoderBlock(nn.Module):
 
 
 def rematerialised(block: type[nn.Module], remat: str, *, in_scan: bool = False) -> type[nn.Module]:
-    """The block, called as block(x, kept, train), whose backward pass computes again what `REMAT[remat]` does not save.
+    """The block, called as block(x, kept, train, mask), whose backward pass computes again what `REMAT[remat]` does not save.
 
     Outside a scan it takes `runtime.CPU_FLAGS` on CPUs: there XLA would find what is computed twice, and compute it once.
     """
@@ -186,6 +192,7 @@ class Encoder(nn.Module):
       scan: compile one block, and loop over the stacked parameters of all. Their stored names and values stay the same;
         dropout draws other masks than without, stochastic depth the same. It wants remat: alone it takes more memory.
       add_position_embedding: whether every token gets a learned embedding for its place.
+      norm_pre: whether a LayerNorm of this name stands in front of the blocks, as in CLIP.
       final_norm: False leaves the last LayerNorm to whoever pools the tokens.
       constrain: says how the tokens before a block lie on the devices, see `parallel.Mesh.by_example`.
       the others: see `EncoderBlock`.
@@ -206,6 +213,7 @@ class Encoder(nn.Module):
     stochastic_depth_mode: str = "mask"
     remat: str = "none"
     scan: bool = False
+    norm_pre: bool = False
     add_position_embedding: bool = True
     final_norm: bool = True
     constrain: Callable[[Array], Array] = lambda x: x
@@ -219,12 +227,14 @@ class Encoder(nn.Module):
         *,
         num_prefix: int = 0,
         seen: Int[Array, "b m"] | None = None,
+        mask: Mask | None = None,
         train: bool = False,
         with_layers: bool = False,
     ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
         """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2.
 
         With `seen` only the tokens at these places, behind that prefix, are encoded; each keeps its position.
+        `mask` says which tokens see which, see `attention.attend`.
         """
         if self.add_position_embedding:
             x = AddPositionEmbs(name="posembed_input")(x)
@@ -234,13 +244,15 @@ class Encoder(nn.Module):
             x = jnp.concatenate([x[:, :num_prefix], kept], axis=1)
         if registers is not None:
             x = jnp.concatenate([x[:, :num_prefix], registers.astype(x.dtype), x[:, num_prefix:]], axis=1)
+        if self.norm_pre:
+            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm_pre")(x)
         kept = self._keep(x.shape[0], train)
         if self.scan and not self.is_initializing():
-            x, layers = self._scan_blocks(x, kept, train, with_layers)
+            x, layers = self._scan_blocks(x, kept, train, with_layers, mask)
         else:
             layers = []
             for i in range(self.num_layers):
-                x = self._block(name=f"encoderblock_{i}")(self.constrain(x), kept[i], train)
+                x = self._block(name=f"encoderblock_{i}")(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
         if self.final_norm:
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")(x)
@@ -269,7 +281,7 @@ class Encoder(nn.Module):
             **kwargs,
         )
 
-    def _scan_blocks(self, x: Float[Array, "b n d"], kept: Any, train: bool, with_layers: bool):
+    def _scan_blocks(self, x: Float[Array, "b n d"], kept: Any, train: bool, with_layers: bool, mask: Mask | None):
         """All blocks, by a loop on the device, and the output of each if `with_layers`."""
         blocks = (self.variables["params"][f"encoderblock_{i}"] for i in range(self.num_layers))
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
@@ -279,7 +291,8 @@ class Encoder(nn.Module):
 
         def body(x, layer):
             params, kept, key = layer
-            x = block.apply({"params": params}, self.constrain(x), kept, train, rngs={"dropout": key} if drops else None)
+            rngs = {"dropout": key} if drops else None
+            x = block.apply({"params": params}, self.constrain(x), kept, train, mask, rngs=rngs)
             return x, x if with_layers else None
 
         kept = kept if isinstance(kept, jax.Array) else (None, None)

@@ -136,9 +136,20 @@ def _relu_and_slope(x):
     return nn.relu(x), (x > 0).astype(x.dtype)
 
 
-# By name: the function, and x → (it, its derivative), of float32. "gelu_tanh" as in all Google ViTs, "gelu" as in torch's.
+def _quick_gelu(x):
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _quick_gelu_and_slope(x):
+    share = jax.nn.sigmoid(1.702 * x)
+    return x * share, share * (1 + 1.702 * x * (1 - share))
+
+
+# By name: the function, and x → (it, its derivative), of float32. "gelu_tanh" as in all Google ViTs, "gelu" as in torch's,
+# "quick_gelu" as in OpenAI's CLIP.
 ACTIVATIONS = {
     "gelu_tanh": (nn.gelu, _gelu_tanh_and_slope),
     "gelu": (functools.partial(nn.gelu, approximate=False), _gelu_and_slope),
+    "quick_gelu": (_quick_gelu, _quick_gelu_and_slope),
     "relu": (nn.relu, _relu_and_slope),
 }

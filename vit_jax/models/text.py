@@ -17,7 +17,8 @@ class TextTransformer(nn.Module):
     """Embedding and learned positions, the encoder of a ViT, one token's output, a linear map `head`.
 
     The plain tower of LiT (https://arxiv.org/abs/2111.07991) and SigLIP (https://arxiv.org/abs/2303.15343): every token
-    attends to all, padding included, and the last one speaks for the text.
+    attends to all, padding included, and the last one speaks for the text. With `causal` and another `pool` CLIP's
+    (https://arxiv.org/abs/2103.00020).
 
     Attributes:
       num_classes: width of the result; None or 0 gives the token itself.
@@ -25,6 +26,7 @@ class TextTransformer(nn.Module):
       dropout_rate: in training.
       vocab_size: how many tokens there are.
       max_len: the longest text; None takes the length that the parameters are first made for.
+      causal: whether a token attends to itself and those before it alone.
       pool: whose output is taken: "last" the last token's, or "end" the first of the tokens `end_token`
         (without one: of the highest token of the text, which is how CLIP finds its end).
       head_bias: whether the head has a bias.
@@ -42,6 +44,7 @@ class TextTransformer(nn.Module):
     max_len: int | None = None
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
+    causal: bool = False
     pool: str = "last"
     end_token: int | None = None
     head_bias: bool = True
@@ -71,7 +74,8 @@ class TextTransformer(nn.Module):
             dtype=self.dtype,
             name="Encoder_0",
         )
-        x, _ = encoder(x, train=train)
+        n = tokens.shape[1]
+        x, _ = encoder(x, mask=jnp.tril(jnp.ones((n, n), bool)) if self.causal else None, train=train)
         x = self._pooled(x, tokens)
         if not self.num_classes:
             return x

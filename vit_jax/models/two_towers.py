@@ -4,7 +4,8 @@ An image tower and a text tower each make one vector of length 1; the dot produc
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -84,6 +85,50 @@ class TwoTowers(nn.Module):
         if self.bias_init is not None:
             out["b"] = self.param("b", nn.initializers.constant(self.bias_init), (1,))
         return zimg, ztxt, out
+
+    # What users of the reference call. These import what stands above models: nothing in `models` needs them.
+
+    def load_variables(self, path: str | os.PathLike | None = None) -> dict[str, Any]:
+        """{"params": …} of a file, or of the published one of this name: that of the current folder, or else fetched."""
+        from vit_jax.checkpoint import open_checkpoint
+
+        return {"params": open_checkpoint(self._published(".npz") if path is None else path).params}
+
+    @property
+    def vocab_path(self) -> str:
+        """The published vocabulary: in the current folder if it is there, or else its address."""
+        suffixes = {"bert": ".txt", "sentencepiece": ".model"}
+        return self._published(suffixes[self._texts_and_sizes()["tokenizer_name"]])
+
+    def get_tokenizer(self) -> Callable[[Sequence[str]], Int[Any, "b n"]]:
+        """Texts to tokens, see `preprocess.get_tokenizer`."""
+        from vit_jax import preprocess
+
+        pp = self._texts_and_sizes()
+        return preprocess.get_tokenizer(pp["tokenizer_name"])(vocab_path=self.vocab_path, max_len=pp["max_len"])
+
+    def get_image_preprocessing(self, crop: bool = False) -> Callable[..., Float[Any, "b s s 3"]]:
+        """uint8 images of any sizes to what the model sees, see `preprocess.PreprocessImages`."""
+        from vit_jax import preprocess
+
+        return preprocess.PreprocessImages(size=self._texts_and_sizes()["size"], crop=crop)
+
+    def get_pp(self, crop: bool = False) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        """Both for an example with "image" and "text", see `preprocess.get_pp`."""
+        from vit_jax import preprocess
+
+        return preprocess.get_pp(vocab_path=self.vocab_path, crop=crop, **self._texts_and_sizes())
+
+    def _texts_and_sizes(self) -> Mapping[str, Any]:
+        if self.pp is None:
+            raise UserError(f"{self.model_name or 'this model'} is no published LiT: it has no pp. Use checkpoint.texts")
+        return self.pp
+
+    def _published(self, suffix: str) -> str:
+        if self.model_name not in zoo.LIT:
+            raise UserError(f"{self.model_name or 'this model'} is not published; those that are: {', '.join(zoo.LIT)}")
+        name = f"{self.model_name}{suffix}"
+        return name if os.path.isfile(name) else f"{zoo.LIT_BUCKET}/{name}"
 
 
 def _text_class(name: str) -> type[nn.Module]:

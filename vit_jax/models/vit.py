@@ -25,6 +25,8 @@ class MapHead(nn.Module):
 
     num_heads: int
     mlp_dim: int
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -36,8 +38,9 @@ class MapHead(nn.Module):
             num_heads=self.num_heads, dtype=self.dtype, name="MultiHeadDotProductAttention_0"
         )
         x = attention(probe, tokens)
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
-        return (x + MlpBlock(mlp_dim=self.mlp_dim, dtype=self.dtype, name="MlpBlock_0")(y))[:, 0]
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
+        mlp = MlpBlock(mlp_dim=self.mlp_dim, activation=self.activation, dtype=self.dtype, name="MlpBlock_0")
+        return (x + mlp(y))[:, 0]
 
 
 class ClassifierHead(nn.Module):
@@ -52,11 +55,13 @@ class ClassifierHead(nn.Module):
     num_classes: int | None
     representation_size: int | None = None
     classifier: str = "token"
+    use_bias: bool = True
     bias_init: float = 0.0
     fc_norm: bool = False
     norm_eps: float = 1e-6
     num_heads: int = 1
     mlp_dim: int = 1
+    activation: str = "gelu_tanh"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -86,14 +91,16 @@ class ClassifierHead(nn.Module):
             case "distilled":
                 return tokens[:, :2]
             case "map":
-                return MapHead(num_heads=self.num_heads, mlp_dim=self.mlp_dim, dtype=self.dtype, name="MAPHead_0")(tokens)
+                sizes = {"num_heads": self.num_heads, "mlp_dim": self.mlp_dim}
+                how = {"activation": self.activation, "norm_eps": self.norm_eps, "dtype": self.dtype}
+                return MapHead(**sizes, **how, name="MAPHead_0")(tokens)
             case "unpooled" | "token_unpooled":
                 return tokens
         raise unknown("classifier", self.classifier, CLASSIFIERS)
 
     def _dense(self, name: str) -> nn.Dense:
-        bias_init = nn.initializers.constant(self.bias_init)
-        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros, bias_init=bias_init, name=name)
+        inits = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.constant(self.bias_init)}
+        return nn.Dense(self.num_classes, self.use_bias, self.dtype, **inits, name=name)
 
 
 class VisionTransformer(nn.Module):
@@ -104,10 +111,11 @@ class VisionTransformer(nn.Module):
       patches: {"size": (height, width)} of a patch, in pixels or, after a ResNet, in its cells.
       transformer: keywords of `layers.Encoder`: num_layers, mlp_dim, num_heads, dropout_rate, attention_dropout_rate,
         activation, norm_eps, layer_scale, layer_scale_init, qk_norm, stochastic_depth, stochastic_depth_uniform,
-        stochastic_depth_mode, and, which do not change the model, remat and scan.
+        stochastic_depth_mode, norm_pre, and, which do not change the model, remat and scan.
       hidden_size: the width d of the tokens.
       resnet: keywords of `resnet.ResNet` (num_layers, width_factor) for a hybrid.
       representation_size, classifier, head_bias_init, fc_norm: see `ClassifierHead`.
+      patch_bias, head_bias: whether the patch embedding and the head have a bias.
       position_embedding: "learned", "sincos2d" (fixed, of the patches alone), or "none".
       num_registers: extra tokens without a position, behind the class token.
       dtype: what every layer computes in, e.g. "bfloat16"; parameters stay float32.
@@ -122,6 +130,8 @@ class VisionTransformer(nn.Module):
     representation_size: int | None = None
     classifier: str = "token"
     head_bias_init: float = 0.0
+    patch_bias: bool = True
+    head_bias: bool = True
     fc_norm: bool = False
     position_embedding: str = "learned"
     num_registers: int = 0
@@ -132,7 +142,8 @@ class VisionTransformer(nn.Module):
         if self.resnet is not None:
             self.backbone = ResNet(**self.resnet, dtype=self.dtype)
             nn.share_scope(self, self.backbone)
-        self.embedding = PatchEmbed(width=self.hidden_size, patch_size=tuple(self.patches["size"]), dtype=self.dtype)
+        patch_size = tuple(self.patches["size"])
+        self.embedding = PatchEmbed(self.hidden_size, patch_size, use_bias=self.patch_bias, dtype=self.dtype)
         zeros, small = nn.initializers.zeros, nn.initializers.normal(0.02)
         if self.classifier in _WITH_CLS:
             self.cls = self.param("cls", zeros, (1, 1, self.hidden_size))
@@ -150,11 +161,13 @@ class VisionTransformer(nn.Module):
             num_classes=self.num_classes,
             representation_size=self.representation_size,
             classifier=self.classifier,
+            use_bias=self.head_bias,
             bias_init=self.head_bias_init,
             fc_norm=self.fc_norm,
             norm_eps=self.Transformer.norm_eps,
             num_heads=self.Transformer.num_heads,
             mlp_dim=self.Transformer.mlp_dim,
+            activation=self.Transformer.activation,
             dtype=self.dtype,
         )
         nn.share_scope(self, self.classifier_head)
@@ -251,7 +264,7 @@ ARCHITECTURE = Architecture(
     cls=VisionTransformer,
     sizes=zoo.VIT,
     num_layers=lambda fields: fields["transformer"]["num_layers"],
-    first=r"(embedding|cls|dist|register_tokens|conv_root|gn_root|block\d+|Transformer/posembed_input)(/.*)?",
+    first=r"(embedding|cls|dist|register_tokens|conv_root|gn_root|block\d+|Transformer/(posembed_input|norm_pre))(/.*)?",
     block=r"Transformer/encoderblock_(\d+)/.*",
     last=r"(Transformer/encoder_norm|fc_norm|MAPHead_0|pre_logits|head|head_dist)/.*",
     nested={"transformer": Encoder, "resnet": ResNet},

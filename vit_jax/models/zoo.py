@@ -91,6 +91,8 @@ def _text(size: str) -> Fields:
     return {"width": fields.pop("hidden_size"), **fields}
 
 
+LIT_BUCKET = "gs://vit_models/lit"
+"""Where LiT's parameters and vocabularies lie, called like their models."""
 LIT = dict(
     [
         _lit("LiT-B16B", "ViT-B_16", "base", (768, 768)),

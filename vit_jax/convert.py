@@ -8,7 +8,8 @@ import functools
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,17 +80,13 @@ def summary(opened: checkpoint.Opened) -> list[str]:
     count = sum(math.prod(x.shape) for x in opened.flat.values())
     size = "x".join(map(str, d.image_size)) if d.image_size else "unknown"
     grid = "x".join(map(str, d.grid)) if d.grid else "unknown"
-    fields = {k: v for k, v in model.items() if k not in ("model_name", "transformer", "num_classes")}
-    told = {k: v for k, v in (fields | model.get("transformer", {})).items() if v not in (None, False, 0)}
+    parts = [("model", d.model_type, {k: v for k, v in model.items() if k not in ("image", "text", "text_model", "pp")})]
+    if d.model_type == "TwoTowers":
+        parts += [("images", "ViT", model["image"]), ("texts", model.get("text_model", "text_transformer"), model["text"])]
     lines = [
         f"source      {opened.path}",
         f"family      {opened.family}",
-        *textwrap.wrap(
-            f"model       {d.model_type}: {', '.join(f'{k}={v}' for k, v in told.items())}",
-            100,
-            subsequent_indent=" " * 12,
-            break_on_hyphens=False,
-        ),
+        *(line for part in parts for line in _told(*part)),
         f"parameters  {count:,}",
         f"image       {size} px, patches {grid}, mean {_short(d.mean)}, std {_short(d.std)} of 255",
     ]
@@ -98,23 +95,49 @@ def summary(opened: checkpoint.Opened) -> list[str]:
         lines.append(f"photos      {', '.join(f'{name}={value}' for name, value in d.preprocessing.items() if value)}")
     if d.head != "softmax" and names:
         lines.append("head        a sigmoid for each class: probabilities do not sum to 1")
-    return [*lines, f"classes     {f'{len(names)}: {classes}' if names else 'none, features only'}"]
+    if d.text:
+        told = ", ".join(f"{name}={value}" for name, value in d.text.items() if name not in ("tokenizer", "vocab"))
+        lines.append(f"tokens      {d.text['tokenizer']} by {printable(d.text['vocab'])}, {told}")
+    without = "none: images are compared with texts" if d.model_type == "TwoTowers" else "none, features only"
+    return [*lines, f"classes     {f'{len(names)}: {classes}' if names else without}"]
+
+
+def _told(name: str, kind: str, fields: Mapping[str, Any]) -> list[str]:
+    """Lines with the fields of a model, or of a tower, that are set."""
+    inner = fields.get("transformer", {})
+    fields = {k: v for k, v in fields.items() if k not in ("model_name", "transformer", "num_classes")} | dict(inner)
+    told = ", ".join(f"{k}={v}" for k, v in fields.items() if v not in (None, False, 0))
+    return textwrap.wrap(f"{name:11} {kind}: {told}", 100, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
 def compare(a: checkpoint.Opened, b: checkpoint.Opened) -> float:
-    """The largest difference of the two on one random image, relative to the largest number: logits, or else features."""
-    results = []
-    for opened in (a, b):
-        d = opened.description
-        model = models.build(d.model_type, d.model)
-        image = np.random.default_rng(0).normal(size=(1, *a.description.native_size, 3)).astype(np.float32)
-        wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-        checkpoint.check_fit(opened.params, wanted, opened.path)
-        method = "__call__" if d.model.get("num_classes") else "features"
-        output = jax.jit(functools.partial(model.apply, method=method))({"params": opened.params}, image)
-        parts = [output] if method == "__call__" else [output["patches"], output["cls"]]
-        results.append(np.concatenate([np.ravel(part) for part in parts if part is not None]))
-    return float(np.abs(results[0] - results[1]).max() / max(1e-6, np.abs(results[0]).max()))
+    """The largest difference of the two on one random image, relative to the largest number: logits, or else features.
+
+    Of two towers it is that of the embeddings of the image and of a random text.
+    """
+    rng, d = np.random.default_rng(0), a.description
+    inputs: tuple[Any, ...] = (rng.normal(size=(1, *d.native_size, 3)).astype(np.float32),)
+    if d.model_type == "TwoTowers":
+        text = d.model["text"]
+        inputs += (rng.integers(1, text.get("vocab_size", _LEAST), (1, min(text.get("max_len") or _LEAST, _LEAST))),)
+    pairs = zip(*(_outputs(opened, *inputs) for opened in (a, b)), strict=True)
+    return float(np.max([np.abs(x - y).max() / max(1e-6, np.abs(x).max()) for x, y in pairs]))
+
+
+_LEAST = 16  # tokens a text, and in a vocabulary, that every text tower has
+
+
+def _outputs(opened: checkpoint.Opened, image: np.ndarray, tokens: np.ndarray | None = None) -> list[np.ndarray]:
+    """What a model makes of them. Raises UserError for parameters that do not fit it."""
+    d = opened.description
+    model = models.build(d.model_type, d.model)
+    inputs = {"images": image} | ({} if tokens is None else {"tokens": tokens})
+    wanted = jax.eval_shape(functools.partial(model.init, **inputs), jax.random.key(0))["params"]
+    checkpoint.check_fit(opened.params, wanted, opened.path)
+    method = "features" if tokens is None and not d.model.get("num_classes") else "__call__"
+    output = jax.jit(functools.partial(model.apply, method=method))({"params": opened.params}, **inputs)
+    parts = [output["patches"], output["cls"]] if method == "features" else jax.tree.leaves(output)
+    return [np.asarray(part) for part in parts if part is not None]
 
 
 def _short(values: Sequence[float]) -> str:

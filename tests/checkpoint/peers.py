@@ -45,6 +45,8 @@ TIMM = {
     "q/k norm": {"qk_norm": True},
     "LayerScale, no head": {"init_values": 1e-5, "num_classes": 0},
     "SwiGLU": {"mlp_ratio": 3.0, "architecture": "vit_giant_patch14_dinov2"},
+    "CLIP": {"architecture": "vit_base_patch32_clip_quickgelu_224"},
+    "attention pooling": {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"},
     "distilled": {"architecture": "deit_base_distilled_patch16_224"},
 }
 FOLDED = (

@@ -34,9 +34,8 @@ def random_vit(folder, *, size=peers.SIZE, **fields):
     path = folder / "mine" / "model.npz"
     checkpoint.save(small.random_params(model, small.random_images(*size)), path)
     fields = {name: getattr(model, name) for name in ("patches", "hidden_size", "num_classes", "representation_size")}
-    fields |= {
-        name: getattr(model, name) for name in ("classifier", "fc_norm", "position_embedding", "num_registers", "resnet")
-    }
+    others = ("classifier", "fc_norm", "position_embedding", "num_registers", "resnet", "patch_bias", "head_bias")
+    fields |= {name: getattr(model, name) for name in others}
     description = {
         "model_name": "mine",
         "model_type": "ViT",
@@ -277,7 +276,10 @@ def test_what_is_written_opens_in_timm_and_comes_back(tmp_path, case):
         ("hf", {"transformer": {"activation": "swiglu"}}, "SwiGLU without LayerScale"),
         ("hf", {"representation_size": 8}, "representation_size with a head"),
         ("hf", {"transformer": DINO}, "classifier=token, mlp_dim=48, a grid that is not square"),
-        ("timm", {"classifier": "map"}, "timm's VisionTransformer cannot express classifier=map"),
+        ("hf", {"transformer": {"norm_pre": True, "activation": "quick_gelu"}}, "cannot express norm_pre, quick_gelu"),
+        ("timm", {"classifier": "map", "num_registers": 2}, "registers that a probe sees"),
+        ("timm", {"classifier": "unpooled"}, "timm's VisionTransformer cannot express classifier=unpooled"),
+        ("timm", {"patch_bias": False, "head_bias": False}, "norm_pre with a bias in front, or neither, a head without a bias"),
         ("timm", {"position_embedding": "sincos2d", "classifier": "gap"}, "position_embedding=sincos2d"),
         ("timm", {"classifier": "cls_mean"}, "a head on class token and mean"),
         ("timm", {"representation_size": 8}, "pre_logits"),
@@ -445,9 +447,10 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, complaint):
     ("change", "complaint"),
     [
         (lambda c: "{}", "a ViT of width 32, and no config.json beside it tells how many heads it has"),
-        (lambda c: json.dumps({"architecture": "vit_base_patch16_siglip_gap_224"}), "siglip_gap_224 is another model than its"),
+        (lambda c: json.dumps({"architecture": "vit_base_patch16_gap_224"}), "patch16_gap_224 is another model than its"),
         (lambda c: json.dumps(c | {"model_args": {"num_heads": 4, "act_layer": "silu"}}), "act_layer='silu' is not supported"),
         (lambda c: json.dumps(c | {"model_args": {"num_heads": 4, "global_pool": "max"}}), "pooling by 'max'"),
+        (lambda c: json.dumps(c | {"model_args": {"num_heads": 4, "global_pool": "map"}}), "asks for patches alone"),
     ],
 )
 def test_a_model_of_timm_that_is_not_supported_is_refused(tmp_path, change, complaint):

@@ -23,14 +23,14 @@ def grid(size):
 
 
 @both_sizes
-@pytest.mark.parametrize("rule", ["bicubic", "bicubic_offset", "bicubic_antialias"])
-def test_bicubic_is_that_of_torch(rule, old, new):
+@pytest.mark.parametrize("rule", ["bilinear_antialias", "bicubic", "bicubic_offset", "bicubic_antialias"])
+def test_interpolation_is_that_of_torch(rule, old, new):
     torch = peers.torch_peer().torch
     x = torch.from_numpy(grid(old)).permute(2, 0, 1)[None]
-    how = {"size": new, "antialias": rule == "bicubic_antialias"}
+    how = {"size": new, "antialias": rule.endswith("antialias")}
     if rule == "bicubic_offset":
         how = {"scale_factor": [(n + 0.1) / o for n, o in zip(new, old, strict=True)]}
-    expected = torch.nn.functional.interpolate(x, mode="bicubic", **how)[0].permute(1, 2, 0)
+    expected = torch.nn.functional.interpolate(x, mode=rule.split("_")[0], **how)[0].permute(1, 2, 0)
     np.testing.assert_allclose(resize(grid(old), new, rule), expected, atol=2e-5, rtol=0)
 
 

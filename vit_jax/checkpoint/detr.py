@@ -52,15 +52,6 @@ def _transformers_resnet(prefix: str) -> list[Rule]:
     return table
 
 
-def _official_attention(ours: str, theirs: str) -> list[Rule]:
-    kernels, biases = (tuple(f"{ours}/{n}/{kind}" for n in _PROJECTIONS) for kind in ("kernel", "bias"))
-    return [
-        rule(kernels, f"{theirs}.in_proj_weight", rules.PACKED),
-        rule(biases, f"{theirs}.in_proj_bias", rules.PACKED_BIAS),
-        *rules.output(f"{ours}/out", f"{theirs}.out_proj"),
-    ]
-
-
 def _transformers_attention(ours: str, theirs: str) -> list[Rule]:
     apart = [r for n in _PROJECTIONS for r in rules.projection(f"{ours}/{n}", f"{theirs}.{n[0]}_proj")]
     return [*apart, *rules.output(f"{ours}/out", f"{theirs}.out_proj")]
@@ -116,7 +107,7 @@ _OFFICIAL = (
     *_torchvision("backbone.0.body"),
     *_input_projection("input_proj"),
     rule("query_embed", "query_embed.weight"),
-    *_layers("transformer.", _official_attention, _OFFICIAL_NAMES, ("linear1", "linear2")),
+    *_layers("transformer.", rules.packed_attention, _OFFICIAL_NAMES, ("linear1", "linear2")),
     *rules.norm("encoder/norm", "transformer.encoder.norm"),
     *rules.norm("decoder/norm", "transformer.decoder.norm"),
     *rules.dense("class_embed", "class_embed"),

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from safetensors.numpy import save as to_safetensors
 
-from vit_jax.checkpoint import describe, detectors, huggingface, npz, rules, timm
+from vit_jax.checkpoint import describe, detectors, huggingface, image_text_export, npz, rules, timm, token_files
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import json_text, write_atomically
 
-FORMATS = ("npz", "hf", "timm", "dinov2")
+FORMATS = ("npz", "hf", "timm", "dinov2", "openclip")
 _FILES = {"npz": ".npz", "dinov2": ".safetensors"}
 
 
@@ -20,7 +20,8 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     Args:
       destination: a folder; for npz also a file that ends with .npz, for dinov2 one that ends with .safetensors.
         What lies there under the names to be written is replaced.
-      to: "npz" (ours and Google's, with its `model.json`), "hf" (transformers), "timm", or "dinov2" (the official names).
+      to: "npz" (ours and Google's, with its `model.json`), "hf" (transformers), "timm", "dinov2" (the official names), or
+        "openclip". The vocabulary of a model that reads texts goes along.
 
     Raises:
       UserError: if the layout has no place for something the model has.
@@ -35,10 +36,13 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         path = destination if destination.suffix == ".npz" else destination / "model.npz"
         npz.save(opened.flat, path)
         describe.write(path, opened.description)
+        token_files.copy_vocabulary(opened, path.parent)
         return path
     if to == "hf" and opened.description.model_type in ("DETR", "YOLOS"):
         return detectors.write_detector(opened, destination)
-    if opened.description.model_type != "ViT":
+    if to in ("hf", "openclip") and opened.description.model_type == "TwoTowers":
+        return image_text_export.write_image_text(opened, destination, to)
+    if opened.description.model_type != "ViT" or to == "openclip":
         raise UserError(f"{to} has no layout for a {opened.description.model_type} here: use --to=npz")
     if opened.description.image_size is None:
         raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")

@@ -21,8 +21,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Beit": {"size": _SQUARE, "crop_size": _SQUARE, "resample": 3, "do_center_crop": False} | _HALF,
     "Bit": {"size": _SHORTEST, "crop_size": _SQUARE, "resample": 3, "do_center_crop": True} | _CLIP,
     "CLIP": {"size": _SHORTEST, "crop_size": _SQUARE, "resample": 3, "do_center_crop": True} | _CLIP,
+    "Siglip": {"size": _SQUARE, "resample": 3, "do_center_crop": False} | _HALF,
 }
 _PROCESSOR_OF = {"vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
+_PROCESSOR_OF |= {"clip": "CLIP", "siglip": "Siglip"}
 _READ = ("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
 _READ += ("image_mean", "image_std", "image_processor_type", "feature_extractor_type", "default_to_square")
 # These say nothing of the pixels of an image in RGB.
@@ -75,7 +77,7 @@ def read(entries: Entries, model_type: str) -> Pixels:
 
 def _geometry(entries: Entries, kind: str) -> tuple[tuple[int, int], Any]:
     """((h, w) of what the model sees, `resize_to` of `view.eval_view`)."""
-    shortest, size = _size(entries, "size", entries.flag("default_to_square", kind not in ("Bit", "CLIP")))
+    shortest, size = _size(entries, "size", entries.flag("default_to_square", kind not in ("Bit", "CLIP", "Siglip")))
     if not entries.flag("do_center_crop"):
         if shortest:
             raise entries.wrong("size", "a height and width where do_center_crop is false: images would have any shape")

@@ -30,6 +30,7 @@ _LONGEST, _MOST = 12 * 3600, 16 << 30  # seconds for a file, and bytes of one wh
 _LONGEST_NAME = 200  # file systems allow 255 bytes, with what is added to it while it comes in
 _RETRIED = {408, 429, 500, 502, 503, 504}
 _WEIGHTS = ("*.safetensors", "*.npz")
+_BESIDE = ("*.json", "merges.txt", "spiece.model", "tokenizer.model")  # what tells of a model, and its vocabulary
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pth")  # only where a repository holds nothing better
 
 log = logging.getLogger("vit_jax")
@@ -297,15 +298,14 @@ def _fetch_repository(rest: str, online: bool) -> Path:
     repository, file, revision = match.groups()
     if file:
         folder, _, _ = file.rpartition("/")
-        snapshot = _snapshot(
-            repository, revision, [glob.escape(file), f"{glob.escape(folder)}/*.json" if folder else "*.json"], online
-        )
+        beside = [f"{glob.escape(folder)}/{name}" if folder else name for name in _BESIDE]
+        snapshot = _snapshot(repository, revision, [glob.escape(file), *beside], online)
         if (snapshot / file).is_file():
             return snapshot / file
         place = f"https://huggingface.co/{repository}/tree/{revision or 'main'}"
         raise UserError(f"hf://{rest}: the repository has no file {file}, see {place}; or, offline, it is not in {snapshot}")
     for patterns in (_WEIGHTS, _PICKLED_WEIGHTS):
-        snapshot = _snapshot(repository, revision, [*patterns, "*.json"], online, ignore="*/*")
+        snapshot = _snapshot(repository, revision, [*patterns, *_BESIDE], online, ignore="*/*")
         if any(any(snapshot.glob(pattern)) for pattern in (*_WEIGHTS, *_PICKLED_WEIGHTS)):
             return snapshot
     raise UserError(

@@ -10,7 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoint import describe, detectors, google, huggingface, lora_file, readers, rules, timm, two_towers, wrappers
+from vit_jax.checkpoint import (
+    describe,
+    detectors,
+    google,
+    huggingface,
+    image_text_files,
+    lora_file,
+    readers,
+    rules,
+    timm,
+    two_towers,
+    wrappers,
+)
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import Entries, read_object
 from vit_jax.checkpoint.family import POSITIONS, Facts, Family
@@ -81,6 +93,8 @@ def _open(path: Path, arrays: Flat) -> Opened:
     if towers := two_towers.open_towers(path, arrays):
         return towers
     theirs = wrappers.unwrap(arrays, path)
+    if towers := image_text_files.open_image_text(path, theirs):
+        return towers
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
     folder = path if path.is_dir() else path.parent
@@ -146,7 +160,7 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
     sample = ", ".join(sorted(names)[:5])
     raise UserError(
         f"{path} is of no family known here (Google or big_vision npz, transformers' ViT, DeiT and DINOv2, timm's ViT, "
-        f"official DINOv2, DETR, YOLOS): its parameters are called {sample} …"
+        f"official DINOv2, DETR, YOLOS, CLIP, SigLIP, OpenCLIP): its parameters are called {sample} …"
     )
 
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from vit_jax.errors import unknown
 
-RULES = ("bilinear", "bicubic", "bicubic_offset", "bicubic_antialias")
+RULES = ("bilinear", "bilinear_antialias", "bicubic", "bicubic_offset", "bicubic_antialias")
 
 
 def resize(grid: Float[np.ndarray, "h w d"], size: tuple[int, int], rule: str) -> Float[np.ndarray, "i j d"]:
@@ -13,6 +13,7 @@ def resize(grid: Float[np.ndarray, "h w d"], size: tuple[int, int], rule: str) -
 
     Rules:
       bilinear: aligned corners, as `scipy.ndimage.zoom(order=1)`; Google and big_vision.
+      bilinear_antialias: torch's with antialias=True; SigLIP 2 on images of any shape.
       bicubic: torch's plain bicubic (a = −0.75, replicated border); Hugging Face, DeiT.
       bicubic_offset: the same with a scale of (n + 0.1) / old; DINOv2 without registers.
       bicubic_antialias: torch's with antialias=True (a = −0.5); timm, DINOv2 with registers.
@@ -29,10 +30,10 @@ def weights(old: int, new: int, rule: str) -> Float[np.ndarray, "new old"]:
     if rule == "bilinear":
         centers = places * ((old - 1) / (new - 1) if new > 1 else 0)
         return np.maximum(0, 1 - np.abs(centers[:, None] - np.arange(old)))
-    if rule == "bicubic_antialias":
+    if rule.endswith("antialias"):
         scale = old / new
         distance = ((np.arange(old) + 0.5) - (places[:, None] + 0.5) * scale) / max(1.0, scale)
-        w = _cubic(distance, -0.5)
+        w = _cubic(distance, -0.5) if rule == "bicubic_antialias" else np.maximum(0, 1 - np.abs(distance))
         return w / w.sum(axis=1, keepdims=True)
     scale = old / (new + 0.1) if rule == "bicubic_offset" else old / new
     centers = (places + 0.5) * scale - 0.5

@@ -56,10 +56,17 @@ def projection(ours: str, theirs: str) -> list[Rule]:
     return [rule(f"{ours}/kernel", f"{theirs}.weight", HEADS), rule(f"{ours}/bias", f"{theirs}.bias", HEADS_BIAS)]
 
 
-def packed_projections(ours: str, theirs: str) -> list[Rule]:
-    """Query, key and value as one linear layer of width 3·d, in this order."""
-    kernels, biases = (tuple(f"{ours}/{n}/{kind}" for n in ("query", "key", "value")) for kind in ("kernel", "bias"))
-    return [rule(kernels, f"{theirs}.weight", PACKED), rule(biases, f"{theirs}.bias", PACKED_BIAS)]
+def packed_projections(ours: str, theirs: str, names: Sequence[str] = ("query", "key", "value"), dot: str = ".") -> list[Rule]:
+    """Query, key and value, or some of them, as one linear layer of their widths together, in this order."""
+    kernels, biases = (tuple(f"{ours}/{n}/{kind}" for n in names) for kind in ("kernel", "bias"))
+    of_kernels, of_biases = _PACKED[len(names)]
+    return [rule(kernels, f"{theirs}{dot}weight", of_kernels), rule(biases, f"{theirs}{dot}bias", of_biases)]
+
+
+def packed_attention(ours: str, theirs: str) -> list[Rule]:
+    """torch's `nn.MultiheadAttention`."""
+    packed = packed_projections(ours, f"{theirs}.in_proj", dot="_")
+    return [*packed, *output(f"{ours}/out", f"{theirs}.out_proj")]
 
 
 def output(ours: str, theirs: str) -> list[Rule]:
@@ -92,7 +99,7 @@ def write(rules: Sequence[Rule], ours: Mapping[str, np.ndarray], *, blocks: int,
     for r in _expanded(rules, blocks):
         if all(name in ours for name in r.ours):
             arrays = r.transform.write([ours[name] for name in r.ours])
-            theirs |= {name: np.ascontiguousarray(x) for name, x in zip(r.theirs, arrays, strict=True)}
+            theirs |= {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in zip(r.theirs, arrays, strict=True)}
             used.update(r.ours)
     if unused := _listed(ours, used):
         raise UserError(f"{where} has no place for {unused}")
@@ -133,11 +140,19 @@ CONVOLUTION = _one(lambda x, _: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3
 HEADS = _one(_split_heads, _join_heads)
 HEADS_BIAS = _one(lambda x, heads: x.reshape(heads, -1), lambda x: x.reshape(-1))
 HEADS_OUT = _one(lambda x, heads: x.T.reshape(heads, -1, x.shape[0]), lambda x: x.reshape(-1, x.shape[-1]).T)
-PACKED = Transform(
-    lambda arrays, heads: [_split_heads(part, heads) for part in np.split(arrays[0], 3)],
-    lambda arrays: [np.concatenate([_join_heads(x) for x in arrays])],
-)
-PACKED_BIAS = Transform(
-    lambda arrays, heads: [part.reshape(heads, -1) for part in np.split(arrays[0], 3)],
-    lambda arrays: [np.concatenate([x.reshape(-1) for x in arrays])],
-)
+
+
+def _packed(n: int) -> tuple[Transform, Transform]:
+    """n projections as one: of the kernels and of the biases."""
+    kernels = Transform(
+        lambda arrays, heads: [_split_heads(part, heads) for part in np.split(arrays[0], n)],
+        lambda arrays: [np.concatenate([_join_heads(x) for x in arrays])],
+    )
+    biases = Transform(
+        lambda arrays, heads: [part.reshape(heads, -1) for part in np.split(arrays[0], n)],
+        lambda arrays: [np.concatenate([x.reshape(-1) for x in arrays])],
+    )
+    return kernels, biases
+
+
+_PACKED = {n: _packed(n) for n in (2, 3)}

@@ -12,9 +12,6 @@ from vit_jax.data.host.text import Tokenizer
 from vit_jax.errors import UserError
 from vit_jax.models import zoo
 
-LIT = "gs://vit_models/lit"
-"""Where LiT's vocabularies lie, each called like its model."""
-
 
 def open_tokenizer(opened: Opened, *, vocab: str | os.PathLike | None = None) -> Tokenizer:
     """What makes tokens (n, max_len), int32, of a list of n texts, as the text tower of `opened` was trained with them.
@@ -51,7 +48,7 @@ def _find(path: Path, file: str) -> Path:
     """The vocabulary beside a checkpoint, or the published one. Raises UserError if there is none."""
     beside = (path if path.is_dir() else path.parent) / file
     if not beside.is_file() and Path(file).stem in zoo.LIT:
-        return fetch(f"{LIT}/{file}")
+        return fetch(f"{zoo.LIT_BUCKET}/{file}")
     if not beside.is_file():
         raise UserError(f"{path} needs the vocabulary that its text tower was trained with: put it beside it, as {beside}")
     return beside

@@ -31,8 +31,10 @@ from vit_jax.errors import UserError, printable
 
 log = logging.getLogger("vit_jax")
 
-_UNTOLD = re.compile("siglip|clip|tips|radio|base_patch16_gap")  # other activations, heads or epsilons than other ViTs
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh"}
+_UNTOLD = re.compile("tips|radio|base_patch16_gap")  # other activations, heads or epsilons than other ViTs
+_SIGLIP_TANH = re.compile(r"base_patch32_siglip|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip|giantopt_.*siglip")
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh", "quick_gelu": "quick_gelu"}
+_POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
 
 
 def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
@@ -42,6 +44,7 @@ def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
         rule("register_tokens", registers),
         rule(POSITIONS, "pos_embed"),
         *rules.patch_embedding("patch_embed.proj"),
+        *rules.norm("Transformer/norm_pre", "norm_pre"),
         *rules.norm(f"{BLOCK}/LayerNorm_0", "blocks.{i}.norm1"),
         *rules.packed_projections(ATTENTION, "blocks.{i}.attn.qkv"),
         *rules.norm(f"{ATTENTION}/query_ln", "blocks.{i}.attn.q_norm"),
@@ -53,6 +56,13 @@ def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
         *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_1", f"blocks.{{i}}.mlp.{mlp[1]}"),
         rule(f"{BLOCK}/ls2/gamma", "blocks.{i}.ls2.gamma"),
         *rules.norm("Transformer/encoder_norm", "norm"),
+        rule("MAPHead_0/probe", "attn_pool.latent"),
+        *rules.projection(f"{_POOL}/query", "attn_pool.q"),
+        *rules.packed_projections(_POOL, "attn_pool.kv", ("key", "value")),
+        *rules.output(f"{_POOL}/out", "attn_pool.proj"),
+        *rules.norm("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
+        *rules.dense("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
+        *rules.dense("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
         *rules.norm("fc_norm", "fc_norm"),
         *rules.dense("pre_logits", "pre_logits.fc"),
         *rules.dense("head", "head"),
@@ -78,6 +88,7 @@ def _sizes(flat: Flat, heads: int | None) -> dict[str, Any]:
     return {
         "hidden_size": d,
         "patches": {"size": (p, q)},
+        **({} if "patch_embed.proj.bias" in flat else {"patch_bias": False}),
         "transformer": {
             "num_layers": count_blocks(flat, "blocks."),
             "num_heads": heads,
@@ -86,6 +97,7 @@ def _sizes(flat: Flat, heads: int | None) -> dict[str, Any]:
             "norm_eps": 1e-6,
             "layer_scale": "blocks.0.ls1.gamma" in flat,
             "qk_norm": "blocks.0.attn.q_norm.weight" in flat,
+            "norm_pre": "norm_pre.weight" in flat,
         },
     }
 
@@ -100,18 +112,24 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
     architecture = config.text("architecture", "")
     if not args.content and _UNTOLD.search(architecture):
         raise UserError(f"{printable(architecture)} is another model than its shapes tell, and config.json lacks model_args")
-    sizes = _sizes(flat, args.whole("num_heads", None))
+    sizes = _sizes(flat, args.whole("num_heads", 16 if "giantopt" in architecture else None))
     transformer = sizes["transformer"]
-    activation = args.get("act_layer")
+    activation = args.get("act_layer") or _activation(architecture)
+    if "_clip_" in architecture or (transformer["norm_pre"] and not architecture):
+        transformer["norm_eps"] = 1e-5
     if transformer["activation"] == "gelu" and activation not in (None, *_ACTIVATIONS):
         raise UserError(f"act_layer={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
     if transformer["activation"] == "gelu" and activation:
         transformer["activation"] = _ACTIVATIONS[activation]
-    pool = args.get("global_pool") or config.get("global_pool") or ("avg" if "fc_norm.weight" in flat else "token")
-    if pool not in ("token", "avg", "") or args.get("pool_include_prefix"):
-        raise UserError(f"pooling by {pool!r}, or over all tokens, is not supported, only 'token' and 'avg' of the patches")
+    usual = "avg" if "fc_norm.weight" in flat else "map" if "attn_pool.latent" in flat else "token"
+    pool = args.get("global_pool") or config.get("global_pool") or usual
+    if pool not in ("token", "avg", "map", "") or args.get("pool_include_prefix"):
+        raise UserError(f"pooling by {pool!r}, or over all tokens, is not supported, only 'token', 'map' and 'avg' of patches")
+    if pool == "map" and any(name in flat for name in ("cls_token", "reg_token")):
+        raise UserError("global_pool='map' asks for patches alone there, here for all tokens: with others it is not supported")
     distilled = "dist_token" in flat
-    classifier = "distilled" if distilled else "gap" if pool == "avg" or "cls_token" not in flat else "token"
+    pooled = "map" if pool == "map" else "gap" if pool == "avg" or "cls_token" not in flat else "token"
+    classifier = "distilled" if distilled else pooled
     registers = flat["reg_token"].shape[1] if "reg_token" in flat else 0
     model = vit_fields(
         **sizes,
@@ -136,6 +154,11 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
         preprocessing=_preprocessing(cfg, size) if "input_size" in cfg else {},
         assumed=assumed,
     )
+
+
+def _activation(architecture: str) -> str | None:
+    """What a name of timm says of the activation where nothing else does."""
+    return "quick_gelu" if "quickgelu" in architecture else "gelu_tanh" if _SIGLIP_TANH.search(architecture) else None
 
 
 def _pixels(normalisation: tuple) -> str:
@@ -232,24 +255,28 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
     model, transformer = description.model, description.model["transformer"]
     classifier = model.get("classifier", "token")
     faults = {
-        f"classifier={classifier}": classifier not in ("token", "gap", "distilled", "cls_mean"),
+        f"classifier={classifier}": classifier not in ("token", "gap", "map", "distilled", "cls_mean"),
+        "norm_pre with a bias in front, or neither": bool(transformer.get("norm_pre")) == model.get("patch_bias", True),
+        "a head without a bias": not model.get("head_bias", True) and "head/kernel" in ours,
         "registers beside a distillation token": classifier == "distilled" and model.get("num_registers"),
+        "registers that a probe sees": classifier == "map" and model.get("num_registers"),
         "resnet": model.get("resnet") is not None,
         "pre_logits": model.get("representation_size"),
         "a head of sigmoids, one a class": description.head == "sigmoid" and "head/kernel" in ours,
         "a head on class token and mean": classifier == "cls_mean" and "head/kernel" in ours,
         f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
     }
-    eps = transformer.get("norm_eps", 1e-6)
-    if eps != 1e-6:
-        log.warning("timm's LayerNorm epsilon is 1e-6, that of this model %g", eps)
+    eps, usual = transformer.get("norm_eps", 1e-6), 1e-5 if transformer.get("norm_pre") else 1e-6
+    if eps != usual:
+        log.warning("timm's LayerNorm epsilon is %g, that of this model %g", usual, eps)
     if wrong := [name for name, fault in faults.items() if fault]:
         raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
     p = model["patches"]["size"]
     size, d = description.native_size, model["hidden_size"]
-    pool = "avg" if classifier == "gap" else "token"
+    pool = {"gap": "avg", "map": "map"}.get(classifier, "token")
     activation = transformer.get("activation", "gelu_tanh")
-    architecture = {"swiglu": "vit_giant_patch14_dinov2"}.get(activation, "vit_base_patch16_224")
+    plain = "vit_base_patch32_clip_224" if transformer.get("norm_pre") else "vit_base_patch16_224"
+    architecture = {"swiglu": "vit_giant_patch14_dinov2"}.get(activation, plain)
     hidden = transformer["mlp_dim"] * (2 if activation == "swiglu" else 1)
     args = {
         "img_size": size,
@@ -307,6 +334,9 @@ def _export_dinov2(description: Description, ours: Flat) -> dict[str, Any]:
         "no LayerScale": not transformer.get("layer_scale"),
         "a head": "head/kernel" in ours,
         "tanh GELU": transformer.get("activation", "gelu_tanh") == "gelu_tanh",
+        "quick GELU": transformer.get("activation") == "quick_gelu",
+        "norm_pre": transformer.get("norm_pre"),
+        f"classifier={model.get('classifier')}": model.get("classifier") == "map",
         "q/k norm": transformer.get("qk_norm"),
         "fc_norm": model.get("fc_norm"),
         "a LayerNorm epsilon that is not 1e-6": transformer.get("norm_eps", 1e-6) != 1e-6,

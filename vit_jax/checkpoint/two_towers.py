@@ -28,6 +28,8 @@ def open_towers(path: Path, arrays: Flat) -> Opened | None:
         return None
     img = google.normalize(_tower(arrays, "img/"))
     txt = canonical(google.unstack(_tower(arrays, "txt/")))
+    if (more := txt.pop("Encoder_0/pos_embedding", None)) is not None:  # of older files: it is added behind the other
+        txt["pos_embedding"] = txt["pos_embedding"] + more
     flat = {f"img/{name}": x for name, x in img.items()} | {f"txt/{name}": x for name, x in txt.items()}
     flat |= {name: arrays[name] for name in ("t", "b") if name in arrays}
     known = describe.read(path)

@@ -1,0 +1,157 @@
+"""CLIP, SigLIP, SigLIP 2 and OpenCLIP: the numbers of transformers, and files that come back as they were."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.checkpoint.peers import randomise, torch_peer
+from tests.models import small
+from vit_jax import checkpoint, models
+from vit_jax.errors import UserError
+from vit_jax.models.two_towers import scores
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+TEXT = SIZES | {"hidden_size": 24, "vocab_size": 31, "max_position_embeddings": 9}
+IMAGE = SIZES | {"hidden_size": 32, "image_size": 21, "patch_size": 7}
+# Texts of CLIP end in 30, then comes padding: with 30 again, with 0, or none at all.
+TOKENS = np.array([[29, 4, 7, 30, 30, 30, 30], [29, 8, 30, 0, 0, 0, 0], [29, 8, 5, 6, 3, 2, 30]])
+CASES = {
+    "CLIPModel": {"projection_dim": 20, "text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE},
+    "CLIPModel with an end": {
+        "projection_dim": 20,
+        "text_config": TEXT | {"eos_token_id": 7, "hidden_act": "gelu"},
+        "vision_config": IMAGE | {"hidden_act": "gelu", "layer_norm_eps": 1e-3},
+    },
+    "SiglipModel": {"text_config": TEXT | {"projection_size": 32}, "vision_config": IMAGE},
+    "Siglip2Model": {
+        "text_config": TEXT | {"projection_size": 32},
+        "vision_config": {k: v for k, v in IMAGE.items() if k != "image_size"} | {"num_patches": 9},
+    },
+}
+
+
+def peer(case: str, folder):
+    """A tiny model of transformers, saved in `folder`."""
+    torch_peer("transformers")
+    import torch
+    import transformers
+
+    cls = getattr(transformers, case.split()[0])
+    model = randomise(cls(cls.config_class(**CASES[case])))
+    with torch.no_grad():
+        for name, x in model.named_parameters():  # `randomise` makes these too small or too large to matter
+            if "embedding" in name or name.endswith("probe"):
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def theirs(model, images, tokens) -> list[np.ndarray]:
+    """Embeddings of images and of texts, and their scores."""
+    import torch
+
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    inputs = {"pixel_values": pixels}
+    if type(model).__name__ == "Siglip2Model":
+        b, h, w, _ = images.shape
+        patches = images.reshape(b, h // 7, 7, w // 7, 7, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, 147)
+        inputs = {
+            "pixel_values": torch.from_numpy(patches),
+            "spatial_shapes": torch.tensor([[h // 7, w // 7]] * b),
+            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32),
+        }
+    with torch.inference_mode():
+        y = model(input_ids=torch.from_numpy(tokens), **inputs)
+    return [np.asarray(x) for x in (y.image_embeds, y.text_embeds, y.logits_per_image)]
+
+
+def ours(opened, images, tokens) -> list[np.ndarray]:
+    model = models.build(opened.description.model_type, opened.description.model)
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
+        zimg, ztxt, out = run({"params": opened.params}, images=images, tokens=tokens)
+    return jax.device_get([zimg, ztxt, scores(zimg, ztxt, out)])
+
+
+def as_json(opened) -> dict:
+    """The description but for its name; transformers keeps mean and std as shares of 255."""
+    described = opened.description.to_json()
+    described |= {
+        "model_name": "",
+        "mean": np.round(described["mean"], 9).tolist(),
+        "std": np.round(described["std"], 9).tolist(),
+    }
+    return json.loads(json.dumps(described))
+
+
+def assert_same(mine, expected):
+    for x, y in zip(mine, expected, strict=True):
+        assert 0.05 < y.std() < 5
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_transformers_and_comes_back_as_it_was(tmp_path, case):
+    model = peer(case, tmp_path / "theirs")
+    opened = checkpoint.open_checkpoint(tmp_path / "theirs")
+    assert opened.description.image_size == (21, 21) and opened.description.grid == (3, 3)
+    assert opened.description.head == ("softmax" if "CLIP" in case else "sigmoid")
+    images = small.random_images(21, 21, batch=2)
+    for tokens in (TOKENS, np.pad(TOKENS, ((0, 0), (0, 2)))):
+        assert_same(ours(opened, images, tokens), theirs(model, images, tokens))
+
+    checkpoint.write_checkpoint(opened, tmp_path / "model.npz", "npz")
+    again = checkpoint.open_checkpoint(tmp_path / "model.npz")
+    written = checkpoint.write_checkpoint(again, tmp_path / "ours", "hf")
+    before, after = load_file(tmp_path / "theirs" / "model.safetensors"), load_file(written)
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert x.shape == after[name].shape and x.tobytes() == after[name].tobytes(), name
+
+    import transformers
+
+    reread = getattr(transformers, case.split()[0]).from_pretrained(tmp_path / "ours").eval()
+    assert_same(theirs(reread, images, TOKENS), theirs(model, images, TOKENS))
+    assert as_json(checkpoint.open_checkpoint(tmp_path / "ours")) == as_json(opened) == as_json(again)
+
+
+def test_openclip(tmp_path):
+    """Its names and its packed attention, of the same numbers as transformers' model."""
+    model = peer("CLIPModel", tmp_path / "hf")
+    hf = load_file(tmp_path / "hf" / "model.safetensors")
+    arrays = {"logit_scale": hf["logit_scale"], "visual.proj": hf["visual_projection.weight"].T}
+    arrays |= {"text_projection": hf["text_projection.weight"].T}
+    arrays |= {"visual.class_embedding": hf["vision_model.embeddings.class_embedding"]}
+    arrays |= {"visual.conv1.weight": hf["vision_model.embeddings.patch_embedding.weight"]}
+    arrays |= {"token_embedding.weight": hf["text_model.embeddings.token_embedding.weight"]}
+    norms = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"}
+    norms |= {"ln_final": "text_model.final_layer_norm"}
+    for tower, prefix in (("vision_model", "visual."), ("text_model", "")):
+        arrays[f"{prefix}positional_embedding"] = hf[f"{tower}.embeddings.position_embedding.weight"]
+        for i in range(2):
+            block, layer = f"{prefix}transformer.resblocks.{i}", f"{tower}.encoder.layers.{i}"
+            norms |= {f"{block}.ln_1": f"{layer}.layer_norm1", f"{block}.ln_2": f"{layer}.layer_norm2"}
+            norms |= {f"{block}.mlp.c_fc": f"{layer}.mlp.fc1", f"{block}.mlp.c_proj": f"{layer}.mlp.fc2"}
+            norms |= {f"{block}.attn.out_proj": f"{layer}.self_attn.out_proj"}
+            for kind in ("weight", "bias"):
+                packed = [hf[f"{layer}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
+                arrays[f"{block}.attn.in_proj_{kind}"] = np.concatenate(packed)
+    arrays |= {f"{a}.{kind}": hf[f"{b}.{kind}"] for a, b in norms.items() for kind in ("weight", "bias")}
+    folder = tmp_path / "openclip"
+    folder.mkdir()
+    save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, folder / "open_clip_model.safetensors")
+    config = {"quick_gelu": True, "vision_cfg": {"head_width": 8}, "text_cfg": {"heads": 4}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+
+    opened = checkpoint.open_checkpoint(folder)
+    images = small.random_images(21, 21, batch=2)
+    assert_same(ours(opened, images, TOKENS), theirs(model, images, TOKENS))
+    written = load_file(checkpoint.write_checkpoint(opened, tmp_path / "again", "openclip"))
+    assert arrays.keys() == written.keys()
+    assert all(written[name].shape == x.shape and (written[name] == x).all() for name, x in arrays.items())
+    assert as_json(checkpoint.open_checkpoint(tmp_path / "again")) == as_json(opened)
+    with pytest.raises(UserError, match="timm has no layout for a TwoTowers here"):
+        checkpoint.write_checkpoint(opened, tmp_path / "x", "timm")

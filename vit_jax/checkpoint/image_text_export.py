@@ -1,0 +1,192 @@
+"""Writes image and text towers as transformers' CLIP, SigLIP and SigLIP 2, and as OpenCLIP."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save as to_safetensors
+
+from vit_jax.checkpoint import hf_pixels, image_text, token_files
+from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
+from vit_jax.checkpoint.image_text_files import LEGACY_END, RESIZE, TOKENS
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.checkpoint.rules import Flat
+from vit_jax.errors import UserError
+from vit_jax.files import json_text, write_atomically
+from vit_jax.models.layers import Encoder
+from vit_jax.models.text import TextTransformer
+from vit_jax.models.two_towers import TwoTowers
+from vit_jax.models.vit import VisionTransformer
+
+
+def write_image_text(opened: Opened, folder: Path, to: str) -> Path:
+    """Writes model.safetensors and the files beside it for transformers or OpenCLIP; returns the former. Raises UserError."""
+    description = opened.description
+    layout = _layout_for(description, to)
+    image, text = description.model["image"]["transformer"], description.model["text"]
+    blocks = image["num_layers"], text["num_layers"]
+    theirs = image_text.write(layout, opened.flat, blocks=blocks)
+    files = _openclip_files(description, theirs) if layout is OPENCLIP else _hf_files(description, layout)
+    path = folder / ("open_clip_model.safetensors" if layout is OPENCLIP else "model.safetensors")
+    blob = to_safetensors(theirs, metadata={"format": "pt"})
+    write_atomically(path, lambda f: f.write(blob))
+    for name, content in files.items():
+        written = json_text(content, indent=2) + "\n"
+        write_atomically(folder / name, lambda f, written=written: f.write(written.encode()))
+    token_files.write(opened, folder, TOKENS[layout.name])
+    return path
+
+
+# What a layout has to say of a model's fields: others it cannot express.
+_PLAIN = {"resnet": None, "representation_size": None, "fc_norm": False, "position_embedding": "learned", "num_registers": 0}
+_ENCODER = {"layer_scale": False, "qk_norm": False}
+_OF_CLIP = {
+    "model": {"text_model": "text_transformer", "bias_init": None},
+    "image": _PLAIN | {"classifier": "token", "patch_bias": False, "head_bias": False},
+    "image.transformer": _ENCODER | {"norm_pre": True},
+    "text": {"causal": True, "pool": "end", "head_bias": False},
+}
+_OF_SIGLIP = {
+    "model": {"text_model": "text_transformer"},
+    "image": _PLAIN | {"classifier": "map", "patch_bias": True},
+    "image.transformer": _ENCODER | {"norm_pre": False},
+    "text": {"causal": False, "pool": "last", "head_bias": True},
+}
+_OF_OPENCLIP = {
+    **_OF_CLIP,
+    "model": {"text_model": "text_transformer"},
+    "image.transformer": _OF_CLIP["image.transformer"] | {"norm_eps": 1e-5},
+    "text": _OF_CLIP["text"] | {"norm_eps": 1e-5},
+}
+
+
+def _layout_for(description: Description, to: str) -> Layout:
+    """The layout that a model is written in. Raises UserError for what it cannot express."""
+    model = description.model
+    fields = {
+        "model": _complete(TwoTowers, model),
+        "image": _complete(VisionTransformer, model["image"]),
+        "image.transformer": _complete(Encoder, model["image"]["transformer"]),
+        "text": _complete(TextTransformer, model["text"]) if model.get("text_model") != "bert" else {},
+    }
+    is_clip = fields["image"]["classifier"] != "map"
+    layout = OPENCLIP if to == "openclip" else CLIP if is_clip else SIGLIP
+    if layout is SIGLIP and description.resize == RESIZE[SIGLIP2.name]:
+        layout = SIGLIP2
+    expected = {CLIP.name: _OF_CLIP, OPENCLIP.name: _OF_OPENCLIP}.get(layout.name, _OF_SIGLIP)
+    faults = [
+        f"{where}.{name}={fields[where].get(name)}"
+        for where, wanted in expected.items()
+        for name, value in wanted.items()
+        if fields[where].get(name) != value
+    ]
+    image, text = fields["image.transformer"], fields["text"]
+    acts = {image["activation"], text.get("activation")}
+    if not acts <= set(_THEIR_ACTIVATIONS) or (layout is OPENCLIP and (len(acts) > 1 or "gelu_tanh" in acts)):
+        faults.append(f"the activations {' and '.join(map(str, sorted(acts, key=str)))}")
+    if layout in (SIGLIP, SIGLIP2) and model.get("bias_init") is None:
+        faults.append("scores without a bias")
+    if layout is OPENCLIP and text.get("end_token") not in (None, text.get("vocab_size", 0) - 1):
+        faults.append(f"text.end_token={text['end_token']}, which is not the highest token")
+    if len(set(description.grid)) > 1 or len(set(model["image"]["patches"]["size"])) > 1:
+        faults.append("a grid or patches that are no squares")
+    if faults:
+        raise UserError(f"{layout.name} cannot express {', '.join(faults)}: convert with --to=npz")
+    return layout
+
+
+def _complete(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the defaults of a module."""
+    return {name: field.default for name, field in cls.__dataclass_fields__.items()} | dict(fields)
+
+
+def _hf_files(description: Description, layout: Layout) -> dict[str, Any]:
+    """config.json and preprocessor_config.json."""
+    model, is_clip = description.model, layout is CLIP
+    image, encoder, text = model["image"], model["image"]["transformer"], _complete(TextTransformer, model["text"])
+    kind = {CLIP.name: "clip", SIGLIP.name: "siglip"}.get(layout.name, "siglip2")
+    (side, _), (patch, _) = description.native_size, image["patches"]["size"]
+    patches = (side // patch) ** 2
+    width = model["out_dim"][1] if isinstance(model["out_dim"], list | tuple) else model["out_dim"]
+    config = {
+        "model_type": kind,
+        "architectures": [{"clip": "CLIPModel", "siglip": "SiglipModel"}.get(kind, "Siglip2Model")],
+        "text_config": {
+            "model_type": f"{kind}_text_model",
+            "vocab_size": text["vocab_size"],
+            "max_position_embeddings": text["max_len"],
+            **_encoder_config(text["width"], text),
+            **({"eos_token_id": LEGACY_END if text["end_token"] is None else text["end_token"]} if is_clip else {}),
+            "projection_dim" if is_clip else "projection_size": width,
+        },
+        "vision_config": {
+            "model_type": f"{kind}_vision_model",
+            "patch_size": patch,
+            **({"num_patches": patches} if layout is SIGLIP2 else {"image_size": side}),
+            **_encoder_config(image["hidden_size"], _complete(Encoder, encoder)),
+            **({"projection_dim": width} if is_clip else {}),
+        },
+    } | ({"projection_dim": width} if is_clip else {})
+    pixels = hf_pixels.write(description, kind)
+    pixels["image_processor_type"] = {"clip": "CLIPImageProcessor"}.get(kind, "SiglipImageProcessor")
+    if layout is SIGLIP2:
+        pixels = {name: x for name, x in pixels.items() if name not in ("size", "crop_size", "do_center_crop")}
+        pixels |= {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "patch_size": patch,
+            "max_num_patches": (side // patch) ** 2,
+        }
+    return {"config.json": config, "preprocessor_config.json": pixels}
+
+
+_THEIR_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def _encoder_config(width: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": fields["mlp_dim"],
+        "num_hidden_layers": fields["num_layers"],
+        "num_attention_heads": fields["num_heads"],
+        "hidden_act": _THEIR_ACTIVATIONS[fields["activation"]],
+        "layer_norm_eps": fields["norm_eps"],
+        "attention_dropout": 0.0,
+    }
+
+
+def _openclip_files(description: Description, theirs: Flat) -> dict[str, Any]:
+    """open_clip_config.json, as on the hub."""
+    model, how = description.model, description.preprocessing
+    image, encoder, text = model["image"], model["image"]["transformer"], _complete(TextTransformer, model["text"])
+    size = description.image_size
+    if how.get("resize_to") not in (None, min(size)) or len(set(size)) > 1:
+        raise UserError("OpenCLIP resizes photos to the size of the model, or their shorter side: convert with --to=npz")
+    config = {
+        "embed_dim": theirs["text_projection"].shape[1],
+        **({"quick_gelu": True} if text["activation"] == "quick_gelu" else {}),
+        **({"init_logit_bias": model["bias_init"]} if "logit_bias" in theirs else {}),
+        "vision_cfg": {
+            "image_size": description.native_size[0],
+            "layers": encoder["num_layers"],
+            "width": image["hidden_size"],
+            "head_width": image["hidden_size"] // encoder["num_heads"],
+            "mlp_ratio": encoder["mlp_dim"] / image["hidden_size"],
+            "patch_size": image["patches"]["size"][0],
+        },
+        "text_cfg": {
+            "context_length": text["max_len"],
+            "vocab_size": text["vocab_size"],
+            "width": text["width"],
+            "heads": text["num_heads"],
+            "layers": text["num_layers"],
+            "mlp_ratio": text["mlp_dim"] / text["width"],
+        },
+    }
+    pixels = {
+        "mean": [x / 255 for x in description.mean],
+        "std": [x / 255 for x in description.std],
+        "interpolation": how.get("interpolation", "bilinear"),
+        "resize_mode": "shortest" if how.get("resize_to") else "squash",
+    }
+    return {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": pixels}}

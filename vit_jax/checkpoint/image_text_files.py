@@ -1,0 +1,210 @@
+"""Opens the files of other projects' image and text towers, with what lies beside them: sizes, pixels, tokens."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoint import hf_pixels, image_text, token_files
+from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.entries import Entries, read_object
+from vit_jax.checkpoint.family import HALF, POSITIONS, count_blocks, square_side, vit_fields
+from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
+from vit_jax.checkpoint.opened import Opened
+from vit_jax.checkpoint.rules import Flat
+from vit_jax.errors import UserError
+
+log = logging.getLogger("vit_jax")
+
+_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+RESIZE = {
+    CLIP.name: "bicubic",
+    SIGLIP.name: "bicubic",
+    SIGLIP2.name: "bilinear_antialias",
+    OPENCLIP.name: "bicubic_antialias",
+}
+"""How each project resamples position embeddings."""
+_OPENAI = ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305))
+LEGACY_END = 2  # what CLIP's first files on Hugging Face call the end: there it is the highest token of a text
+TOKENS = {CLIP.name: "clip", SIGLIP.name: "siglip", SIGLIP2.name: "siglip2", OPENCLIP.name: "openclip"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the shapes do not tell of both towers."""
+
+    heads: tuple[int, int]
+    activations: tuple[str, str]
+    norm_eps: tuple[float, float]
+    end_token: int | None = None
+
+
+def open_image_text(path: Path, arrays: Flat) -> Opened | None:
+    """The two towers in a file's arrays, with the config.json beside it; None for other models. Raises UserError."""
+    layout = image_text.layout_of(arrays)
+    if layout is None:
+        return None
+    folder = path if path.is_dir() else path.parent
+    theirs = {name: x for name, x in arrays.items() if not name.endswith(("position_ids", "attn_mask"))}
+    blocks = count_blocks(theirs, layout.image_blocks), count_blocks(theirs, layout.text_blocks)
+    sizes = (_openclip_sizes if layout is OPENCLIP else _hf_sizes)(folder, theirs)
+    flat = image_text.read(layout, theirs, blocks=blocks, heads=sizes.heads, where=str(path))
+    return Opened(path, layout.name, flat, _description(layout, flat, sizes, blocks, path, folder))
+
+
+def _hf_sizes(folder: Path, theirs: Flat) -> _Sizes:
+    """Entries that config.json leaves out have the defaults of transformers' classes."""
+    config = read_object(folder / "config.json")
+    if not config.content:
+        raise UserError(f"{folder} holds no config.json, which tells the heads of both towers: put it beside the parameters")
+    is_clip = "text_projection.weight" in theirs
+    image, text = config.object("vision_config", {}), config.object("text_config", {})
+    act, eps = ("quick_gelu", 1e-5) if is_clip else ("gelu_pytorch_tanh", 1e-6)
+    end = text.whole("eos_token_id", 49_407, low=0) if is_clip else None
+    return _Sizes(
+        heads=(image.whole("num_attention_heads", 12), text.whole("num_attention_heads", 8 if is_clip else 12)),
+        activations=tuple(_ACTIVATIONS[part.text("hidden_act", act, tuple(_ACTIVATIONS))] for part in (image, text)),
+        norm_eps=tuple(part.number("layer_norm_eps", eps, 1e-16, 1) for part in (image, text)),
+        end_token=None if end == LEGACY_END else end,
+    )
+
+
+def _openclip_sizes(folder: Path, theirs: Flat) -> _Sizes:
+    """Heads are of 64 where no open_clip_config.json says otherwise."""
+    model = read_object(folder / "open_clip_config.json").object("model_cfg", {})
+    image, text = model.object("vision_cfg", {}), model.object("text_cfg", {})
+    if not model.content:
+        log.warning("opened   %s: no open_clip_config.json lies beside it: GELU, and heads of 64, are assumed", folder)
+    for part in (image, text):
+        for name in ("act_kwargs", "norm_kwargs", "attentional_pool", "final_ln_after_pool", "no_causal_mask", "embed_cls"):
+            if part.get(name):
+                raise part.wrong(name, "left out: such a model is not known here")
+    image.text("pool_type", "tok", ("tok",))
+    text.text("pool_type", "argmax", ("argmax",))
+    activation = "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
+    widths = theirs["visual.class_embedding"].shape[-1], theirs["token_embedding.weight"].shape[-1]
+    return _Sizes(
+        heads=(
+            widths[0] // image.whole("head_width", 64) or 1,
+            text.whole("heads", max(1, widths[1] // 64)),
+        ),
+        activations=(activation, activation),
+        norm_eps=(1e-5, 1e-5),
+    )
+
+
+def _description(layout: Layout, flat: Flat, sizes: _Sizes, blocks: tuple[int, int], path: Path, folder: Path) -> Description:
+    fields = _fields(flat, sizes, blocks)
+    p, q = fields["image"]["patches"]["size"]
+    count = flat[f"img/{POSITIONS}"].shape[1] - ("img/cls" in flat)
+    native = _native_size(layout, folder, count, (p, q))
+    described = Description(
+        model_name=path.stem,
+        model_type="TwoTowers",
+        model=fields,
+        image_size=native,
+        grid=(native[0] // p, native[1] // q),
+        mean=HALF[0],
+        std=HALF[1],
+        class_names=(),
+        resize=RESIZE[layout.name],
+        head="sigmoid" if "b" in flat else "softmax",
+        text=token_files.describe(TOKENS[layout.name], folder, fields["text"]),
+        task={"type": "contrast"},
+    )
+    return dataclasses.replace(described, **_pixels(layout, folder, native))
+
+
+def _fields(flat: Flat, sizes: _Sizes, blocks: tuple[int, int]) -> dict[str, Any]:
+    """The fields of `models.two_towers.TwoTowers`."""
+    p, q, _, width = flat["img/embedding/kernel"].shape
+    is_clip = "img/head/kernel" in flat
+    mlps = [flat[f"{block}_0/MlpBlock_3/Dense_0/kernel"].shape[1] for block in _FIRST_BLOCKS]
+    image = vit_fields(
+        hidden_size=width,
+        patches={"size": (p, q)},
+        classifier="token" if is_clip else "map",
+        **({"patch_bias": False, "head_bias": False} if is_clip else {}),
+        transformer={
+            "num_layers": blocks[0],
+            "num_heads": sizes.heads[0],
+            "mlp_dim": mlps[0],
+            "activation": sizes.activations[0],
+            "norm_eps": sizes.norm_eps[0],
+            "norm_pre": is_clip,
+        },
+    )
+    vocab_size, text_width = flat["txt/Embed_0/embedding"].shape
+    text = {
+        "width": text_width,
+        "vocab_size": vocab_size,
+        "max_len": flat["txt/pos_embedding"].shape[1],
+        "num_layers": blocks[1],
+        "num_heads": sizes.heads[1],
+        "mlp_dim": mlps[1],
+        "activation": sizes.activations[1],
+        "norm_eps": sizes.norm_eps[1],
+        "causal": is_clip,
+        "pool": "end" if is_clip else "last",
+        "end_token": sizes.end_token,
+        **({"head_bias": False} if is_clip else {}),
+    }
+    widths = [flat[f"{tower}/head/kernel"].shape[-1] if f"{tower}/head/kernel" in flat else None for tower in ("img", "txt")]
+    bias = float(flat["b"].reshape(-1)[0]) if "b" in flat else None
+    return {"image": image, "text": text, "text_model": "text_transformer", "out_dim": widths, "bias_init": bias}
+
+
+_FIRST_BLOCKS = "img/Transformer/encoderblock", "txt/Encoder_0/encoderblock"
+
+
+def _native_size(layout: Layout, folder: Path, count: int, patch: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) that the position embeddings are for. UserError where a config tells another."""
+    if layout in (CLIP, SIGLIP):
+        size = read_object(folder / "config.json").object("vision_config", {}).size("image_size", (224, 224))
+        if (size[0] // patch[0]) * (size[1] // patch[1]) != count:
+            raise UserError(
+                f"{folder} holds {count} position embeddings of patches, which are not those of {size[0]}x{size[1]} px cut "
+                f"into {patch[0]}x{patch[1]} px"
+            )
+        return size
+    side = square_side(count, str(folder))
+    return side * patch[0], side * patch[1]
+
+
+def _pixels(layout: Layout, folder: Path, native: tuple[int, int]) -> dict[str, Any]:
+    """What photos go through, as entries of a description."""
+    if layout is OPENCLIP:
+        how = read_object(folder / "open_clip_config.json").object("preprocess_cfg", {})
+        mean, std = how.numbers("mean", None), how.numbers("std", None, low=1e-6)
+        squash = how.text("resize_mode", "shortest", ("shortest", "squash")) == "squash"
+        interpolation = how.text("interpolation", "bicubic", ("bicubic", "bilinear"))
+        preprocessing = {"resize_to": None if squash else min(native), "interpolation": interpolation, "antialias": True}
+        return {
+            "mean": tuple(255 * x for x in mean) if mean else _OPENAI[0],
+            "std": tuple(255 * x for x in std) if std else _OPENAI[1],
+            "preprocessing": preprocessing,
+        }
+    preprocessor = read_object(folder / "preprocessor_config.json")
+    kind = "clip" if layout is CLIP else "siglip"
+    content = dict(preprocessor.content)
+    if layout is SIGLIP2:  # its processor keeps an image's shape: here all are of one
+        content = {k: v for k, v in content.items() if k not in ("patch_size", "max_num_patches", "do_pad")}
+        content |= {"image_processor_type": "SiglipImageProcessor", "size": dict(zip(("height", "width"), native, strict=True))}
+        content = {"resample": 2} | content
+        log.warning("opened   %s: images of any shape become squares of %dx%d; --size sets another", folder, *native)
+    elif not content:
+        edge = {"height": native[0], "width": native[1]}
+        content = {"size": {"shortest_edge": min(native)}, "crop_size": edge} if layout is CLIP else {"size": edge}
+    pixels = hf_pixels.read(Entries(content, preprocessor.where), kind)
+    return {
+        "mean": pixels.mean,
+        "std": pixels.std,
+        "preprocessing": pixels.preprocessing,
+        "image_size": pixels.size,
+    }

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import inference_time
-from tests import tiny
+from tests import tiny, towers
 from tests.command_line import arguments
 from vit_jax import cli, evaluators, recipes, settings, tasks
 from vit_jax.checkpoint import hub
@@ -46,7 +46,7 @@ DIGITS = ("pp.train=train[:60]", "pp.test=test[:20]")
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """A folder with photos, and `published`, a tiny trained model that stands for those at addresses."""
+    """A folder with photos, and two tiny models: `published` stands for those at addresses, `runs/words` knows texts."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
     names = ["cat.jpg", "dog.png", "new_photo.jpg", "more_photos/1.jpg"]
@@ -56,6 +56,7 @@ def stand_ins(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / name)
     config = tiny.config(total_steps=1, eval_every=1, dataset=str(folder / "photos"), pp_train="train", pp_test="test")
     train_and_evaluate(config, folder / "published")
+    towers.write(folder / "runs" / "words")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from vit_jax import predictor, recipes
 from vit_jax.data.host.inputs import read_images
+from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Params
 
 
@@ -96,6 +98,18 @@ class Model:
         `options` are those of `Predictor.attention_maps`.
         """
         return self.predictor.attention(read_images(images), method=method, **options)
+
+    def with_labels(self, labels: Sequence[str], *, templates: Sequence[str] = (prompts.PLACE,)) -> "Model":
+        """A model of images and texts that says which of these labels fit an image, see `Predictor.with_labels`."""
+        return Model(self.predictor.with_labels(labels, templates=templates))
+
+    def embed_images(self, images: Any) -> Float[np.ndarray, "n d"]:
+        """The embeddings of images, each of length 1, by a model of images and texts."""
+        return self.predictor.embed_images(read_images(images))
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """The embeddings of texts, each of length 1, in the same space: the product of two tells how well they go together."""
+        return self.predictor.embed_texts(texts)
 
     def logits(self, inputs: ArrayLike) -> Float[Array, "b classes"]:
         """What the module makes of normalised images (b h w 3)."""

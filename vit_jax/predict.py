@@ -2,8 +2,10 @@
 
 python -m vit_jax.predict --model=runs/photos --top=3 new_photo.jpg more_photos/
 python -m vit_jax.predict --model=hf://google/vit-base-patch16-224 --json cat.jpg
+python -m vit_jax.predict --model=runs/words --labels="a cat,a dog" cat.jpg
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,36 +22,36 @@ from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
 from vit_jax.files import json_text, read_regular, write_atomically
 from vit_jax.run import runtime
+from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Shown
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table, or one JSON object an image; returns 1 if some image could not be read."""
-    parser = arguments.parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    parser.add_argument("--model", required=True, metavar="WORKDIR_OR_NPZ", help="the workdir of a run, or an .npz")
-    parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
-    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
-    parser.add_argument("--top", type=int, help="how many answers to show, of a classifier (default 5)")
-    parser.add_argument("--threshold", type=float, help="the least score that is shown, of a detector (default 0.5)")
-    parser.add_argument("--draw", metavar="DIR", help="write pictures with what was found, of a task that has places for it")
-    parser.add_argument("--errors", metavar="DIR", help="write DIR/report.html: of images in folders called as their classes")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
-    pixels.add_pixel_arguments(parser)
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bool = False) -> int:
+    """Prints a table, or one JSON object an image; returns 1 if some image could not be read.
+
+    Args:
+      doc: explains the command.
+      by_labels: --labels must be given.
+    """
+    args = _parser(doc, by_labels).parse_args(argv)
+    if args.templates is not None and args.labels is None:
+        raise UserError(f"--templates={args.templates} needs --labels, which are put into them")
+    labels = None if args.labels is None else prompts.read_labels(args.labels)
+    templates = prompts.read_templates("none" if args.templates is None else args.templates)
     if args.batch < 1 or (args.top is not None and args.top < 1):
         raise UserError(f"--top={args.top} and --batch={args.batch} must be at least 1")
     runtime.set_up()
     found = [(argument, list(find_images([argument]))) for argument in args.images]
     paths = [path for _, images in found for path in images]
     size = args.size and predictor.parse_size(args.size)
-    how = {"model_name": args.model_name, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
-    loaded = predictor.load(args.model, size=size, **how)
+    how = {"model_name": args.model_name, "vocab": args.vocab, **pixels.pixel_options(args)}
+    loaded = predictor.load(args.model, size=size, batch_size=min(args.batch, len(paths)), **how)
+    if labels is not None:
+        loaded = loaded.with_labels(labels, templates=templates)
     given = {"top": args.top, "threshold": args.threshold}
     show = loaded.show({name: value for name, value in given.items() if value is not None})
     class_names = loaded.description.class_names
-    labels = report.known_labels(found, loaded.task, class_names) if args.errors else {}
+    truth = report.known_labels(found, loaded.task, class_names) if args.errors else {}
     answers: dict[Path, np.ndarray] = {}
     width, count = max(len(shown(path)) for path in paths), 0
     for path, image, outputs in _predicted(loaded, paths):
@@ -57,16 +59,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print(path, prediction.json if args.json else prediction.text, width=width)
         if args.draw:
             _draw(Path(args.draw), f"{count}_{path.stem}.png", image, prediction)
-        if labels:
+        if truth:
             answers[path] = outputs["probabilities"]
         count += 1
     if answers:
         about = {"model": args.model, "images": " ".join(map(shown, args.images))}
-        written = report.of_predictions(answers, labels, class_names, Path(args.errors), about)
+        written = report.of_predictions(answers, truth, class_names, Path(args.errors), about)
         print(f"wrote {shown(written)}", file=sys.stderr)
     if failures := len(paths) - count:
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _parser(doc: str, by_labels: bool) -> argparse.ArgumentParser:
+    parser = arguments.parser(doc)
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
+    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    parser.add_argument(
+        "--labels",
+        required=by_labels,
+        help="what may be in the images, for a model of images and texts: 'a cat,a dog', a file with one label a line, or "
+        f"one of {', '.join(prompts.LABELS)}",
+    )
+    parser.add_argument(
+        "--templates",
+        help=f"sentences that each label is put into: {', '.join(prompts.TEMPLATES)} (default none), a file with one a line, "
+        f"or a single one such as 'a photo of a {prompts.PLACE}'",
+    )
+    parser.add_argument("--top", type=int, help="how many answers to show, of a classifier (default 5)")
+    if by_labels:
+        parser.set_defaults(model_name=None, threshold=None, draw=None, errors=None)
+    else:
+        parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
+        parser.add_argument("--threshold", type=float, help="the least score that is shown, of a detector (default 0.5)")
+        parser.add_argument(
+            "--draw", metavar="DIR", help="write pictures with what was found, of a task that has places for it"
+        )
+        parser.add_argument(
+            "--errors", metavar="DIR", help="write DIR/report.html: of images in folders called as their classes"
+        )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
+    parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
+    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
+    pixels.add_pixel_arguments(parser)
+    return parser
 
 
 def _predicted(

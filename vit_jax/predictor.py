@@ -15,17 +15,21 @@ from jaxtyping import Float, UInt8
 from vit_jax import checkpoint, models, tasks
 from vit_jax.checkpoint import Description, describe, pixels
 from vit_jax.checkpoint.results import find_npz
+from vit_jax.checkpoint.texts import open_tokenizer
 from vit_jax.data.device import augment
-from vit_jax.errors import UserError, unknown
+from vit_jax.data.host.text import Tokenizer
+from vit_jax.errors import UserError, printable, unknown
 from vit_jax.finite import check_outputs
 from vit_jax.models import attention_maps
-from vit_jax.tasks import images
+from vit_jax.tasks import images, prompts
 from vit_jax.tasks.task import Example, Params, Shown, Task
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Outputs = dict[str, np.ndarray]
 ATTENTION = ("mean", "rollout", "relevance")
 KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
+TEXTS = 64
+"""Texts computed at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Predictor:
     """A task with trained parameters.
 
     `source` names it in errors. It computes in batches of `batch_size`, the last one padded, so that one program is compiled.
+    `open_tokenizer` gives what makes tokens of texts.
     """
 
     task: Task
@@ -40,6 +45,7 @@ class Predictor:
     description: Description
     source: str = "the model"
     batch_size: int = 8
+    open_tokenizer: Callable[[], Tokenizer] | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -130,6 +136,51 @@ class Predictor:
         return jax.jit(run, static_argnames=("names", "fuse", "discard"))
 
     @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of texts. UserError for a model that reads none, and where its vocabulary is not to be found."""
+        if self.open_tokenizer is None:
+            raise UserError(f"{self.source} reads no texts")
+        return self.open_tokenizer()
+
+    def embed_images(self, pictures: Sequence[Pixels]) -> Float[np.ndarray, "n d"]:
+        """The embeddings of decoded images of any sizes, each of length 1, of a model of images and texts."""
+        return self(pictures)["zimg"]
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """The embeddings of texts, each of length 1. UserError for a text without words, and as `tokenizer` raises it."""
+        if empty := [i for i, text in enumerate(texts, 1) if not text.strip()]:
+            raise UserError(f"text {empty[0]} of {len(texts)} is empty: give words")
+        tokens, size = self.tokenizer(texts), min(TEXTS, len(texts))
+        parts = []
+        for i in range(0, len(tokens), size):
+            part = list(tokens[i : i + size])
+            parts.append(jax.device_get(self._predict(self.params, {"tokens": _padded(part, size)}))["ztxt"][: len(part)])
+        outputs = np.concatenate(parts)
+        check_outputs({"ztxt": outputs}, self.source)
+        return outputs
+
+    def with_labels(self, labels: Sequence[str], *, templates: Sequence[str] = (prompts.PLACE,)) -> "Predictor":
+        """A model of images and texts as a classifier of images by any words; each label is put into all the templates.
+
+        The probabilities are those of a softmax over the labels, or a sigmoid of each, as the model was trained.
+        UserError for a model that reads no texts, labels that are empty or given twice, and templates without `{}`.
+        """
+        labels = tuple(label.strip() for label in labels)
+        prompts.check_labels(labels)
+        prompts.check_templates(templates)
+        if len(labels) == 1 and self.description.head == "softmax":
+            raise UserError(
+                f"{printable(labels[0])!r} is the only label, and of a softmax the probability of one alone is always 1: "
+                "give two or more, such as 'a cat,something else'"
+            )
+        ztxt = prompts.embed_labels(self.embed_texts, labels, templates)
+        return dataclasses.replace(
+            self,
+            task=prompts.make_classifier(self.task, ztxt, labels, head=self.description.head),
+            description=dataclasses.replace(self.description, class_names=labels),
+        )
+
+    @functools.cached_property
     def _predict(self) -> Callable:
         return jax.jit(self.task.predict)
 
@@ -163,6 +214,7 @@ def load(
     head: bool | None = True,
     batch_size: int = 8,
     interpolation: str | None = None,
+    vocab: str | os.PathLike | None = None,
     **changes: Any,
 ) -> Predictor:
     """The model in a workdir, or in anything that `checkpoint.open_checkpoint` reads.
@@ -175,6 +227,7 @@ def load(
       model_name: insists on an architecture.
       head: False leaves the head out, for features alone; None takes it where there is one.
       interpolation: resizes photos so, antialiased, whatever the file says.
+      vocab: the vocabulary of a model that reads texts, where it does not lie beside the parameters.
       changes: fields of the description to be set, such as mean and std.
 
     Raises:
@@ -211,7 +264,8 @@ def load(
     else:
         zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory
         params = task.load({"": opened}, zeros, classes=description.class_names if head else None)
-    return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size)
+    of_texts = functools.partial(open_tokenizer, dataclasses.replace(opened, flat={}), vocab=vocab)
+    return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size, of_texts)
 
 
 def _insisted(description: Description, model_name: str) -> Description:

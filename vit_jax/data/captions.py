@@ -50,6 +50,9 @@ class CaptionSource(Source):
         except UserError as error:
             raise UserError(f"{self.where(index)} cannot be read: {error}") from error
 
+    def texts(self, index: int) -> tuple[str, ...]:
+        return self._captions[index][1]
+
     def where(self, index: int) -> str:
         return shown(self._captions[index][0])
 

@@ -73,6 +73,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The sentences of an example, where there are some; without reading its image, where a source can do that."""
+        return tuple(self[index]["text"])
+
     def fingerprint(self) -> dict[str, str | int]:
         """What the order of a run depends on, each part short enough to be kept: what differs tells what has changed.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax import options
 from vit_jax.errors import UserError, unknown
-from vit_jax.evaluators import calibration, classify, detect, fewshot, knn, probe
+from vit_jax.evaluators import calibration, classify, detect, fewshot, knn, probe, retrieval, zeroshot
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment, model_params
 
@@ -23,6 +23,8 @@ TYPES: dict[str, ModuleType] = {
     "fewshot": fewshot,
     "knn": knn,
     "probe": probe,
+    "retrieval": retrieval,
+    "zeroshot": zeroshot,
 }
 HEADLESS = ("fewshot", "knn", "probe")  # these score features: the model's head does not matter
 

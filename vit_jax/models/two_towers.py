@@ -78,8 +78,8 @@ class TwoTowers(nn.Module):
             fields = {"dtype": self.dtype, **self.image, "transformer": transformer, "num_classes": dim_image}
             image = VisionTransformer(**fields, name="img")
             zimg, out["img/norm"] = _normalized(image(images, train=train))
-        if zimg is not None and ztxt is not None and zimg.shape[-1] != ztxt.shape[-1]:
-            raise UserError(f"images become {zimg.shape[-1]} numbers, texts {ztxt.shape[-1]}: out_dim must make them equal")
+        if zimg is not None and ztxt is not None:
+            _check_widths(zimg, ztxt)
         log_t = nn.initializers.constant(jnp.log(self.temperature_init))
         out["t"] = jnp.exp(self.param("t", log_t, (1,)))
         if self.bias_init is not None:
@@ -146,6 +146,7 @@ def _normalized(z: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Arra
 
 def scores(zimg: Float[Array, "n d"], ztxt: Float[Array, "m d"], out: Mapping[str, Float[Array, "1"]]) -> Float[Array, "n m"]:
     """How well every image goes with every text, before the softmax over either, or the sigmoid where `out` has a "b"."""
+    _check_widths(zimg, ztxt)
     return out["t"] * jnp.einsum("nd,md->nm", zimg, ztxt) + out.get("b", 0.0)
 
 
@@ -164,6 +165,11 @@ def check_same_text(trained: Fields, fields: Fields, where: object) -> None:
                 f"{where} was trained with {field.name}={old!r} in its text tower, not {new!r}: "
                 f"--config.model.text.{field.name}={old}"
             )
+
+
+def _check_widths(zimg: Float[Array, "n d"], ztxt: Float[Array, "m d"]) -> None:
+    if zimg.shape[-1] != ztxt.shape[-1]:
+        raise UserError(f"images become {zimg.shape[-1]} numbers, texts {ztxt.shape[-1]}: out_dim must make them equal")
 
 
 def _check(fields: Fields) -> None:

@@ -79,6 +79,7 @@ def make_task(
             "text": described,
             "task": {"type": "contrast", "loss": loss, "max_len": max_len},
         },
+        tokenize=tokenize,
         files=(Path(vocab).expanduser(),) if vocab else (),
         show=show,
         preview=preview,

@@ -4,7 +4,7 @@ A batch is a flat dict of arrays with the examples in front: `image`, `label`, `
 `tokens`; `segmentation`; in evaluation `valid`, False on padding. An example is the same without the leading axis.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -109,6 +109,7 @@ class Task:
       towers: parts of the model, by the prefix of their parameters, that `config.pretrained` may name sources of their own for.
       frozen: () → other trees by name, on the host, that the loss reads and nobody trains.
       init_carry: () → the carry before the first step.
+      tokenize: texts → tokens (n, max_len), of a task that reads texts and has their vocabulary.
       files: what a trained model needs beside its parameters and description, such as a vocabulary; copied there.
       totals: batch → sums over its examples that a loss divides by, such as the number of boxes.
       leaves: parameters by suffix, "" and with `config.ema_decay` "_ema" → those that are scored, and written as
@@ -140,4 +141,5 @@ class Task:
     whole_batch: bool = False
     embed: Callable[[Params, Context, Batch, jax.Array], Tree] | None = None
     loss_of: Callable[[Params, Context, Tree], Loss] | None = None
+    tokenize: Callable[[Sequence[str]], Int[np.ndarray, "n l"]] | None = None
     files: tuple[Path, ...] = ()

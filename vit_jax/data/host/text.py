@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import sentencepiece
@@ -57,6 +57,7 @@ class Tokenizer:
     vocab_path: Path
     max_len: int
     _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ends: ClassVar[int] = 1  # tokens that end every text
 
     def __post_init__(self):
         path = Path(self.vocab_path).expanduser()
@@ -76,9 +77,20 @@ class Tokenizer:
         """The tokens of each text. Raises UserError for what is no text, or no UTF-8."""
         if isinstance(texts, str | bytes):
             raise UserError("a tokenizer takes a list of texts, not a single one")
-        result = np.empty((len(texts), self.max_len), np.int32)
+        result, longer = np.empty((len(texts), self.max_len), np.int32), 0
+        room = self.max_len - self._ends
         for row, text in zip(result, texts, strict=True):
-            row[:] = self._fit(self._encode(_decoded(text)))
+            ids = self._encode(_decoded(text))
+            longer += len(ids) > room
+            row[:] = self._fit(ids[:room])
+        if longer and not self._state.get("said"):
+            self._state["said"] = True
+            log.warning(
+                "text     %d of %d texts are longer than the %d tokens that the model reads: their ends are cut (said once)",
+                longer,
+                len(texts),
+                self.max_len,
+            )
         return result
 
     @property
@@ -95,19 +107,15 @@ class Tokenizer:
         raise NotImplementedError
 
     def _fit(self, ids: list[int]) -> list[int]:
-        """Exactly `max_len` tokens."""
+        """Exactly `max_len` tokens, of at most `max_len` less `_ends`."""
         raise NotImplementedError
-
-    def _cut(self, ids: list[int], room: int) -> list[int]:
-        if len(ids) > room and not self._state.get("cut"):
-            self._state["cut"] = True
-            log.warning("text     %d tokens are cut to %d, the most that the model reads (said once)", len(ids), room)
-        return ids[:room]
 
 
 @dataclass(frozen=True)
 class BertTokenizer(Tokenizer):
     """WordPiece in lower case: [CLS] in front, no [SEP], zeros behind. `vocab_path`: one token a line."""
+
+    _ends: ClassVar[int] = 0
 
     @property
     def cls_token(self) -> int:
@@ -137,7 +145,6 @@ class BertTokenizer(Tokenizer):
         return known[word]
 
     def _fit(self, ids: list[int]) -> list[int]:
-        ids = self._cut(ids, self.max_len)
         return ids + [0] * (self.max_len - len(ids))
 
 
@@ -183,7 +190,7 @@ class SentencepieceTokenizer(Tokenizer):
         return self._state["encode"](text.lower() if self.lower else text)
 
     def _fit(self, ids: list[int]) -> list[int]:
-        ids = [*self._cut(ids, self.max_len - 1), self.eos_token]
+        ids = [*ids, self.eos_token]
         return ids + [self.eos_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
 
 
@@ -221,7 +228,7 @@ class ClipTokenizer(Tokenizer):
         return [self._state["start"], *self._state["model"].encode(text.strip(), add_special_tokens=False).ids]
 
     def _fit(self, ids: list[int]) -> list[int]:
-        ids = [*self._cut(ids, self.max_len - 1), self.eot_token]
+        ids = [*ids, self.eot_token]
         return ids + [self.eot_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
 
 

@@ -1,0 +1,148 @@
+"""Any words as classes: against NumPy, softmax and sigmoid, from the command line, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vit_jax
+from tests import towers
+from tests.test_predict import write_model
+from vit_jax import predict, predictor, zeroshot
+from vit_jax.errors import UserError
+from vit_jax.tasks import prompts
+
+LABELS = ["red cat", "blue dog", "dog"]
+TEMPLATES = ["a {}", "a photo of the {}", "{}"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """{head: (workdir, parameters)}"""
+    folder = tmp_path_factory.mktemp("towers")
+    return {head: (folder / head, towers.write(folder / head, head=head)) for head in ("softmax", "sigmoid")}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of five photos, and what the model sees of them."""
+    folder = tmp_path_factory.mktemp("photos")
+    pictures = np.random.default_rng(1).integers(0, 256, (5, *towers.SIZE, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return folder, pictures.astype(np.float32) / 127.5 - 1
+
+
+def unit(z):
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def expected(params, images, head, templates):
+    """Probabilities, in float64."""
+    sentences = [[template.replace("{}", label) for template in templates] for label in LABELS]
+    ztxt = np.stack([unit(unit(towers.embeddings(params, tokens=towers.tokens(row))).mean(0)) for row in sentences])
+    logits = np.exp(params["t"]) * (towers.embeddings(params, images=images) @ ztxt.T).astype(np.float64)
+    if head == "sigmoid":
+        return 1 / (1 + np.exp(-(logits + params["b"])))
+    exp = np.exp(logits)
+    return exp / exp.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("templates", [["{}"], TEMPLATES])
+def test_probabilities_are_those_of_numpy(head, templates, models, photos):
+    workdir, params = models[head]
+    folder, images = photos
+    classifier = vit_jax.load(workdir, batch_size=2).with_labels(LABELS, templates=templates)
+    found = classifier.probabilities(sorted(folder.iterdir()))
+    assert classifier.class_names == tuple(LABELS) and found.std(axis=0).min() > 1e-3
+    together = classifier.embed_images(sorted(folder.iterdir())) @ classifier.embed_texts(LABELS).T
+    assert together.shape == (5, 3) and abs(together).max() < 1
+    np.testing.assert_allclose(found, expected(params, images, head, templates), atol=2e-6, rtol=0)
+
+
+def test_predict_and_zeroshot_are_the_same_command(models, photos, capsys, tmp_path):
+    (workdir, params), (folder, images) = models["softmax"], photos
+    (tmp_path / "names.txt").write_text("\ufeffred cat\r\nblue dog\r\ndog\r\n\r\n")
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    common = [f"--model={workdir}", f"--templates={tmp_path / 'templates.txt'}", "--json", str(folder)]
+    assert zeroshot.main(["--labels=red cat, blue dog,dog", *common]) == 0
+    lines = capsys.readouterr().out
+    assert predict.main([f"--labels={tmp_path / 'names.txt'}", *common]) == 0
+    assert capsys.readouterr().out == lines
+    rows = [json.loads(line)["predictions"] for line in lines.splitlines()]
+    by_index = np.array([[p["probability"] for p in sorted(row, key=lambda p: p["index"])] for row in rows])
+    np.testing.assert_allclose(by_index, expected(params, images, "softmax", TEMPLATES), atol=2e-6, rtol=0)
+    assert zeroshot.main([f"--model={workdir}", "--labels=red cat,dog", "--top=1", str(folder / "0.png")]) == 0
+    assert capsys.readouterr().out.split("%  ")[1] in ("red cat\n", "dog\n")
+
+
+def test_texts_that_are_too_long_are_said_once_with_their_count(models, caplog):
+    loaded = predictor.load(models["softmax"][0])
+    z = loaded.embed_texts(["a photo of the red cat", "a photo of the red", "dog " * 99])
+    np.testing.assert_array_equal(z[0], z[1])
+    loaded.embed_texts(["dog " * 99] * 3)
+    assert [r.getMessage() for r in caplog.records if "cut" in r.getMessage()] == [
+        "text     2 of 3 texts are longer than the 6 tokens that the model reads: their ends are cut (said once)"
+    ]
+
+
+def test_many_texts_are_embedded_in_parts(models, monkeypatch):
+    loaded, texts = predictor.load(models["softmax"][0]), [f"{'a ' * (i % 4)}{towers.WORDS[5 + i % 9]}" for i in range(70)]
+    whole = towers.embeddings(models["softmax"][1], tokens=towers.tokens(texts))
+    np.testing.assert_allclose(loaded.embed_texts(texts), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("a,A", "--labels: given more than once: a:"),
+        ("a,,b", "label 2 is empty"),
+        ("", "there are no labels"),
+        (" , ", "there are no labels"),
+        ("a", "'a' is the only label, and of a softmax"),
+        ("none.txt", "--labels=none.txt: no such file"),
+        ("empty.txt", "empty.txt: there are no labels"),
+        ("latin.txt", "latin.txt is no text in UTF-8"),
+    ],
+)
+def test_labels_that_are_refused(labels, message, models, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=message):
+        zeroshot.main([f"--model={models['softmax'][0]}", f"--labels={labels}", str(photos[0])])
+
+
+def test_templates_and_models_that_are_refused(models, photos, tmp_path):
+    workdir, folder = models["softmax"][0], photos[0]
+    run = lambda *arguments, model=workdir: predict.main([f"--model={model}", *arguments, str(folder)])  # noqa: E731
+    (tmp_path / "words.txt").write_text("a {}\nb")
+    for templates, message in (
+        ("imagnet", "unknown templates 'imagnet': did you mean imagenet"),
+        (tmp_path / "words.txt", r"template 2, 'b', has no \{\}"),
+        ("a/b", "--templates=a/b: no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("--labels=a,b", f"--templates={templates}")
+    with pytest.raises(UserError, match="--templates=cifar needs --labels"):
+        run("--templates=cifar")
+    with pytest.raises(UserError, match="no vocabulary|none.txt"):
+        run("--labels=a,b", f"--vocab={tmp_path / 'none.txt'}")
+    write_model(tmp_path / "model.npz")
+    with pytest.raises(UserError, match="is a ViT, which reads no texts"):
+        run("--labels=a,b", model=tmp_path)
+    with pytest.raises(UserError, match="text 1 of 1 is empty"):
+        predictor.load(workdir).embed_texts([" "])
+
+
+def test_names_of_datasets_become_words():
+    assert [len(prompts.read_labels(name)) for name in ("imagenet", "cifar10", "cifar100")] == [1000, 10, 100]
+    for name in prompts.LABELS:
+        prompts.check_labels(prompts.read_labels(name))
+    for templates in prompts.TEMPLATES.values():
+        prompts.check_templates(templates)
+    assert prompts.readable(["tench, Tinca tinca", "palm_tree"]) == ("tench", "palm tree")
+    assert prompts.readable([f"n{i:08d}" for i in range(1000)])[:2] == ("tench", "goldfish")
+    assert prompts.read_templates("a photo of {}") == ("a photo of {}",)

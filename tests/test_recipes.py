@@ -34,6 +34,7 @@ from configs import (
     photos,
     pretrain,
     sam,
+    segment,
     siglip,
     small_data,
     transfer,
@@ -125,6 +126,20 @@ def test_detect_takes_a_step(tmp_path):
     train_and_evaluate(config, tmp_path)
     assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
     assert 0 <= tiny.metrics(tmp_path, "AP_test")[1] <= 1
+
+
+@pytest.mark.parametrize("head", segment.HEADS)
+def test_segment_takes_a_step(tmp_path, head):
+    config = segment.get_config(head)
+    config.update(SMALL | {"pp": {"train": "train[:8]", "test": "test[:5]"}})
+    config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
+    del config.model.body.vit.resnet
+    config.model.body.vit.transformer.update(ENCODER)
+    if head == "segmenter":
+        config.model.update({"width": 16, "num_heads": 2, "mlp_dim": 16})
+    train_and_evaluate(config, tmp_path)
+    assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
+    assert 0 <= tiny.metrics(tmp_path, "mIoU_test")[1] <= 1
 
 
 def test_detr_r50_freezes_norms_and_stem():

@@ -27,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", help="a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]")
     parser.add_argument("destination", help="a folder, or for npz a file")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the layout to write")
+    parser.add_argument("--head", metavar="FILE", help="a segmentation head for the ViT of source, as DINOv2 publishes it")
     pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
     opened = pixels.with_pixels(checkpoint.open_checkpoint(args.source), **pixels.pixel_options(args))
+    opened = checkpoint.open_with_head(opened, args.head) if args.head else opened
     print("\n".join(summary(opened)))
     written = checkpoint.write_checkpoint(opened, args.destination, args.to)
     print(f"wrote       {written}")
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not difference < 1e-4:
         print("error: the written file is another model", file=sys.stderr)
         return 1
-    if args.to == "dinov2":
+    if args.to in ("dinov2", "mmseg", "segmenter"):
         print("photos      the layout tells nothing of them: whoever reads it decides how they are resized and normalised")
         return 0
     return _check_photo(opened, again, args.to)

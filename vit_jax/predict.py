@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bo
         prediction = show(outputs, image.shape[:2])
         _print(path, prediction.json if args.json else prediction.text, width=width)
         if args.draw:
-            _draw(Path(args.draw), f"{count}_{path.stem}.png", image, prediction)
+            _draw(Path(args.draw), f"{count}_{path.stem}", image, prediction)
         if truth:
             answers[path] = outputs["probabilities"]
         count += 1
@@ -93,7 +93,7 @@ def _parser(doc: str, by_labels: bool) -> argparse.ArgumentParser:
         parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
         parser.add_argument("--threshold", type=float, help="the least score that is shown, of a detector (default 0.5)")
         parser.add_argument(
-            "--draw", metavar="DIR", help="write pictures with what was found, of a task that has places for it"
+            "--draw", metavar="DIR", help="write pictures with what was found, and masks, of a task that has them"
         )
         parser.add_argument(
             "--errors", metavar="DIR", help="write DIR/report.html: of images in folders called as their classes"
@@ -126,8 +126,9 @@ def _predicted(
 def _draw(folder: Path, name: str, image: UInt8[np.ndarray, "h w 3"], prediction: Shown) -> None:
     if prediction.draw is None:
         raise UserError("--draw: the task of this model has nothing to draw")
-    picture = prediction.draw(Image.fromarray(image))
-    write_atomically(folder / name, lambda f: picture.save(f, "PNG"))
+    pictures = {"": prediction.draw(Image.fromarray(image))} | {f"_{end}": x for end, x in prediction.maps.items()}
+    for end, picture in pictures.items():
+        write_atomically(folder / f"{name}{end}.png", lambda f, picture=picture: picture.save(f, "PNG"))
 
 
 def _print(path: Path, prediction: dict[str, Any] | list[str], *, width: int) -> None:

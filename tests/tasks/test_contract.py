@@ -13,6 +13,7 @@ from PIL import Image
 
 import configs.common
 import configs.detect
+import configs.segment
 from tests import tiny
 from vit_jax import predictor, tasks, train
 from vit_jax.run import experiment as experiments
@@ -71,6 +72,18 @@ def contrast(tmp_path):
     return c
 
 
+def segment(tmp_path):
+    """Batches with other numbers of ignored pixels on every device."""
+    c = configs.segment.get_config("linear,digit_masks")
+    c.model.body.vit.update({"hidden_size": 16, "patches": {"size": (8, 8)}, "position_embedding": "sincos2d"})
+    del c.model.body.vit.resnet
+    c.model.body.vit.transformer.update({"num_layers": 1, "mlp_dim": 16, "num_heads": 2})
+    c.model.places = 2
+    c.pp.update({"train": "train[:100]", "test": "test[:7]", "resize": None, "crop_method": "simple"})
+    c.update({"batch": 16, "batch_eval": 8, "progress_every": 1})
+    return c
+
+
 def self_distill(tmp_path):
     """Both kinds of heads, a centre in the carry, and three sizes of views."""
     c = tiny.config(ema_decay=0.5)
@@ -82,7 +95,14 @@ def self_distill(tmp_path):
     return c
 
 
-RECIPES = {"classify": classify, "contrast": contrast, "detect": detect, "distill": distill, "self_distill": self_distill}
+RECIPES = {
+    "classify": classify,
+    "contrast": contrast,
+    "detect": detect,
+    "distill": distill,
+    "segment": segment,
+    "self_distill": self_distill,
+}
 """By type, the smallest recipe of a task: (folder for what it needs) → config. A new task adds a line."""
 
 

@@ -2,26 +2,31 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors.numpy import save as to_safetensors
 
-from vit_jax.checkpoint import describe, detectors, huggingface, image_text_export, npz, rules, timm, token_files
+from vit_jax.checkpoint import describe, detectors, huggingface, image_text_export, npz, rules, segmenters, timm, token_files
+from vit_jax.checkpoint.family import Family
 from vit_jax.checkpoint.opened import Opened
+from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import json_text, write_atomically
 
-FORMATS = ("npz", "hf", "timm", "dinov2", "openclip")
-_FILES = {"npz": ".npz", "dinov2": ".safetensors"}
+FORMATS = ("npz", "hf", "timm", "openclip", "dinov2", "mmseg", "segmenter")
+_FILES = {"npz": ".npz"} | dict.fromkeys(("dinov2", "mmseg", "segmenter"), ".safetensors")
+_SEGMENTERS = {"mmseg": "LinearSegmenter", "segmenter": "Segmenter"}
 
 
 def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) -> Path:
     """Writes the checkpoint and returns the path that `open_checkpoint` would take.
 
     Args:
-      destination: a folder; for npz also a file that ends with .npz, for dinov2 one that ends with .safetensors.
+      destination: a folder; for npz also a file that ends with .npz, for the last three .safetensors.
         What lies there under the names to be written is replaced.
-      to: "npz" (ours and Google's, with its `model.json`), "hf" (transformers), "timm", "dinov2" (the official names), or
-        "openclip". The vocabulary of a model that reads texts goes along.
+      to: "npz" (ours and Google's, with its `model.json`), "hf" (transformers), "timm", "openclip", "dinov2" (the official
+        names), "mmseg" (a linear segmenter) or "segmenter", see `segmenters`. The vocabulary of a model that reads texts goes
+        along.
 
     Raises:
       UserError: if the layout has no place for something the model has.
@@ -42,18 +47,19 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         return detectors.write_detector(opened, destination)
     if to in ("hf", "openclip") and opened.description.model_type == "TwoTowers":
         return image_text_export.write_image_text(opened, destination, to)
-    if opened.description.model_type != "ViT" or to == "openclip":
+    if opened.description.model_type != _SEGMENTERS.get(to, "ViT") or to == "openclip":
         raise UserError(f"{to} has no layout for a {opened.description.model_type} here: use --to=npz")
     if opened.description.image_size is None:
         raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
-    transformer = opened.description.model["transformer"]
-    layer_scale = bool(transformer.get("layer_scale"))
-    family = {"hf": huggingface.DINOV2 if layer_scale else huggingface.VIT, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
-    table = family.rules(transformer.get("activation") == "swiglu")
-    files = family.export(opened.description, opened.flat)
-    ours = family.unfold(opened.flat)
-    theirs = rules.write(table, ours, blocks=transformer["num_layers"], where=family.name)
-    theirs = {family.rename(name, ours): x for name, x in theirs.items()}
+    if to == "mmseg":
+        theirs, files = _vit_arrays(segmenters.backbone_of(opened), timm.DINOV2)
+        theirs = {f"backbone.{name}": x for name, x in theirs.items()} | segmenters.write_head(opened)
+    elif to == "segmenter":
+        theirs, files = segmenters.write_whole(opened), {}
+    else:
+        layer_scale = bool(opened.description.model["transformer"].get("layer_scale"))
+        family = {"hf": huggingface.DINOV2 if layer_scale else huggingface.VIT, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
+        theirs, files = _vit_arrays(opened, family)
     path = destination if destination.suffix == ".safetensors" else destination / "model.safetensors"
     blob = to_safetensors(theirs, metadata={"format": "pt"})
     write_atomically(path, lambda f: f.write(blob))
@@ -61,3 +67,13 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         text = json_text(content, indent=2) + "\n"
         write_atomically(path.with_name(name), lambda f, text=text: f.write(text.encode()))
     return path
+
+
+def _vit_arrays(opened: Opened, family: Family) -> tuple[Flat, dict[str, Any]]:
+    """The arrays of a ViT in the names of a family, and its config files by name."""
+    transformer = opened.description.model["transformer"]
+    table = family.rules(transformer.get("activation") == "swiglu")
+    files = family.export(opened.description, opened.flat)
+    ours = family.unfold(opened.flat)
+    theirs = rules.write(table, ours, blocks=transformer["num_layers"], where=family.name)
+    return {family.rename(name, ours): x for name, x in theirs.items()}, files

@@ -19,6 +19,7 @@ from vit_jax.checkpoint import (
     lora_file,
     readers,
     rules,
+    segmenters,
     timm,
     two_towers,
     wrappers,
@@ -45,6 +46,11 @@ def open_checkpoint(source: str | os.PathLike) -> Opened:
         return _open(path, arrays)
     adapter = lora_file.read_adapter(path, arrays)
     return Opened(path, lora_file.FAMILY, lora_file.merge(adapter, _open_base(adapter)), adapter.description)
+
+
+def open_with_head(vit: Opened, source: str | os.PathLike) -> Opened:
+    """A ViT with the linear segmentation head of another file, see `segmenters.with_head`."""
+    return segmenters.with_head(vit, *_read(source))
 
 
 def _open_base(adapter: lora_file.Adapter) -> Flat:
@@ -90,6 +96,8 @@ def _understood(open_: Callable[[Path, Flat], Opened]) -> Callable[[Path, Flat],
 def _open(path: Path, arrays: Flat) -> Opened:
     if detector := detectors.open_detector(path, arrays):
         return detector
+    if segmenter := segmenters.open_segmenter(path, arrays, _open):
+        return segmenter
     if towers := two_towers.open_towers(path, arrays):
         return towers
     theirs = wrappers.unwrap(arrays, path)

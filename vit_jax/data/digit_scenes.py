@@ -1,6 +1,6 @@
-"""Scenes to try detection on: the bundled digits, in several sizes and colours, on cut-outs of two bundled photos.
+"""Scenes to try detection and segmentation on: the bundled digits, in several sizes and colours, on parts of two photos.
 
-Digits and photos are real, the layout is synthetic. Boxes are exact.
+Digits and photos are real, the layout is synthetic. Boxes and masks are exact.
 """
 
 from functools import cache
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from vit_jax.data.digits import DigitsSource
-from vit_jax.data.features import Boxes, Image, Source
+from vit_jax.data.features import Boxes, Image, Segmentation, Source
 from vit_jax.data.splits import split_range
 
 SIDE = 64
@@ -31,6 +31,7 @@ class DigitScenesSource(Source):
     """
 
     exif_rotated = False
+    _name = "digit_scenes"
 
     def __init__(self, split: str):
         self._split, self._part = split_range(split, COUNTS)
@@ -41,9 +42,14 @@ class DigitScenesSource(Source):
         return len(self._part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: x for name, x in self._scene(index).items() if name != "segmentation"}
+
+    def _scene(self, index: int) -> dict[str, Any]:
+        """`image`, what belongs to `boxes`, and `segmentation`: 0 without ink, d + 1 where that of digit d is."""
         number = self._part[index]
         rng = np.random.default_rng([number, list(COUNTS).index(self._split)])
         scene = 0.6 * _background(rng, self._split).astype(np.float32)
+        classes = np.zeros((SIDE, SIDE), np.uint8)
         boxes: list[tuple[int, int, int, int]] = []
         labels: list[int] = []
         for _ in range(rng.integers(1, _MOST + 1)):
@@ -55,6 +61,7 @@ class DigitScenesSource(Source):
                 left, top, right, bottom = box
                 part = scene[top:bottom, left:right]
                 part += (color - part) * ink[..., None]
+                classes[top:bottom, left:right][ink > _INK] = digit["label"] + 1
                 boxes.append(box)
                 labels.append(digit["label"])
         return {
@@ -62,13 +69,28 @@ class DigitScenesSource(Source):
             "boxes": np.array(boxes, np.float32).reshape(-1, 4),
             "box_labels": np.array(labels, np.int32),
             "box_crowd": np.zeros(len(boxes), bool),
+            "segmentation": classes,
         }
 
     def where(self, index: int) -> str:
-        return f"digit_scenes {self._split}, example {self._part[index]}"
+        return f"{self._name} {self._split}, example {self._part[index]}"
 
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"split": self._split, "first": self._part.start}
+
+
+class DigitMasksSource(DigitScenesSource):
+    """The same scenes with masks for boxes: the class "background" and the ten digits, at every pixel."""
+
+    _name = "digit_masks"
+
+    def __init__(self, split: str):
+        super().__init__(split)
+        self.features = {"image": Image(), "segmentation": Segmentation(("background", *self._digits.class_names))}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = self._scene(index)
+        return {name: scene[name] for name in self.features}
 
 
 @cache

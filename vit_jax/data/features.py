@@ -39,9 +39,13 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """`segmentation`: uint8 (h w), the number of a class for each pixel of the upright image; 255 is ignored."""
+    """`segmentation`: uint8 (h w), the number of a class for each pixel of the upright image; 255 is ignored.
+
+    `colors`: (r, g, b) of each class, for pictures; () where none are given.
+    """
 
     names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from functools import cache
 
 import numpy as np
 
-from vit_jax.data import captions, detection, listing, shards
+from vit_jax.data import captions, detection, listing, segmentation, shards
 from vit_jax.data.digit_canvas import DigitCanvasSource
-from vit_jax.data.digit_scenes import DigitScenesSource
+from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
 from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
@@ -40,11 +40,11 @@ def get_source(
 ) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
-    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_sentences`, `digit_canvas` (see their classes), the path of an
-    existing folder (see FolderSource, detection.open_folder for images with boxes, captions.open_folder and shards.open_folder
-    for images with sentences), `unlabelled:FOLDER` (see UnlabelledSource), tar files (see shards.open_pattern), or a tfds name
-    such as `cifar10`, for which alone the two tfds folders are. A folder of several layouts is read in the one that offers
-    what a task `needs`.
+    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas` (see their classes),
+    the path of an existing folder (see FolderSource, detection.open_folder for images with boxes, segmentation.open_folder for
+    images with masks, captions.open_folder and shards.open_folder for images with sentences), `unlabelled:FOLDER` (see
+    UnlabelledSource), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which alone the two tfds
+    folders are. A folder of several layouts is read in the one that offers what a task `needs`.
 
     Raises UserError for an unknown dataset, split or empty part.
     """
@@ -52,6 +52,8 @@ def get_source(
         return DigitsSource(dataset, split)
     if dataset == "digit_scenes":
         return DigitScenesSource(split)
+    if dataset == "digit_masks":
+        return DigitMasksSource(split)
     if dataset == "digit_sentences":
         return DigitSentencesSource(split)
     if dataset == "digit_canvas":
@@ -60,7 +62,7 @@ def get_source(
         return UnlabelledSource(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        layouts = sorted((detection, captions, shards), key=lambda layout: layout.OFFERS not in needs)
+        layouts = sorted((detection, segmentation, captions, shards), key=lambda layout: layout.OFFERS not in needs)
         known = (source for layout in layouts if (source := layout.open_folder(path, split)))
         return next(known, None) or FolderSource(path, split)
     if shards.is_pattern(path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax import options
 from vit_jax.errors import UserError, unknown
-from vit_jax.evaluators import calibration, classify, detect, fewshot, knn, probe, retrieval, zeroshot
+from vit_jax.evaluators import calibration, classify, detect, fewshot, knn, probe, retrieval, segment, zeroshot
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment, model_params
 
@@ -24,6 +24,7 @@ TYPES: dict[str, ModuleType] = {
     "knn": knn,
     "probe": probe,
     "retrieval": retrieval,
+    "segment": segment,
     "zeroshot": zeroshot,
 }
 HEADLESS = ("fewshot", "knn", "probe")  # these score features: the model's head does not matter

@@ -182,7 +182,8 @@ def rematerialised(block: type[nn.Module], remat: str, *, in_scan: bool = False)
 class Encoder(nn.Module):
     """Position embedding, `num_layers` encoder blocks, a last LayerNorm.
 
-    Returns the normalised tokens and, for those who ask by `with_layers`, every block's output before that norm.
+    Returns the normalised tokens and, for those who ask by `with_layers`, every block's output before that norm, or, by
+    `norm_layers`, after it.
 
     Attributes:
       stochastic_depth: chance of the last block to leave out a branch for an example in training; it grows from 0 at the
@@ -230,6 +231,7 @@ class Encoder(nn.Module):
         mask: Mask | None = None,
         train: bool = False,
         with_layers: bool = False,
+        norm_layers: bool = False,
     ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
         """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2.
 
@@ -255,7 +257,8 @@ class Encoder(nn.Module):
                 x = self._block(name=f"encoderblock_{i}")(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
         if self.final_norm:
-            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")(x)
+            norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")
+            x, layers = norm(x), map(norm, layers) if norm_layers else layers
         return x, tuple(layers) if with_layers else ()
 
     def _keep(self, b: int, train: bool) -> residual.KeptOfBlocks:

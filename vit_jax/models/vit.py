@@ -186,7 +186,14 @@ class VisionTransformer(nn.Module):
         tokens, _, _ = self._encode(images, train)
         return self.classifier_head(tokens, apart=True)
 
-    def features(self, images: Float[Array, "b H W c"], *, train: bool = False, hidden: Hidden | None = None) -> dict[str, Any]:
+    def features(
+        self,
+        images: Float[Array, "b H W c"],
+        *,
+        train: bool = False,
+        hidden: Hidden | None = None,
+        norm_layers: bool = False,
+    ) -> dict[str, Any]:
         """What the encoder makes of the images, for probes, dense tasks and pictures.
 
         Args:
@@ -196,9 +203,9 @@ class VisionTransformer(nn.Module):
           cls: (b, d), the class token, or None if the model has none;
           registers: (b, r, d), r of them, often 0;
           patches: (b, h·w, d) and map: (b, h, w, d), the patch tokens in rows and as a grid;
-          layers: for every block all its tokens (b, n, d), before the last LayerNorm.
+          layers: for every block all its tokens (b, n, d), before the last LayerNorm or, with `norm_layers`, after it.
         """
-        tokens, (h, w), layers = self._encode(images, train, with_layers=True, hidden=hidden)
+        tokens, (h, w), layers = self._encode(images, train, with_layers=True, norm_layers=norm_layers, hidden=hidden)
         b, n, d = tokens.shape
         first, registers = n - h * w, self.num_registers
         patches = tokens[:, first:]
@@ -215,9 +222,10 @@ class VisionTransformer(nn.Module):
         self,
         images: Float[Array, "b H W c"],
         train: bool,
-        with_layers: bool = False,
+        *,
         hidden: Hidden | None = None,
         seen: Int[Array, "b m"] | None = None,
+        **layers: bool,
     ):
         x = images.astype(self.dtype)
         if self.resnet is not None:
@@ -236,8 +244,8 @@ class VisionTransformer(nn.Module):
         names = ["cls"] * (self.classifier in _WITH_CLS) + ["dist"] * (self.classifier == "distilled")
         x = jnp.concatenate([*(batch_of(getattr(self, name)) for name in names), x], axis=1)
         registers = batch_of(self.registers) if self.num_registers else None
-        tokens, layers = self.Transformer(x, registers, num_prefix=len(names), seen=seen, train=train, with_layers=with_layers)
-        return tokens, (h, w), layers
+        tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), seen=seen, train=train, **layers)
+        return tokens, (h, w), outputs
 
 
 def sincos2d(h: int, w: int, d: int, temperature: float = 10_000.0) -> Float[Array, "1 n d"]:

@@ -81,11 +81,15 @@ class Model(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A prediction for people: lines of text, for programs: a JSON object, and, where it can be drawn, as a picture."""
+    """A prediction for people: lines of text, for programs: a JSON object, and, where it can be drawn, as a picture.
+
+    `maps` are pictures for programs, by what their names end with, which are written beside that one.
+    """
 
     text: list[str]
     json: dict[str, Any]
     draw: Callable[[Image.Image], Image.Image] | None = None
+    maps: dict[str, Image.Image] = {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -274,6 +274,7 @@ class _Unseen:
             "image": features.Image(),
             "label": features.Label(names),
             "boxes": features.Boxes(names),
+            "segmentation": features.Segmentation(names),
             "text": features.Text(),
         }
 

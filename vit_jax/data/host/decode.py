@@ -76,6 +76,22 @@ def decode(image: bytes | np.ndarray, *, exif_rotated: bool) -> UInt8[np.ndarray
     return _despite_metadata(decode_all, image)
 
 
+def decode_indices(image: bytes) -> UInt8[np.ndarray, "h w"]:
+    """Returns the numbers that a PNG holds at its pixels: places in its palette, or grey values. Raises ImageError."""
+
+    def decode_all(data: bytes) -> UInt8[np.ndarray, "h w"]:
+        with _open(data) as opened:
+            if opened.format != "PNG" or opened.mode not in ("P", "L", "1"):
+                kind = f"{opened.format} of mode {opened.mode}"
+                raise ImageError(f"is a {kind}: a mask is a PNG of 8 bits with a palette, or grey, whose numbers are classes")
+            _load(opened, data)
+            indices = np.asarray(opened).astype(np.uint8)
+            # Pillow stretches grey values of fewer than 8 bits to 0..255; how many they are stands in the header.
+            return indices // (255 // (2 ** data[24] - 1)) if opened.mode == "L" else indices
+
+    return _despite_metadata(decode_all, image)
+
+
 def header_size(image: bytes) -> tuple[int, int]:
     """(h, w) of an encoded image as its header has it. Raises ImageError where there is none."""
     if jpeg := Jpeg.read(image, exif_rotated=False):

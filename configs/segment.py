@@ -1,0 +1,52 @@
+"""Finds the class of every pixel: by default of digits in scenes, from nothing, on two CPU cores.
+
+python -m vit_jax.main --workdir=runs/masks --config=configs/segment.py:linear
+python -m vit_jax.predict --model=runs/masks --draw=drawn IMAGE…
+"""
+
+import ml_collections
+
+from configs import common
+from vit_jax.errors import unknown
+
+HEADS = {
+    "linear": ("LinearSegmenter", {"places": 8}),
+    "segmenter": ("Segmenter", {"width": 128, "num_heads": 4, "mlp_dim": 256, "places": 8}),
+}
+
+
+def get_config(arg: str = "linear,digit_masks") -> ml_collections.ConfigDict:
+    """`arg` is HEAD,DATASET: a key of `HEADS`, and a folder of images and masks, or digit_masks."""
+    head, _, dataset = arg.partition(",")
+    if head not in HEADS:
+        raise unknown("head", head, HEADS)
+    config = common.get_config()
+    config.pretrained_dir = ""
+    config.dataset = dataset or "digit_masks"
+    config.task = {"type": "segment", "canvas": (), "stride": 0}
+    config.model_type, fields = HEADS[head]
+    config.model = {"body": {"vit": _vit()}, **fields}
+    config.pp.update({"train": "train", "test": "test", "crop": 64, "resize": 64, "flip": False})
+    config.optimizer = "adamw"
+    config.base_lr = 1e-3
+    config.weight_decay = 1e-4
+    config.grad_norm_clip = 1.0
+    config.batch = 32
+    config.batch_eval = 100
+    config.accum_steps = 1
+    config.total_steps = 2_500
+    config.warmup_steps = 200
+    config.eval_every = 500
+    config.progress_every = 50
+    return config
+
+
+def _vit() -> dict:
+    transformer = {"num_layers": 4, "mlp_dim": 256, "num_heads": 4, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    return {
+        "patches": {"size": (2, 2)},
+        "hidden_size": 128,
+        "resnet": {"num_layers": (), "width_factor": 1},
+        "classifier": "unpooled",
+        "transformer": transformer,
+    }

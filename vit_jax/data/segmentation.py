@@ -1,0 +1,200 @@
+"""Images with masks, which have the number of a class at every pixel: folders of both, as ADE20K's or Pascal VOC's.
+
+`open_folder` tells them apart. Which files belong together is checked at the start; a mask of another size than its image,
+or with a class that has no name, is an error that names it when it is read.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vit_jax.data.features import Image, Segmentation, Source, digest
+from vit_jax.data.host.decode import decode_indices
+from vit_jax.data.host.view import IGNORED
+from vit_jax.data.listing import list_images, shown
+from vit_jax.data.loader import ExampleError
+from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.errors import UserError, printable, unknown
+from vit_jax.files import read_regular
+
+OFFERS = "segmentation"
+"""What such a folder has beside images."""
+MASKS = ("masks", "annotations")
+"""What the folder beside `images` may be called."""
+TABLES = ("classes.json", "classes.txt", "objectInfo150.txt")
+_TRAIN_NAMES, _TEST_NAMES = ("train", "training"), (*TEST_NAMES, "testing")
+VOC = tuple(
+    "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,"
+    "sheep,sofa,train,tvmonitor".split(",")
+)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the numbers in masks mean.
+
+    Attributes:
+      names: in the order of their numbers.
+      colors: (r, g, b) of each, for pictures; () where none are given.
+      reduce_zero_label: the masks count the classes from 1, and 0 is ignored, as in ADE20K.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...] = ()
+    reduce_zero_label: bool = False
+
+
+class SegmentationSource(Source):
+    """Pairs of files as examples: `image` (encoded bytes) and `segmentation` (h, w), of the upright image; 255 is ignored."""
+
+    exif_rotated = True
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], classes: Classes):
+        self.features = {"image": Image(), "segmentation": Segmentation(classes.names, classes.colors)}
+        self._pairs, self._classes = pairs, classes
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, mask = self._pairs[index]
+        return {"image": _read(image), "segmentation": self._indices(mask)}
+
+    def where(self, index: int) -> str:
+        return shown(self._pairs[index][0])
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return super().fingerprint() | {"names": digest(image.name for image, _ in self._pairs)}
+
+    def _indices(self, mask: Path) -> UInt8[np.ndarray, "h w"]:
+        try:
+            indices = decode_indices(_read(mask))
+        except UserError as e:
+            raise type(e)(f"{shown(mask)}: {e}") from e
+        if self._classes.reduce_zero_label:
+            indices = np.where(indices == 0, np.uint8(IGNORED), indices - np.uint8(indices != IGNORED))
+        counts = np.bincount(indices.ravel(), minlength=256)
+        if beyond := np.flatnonzero(counts[len(self._classes.names) : IGNORED]).tolist():
+            number = beyond[0] + len(self._classes.names)
+            raise ExampleError(
+                f"has {counts[number]:,} pixels of class {number} in its mask {shown(mask)}, and only classes 0 to "
+                f"{len(self._classes.names) - 1} have a name (255 is ignored): name it in the table of classes"
+            )
+        return indices
+
+
+def open_folder(path: str, split: str) -> SegmentationSource | None:
+    """The examples of a split, or part of it, of a folder in one of the layouts; None for any other folder.
+
+      images/NAME.jpg and masks/NAME.png, or both with a folder for each split in between: images/train/NAME.jpg,
+        masks/train/NAME.png. ADE20K's is one of them: annotations/training, annotations/validation.
+      VOC: JPEGImages, SegmentationClass, and ImageSets/Segmentation/{train,val}.txt.
+
+    Masks are PNGs, with a palette or grey, and belong to the image of the same name. Class names come from `classes.txt`,
+    one a line, or `classes.json`, {"names": […], "colors": [[r, g, b], …], "reduce_zero_label": true}, the latter two if
+    wanted. VOC's and ADE20K's own (objectInfo150.txt) are known.
+
+    Raises UserError for a split that is not there, a missing mask or image, and a table without names.
+    """
+    root = Path(path)
+    is_voc = (root / "SegmentationClass").is_dir() and (root / "ImageSets" / "Segmentation").is_dir()
+    asked = split.partition("[")[0]
+    if is_voc:
+        lists = {file.stem: file for file in sorted((root / "ImageSets" / "Segmentation").glob("*.txt"))}
+        names = _text(lists[_which(asked, lists, root)]).split()
+        pairs = [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in names]
+    else:
+        masks = next((root / name for name in MASKS if (root / "images").is_dir() and _has_masks(root / name)), None)
+        if masks is None:
+            return None
+        pairs = _of_folders(root / "images", masks, asked)
+    for image, mask in pairs:
+        if not image.is_file():
+            raise UserError(f"{shown(image)} does not exist: add it, or take its name out of the list")
+        if not mask.is_file():
+            raise UserError(f"{shown(image)} has no mask: add {shown(mask)}, or remove the image")
+    _, part = split_range(split, {asked: len(pairs)})
+    return SegmentationSource(pairs[part.start : part.stop], _classes(root, is_voc))
+
+
+def _has_masks(folder: Path) -> bool:
+    return folder.is_dir() and (any(folder.glob("*.png")) or any(folder.glob("*/*.png")))
+
+
+def _of_folders(images: Path, masks: Path, asked: str) -> list[tuple[Path, Path]]:
+    """(image, where its mask must be) of a split."""
+    splits = {p.name: p.name for p in sorted(images.iterdir()) if p.is_dir() and p.name in (*_TRAIN_NAMES, *_TEST_NAMES)}
+    if not splits and asked not in _TRAIN_NAMES:
+        raise UserError(
+            f"{shown(images)} has no folder for {asked!r}: make images/{asked} and {masks.name}/{asked}, or name parts, such"
+            " as --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
+        )
+    below = _which(asked, splits, images) if splits else ""
+    found = list_images(str(images / below))
+    if not found.images:
+        raise UserError(f"{shown(images / below)} holds no images{found.report() and f': {found.report()}'}")
+    return [(images / below / name, (masks / below / name).with_suffix(".png")) for name in found.images]
+
+
+def _which(asked: str, splits: Mapping[str, Any], where: Path) -> str:
+    """The split that is meant by a name: itself, or one that is called a little differently."""
+    names = next((names for names in (_TRAIN_NAMES, _TEST_NAMES) if asked in names), ())
+    if match := next((name for name in (asked, *names) if name in splits), None):
+        return match
+    raise unknown(f"split of {shown(where)}", asked, map(printable, splits))
+
+
+def _classes(root: Path, is_voc: bool) -> Classes:
+    """The table of a folder. UserError where it has none, or one that cannot be read."""
+    file = next((root / name for name in TABLES if (root / name).is_file()), None)
+    if file is None and is_voc:
+        return Classes(VOC)
+    if file is None:
+        raise UserError(f"{shown(root)} has no classes.txt: write one, a name a line, in the order of the masks' numbers")
+    if file.suffix == ".json":
+        table = _json(file)
+    elif file.name == "classes.txt":
+        table = Classes(tuple(line.strip() for line in _text(file).split("\n") if line.strip()))
+    else:  # a heading, then a row a class, whose last column is its name
+        rows = [line for line in _text(file).split("\n")[1:] if line.strip()]
+        table = Classes(tuple(row.split("\t")[-1].strip() for row in rows), reduce_zero_label=True)
+    if not 1 <= len(table.names) <= IGNORED:
+        raise UserError(f"{shown(file)} names {len(table.names)} classes, allowed are 1 to {IGNORED}, as masks have 8 bits")
+    return table
+
+
+def _json(file: Path) -> Classes:
+    try:
+        content = json.loads(_text(file))
+        names, colors = content["names"], tuple(tuple(color) for color in content.get("colors", ()))
+        reduced = content.get("reduce_zero_label", False)
+        fine = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
+        fine &= isinstance(reduced, bool)
+        fine &= len(colors) in (0, len(names)) and all(len(c) == 3 and all(n in range(256) for n in c) for c in colors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fine = False
+    if not fine:
+        example = '{"names": ["road", "sky"], "colors": [[128, 64, 128], [70, 130, 180]], "reduce_zero_label": false}'
+        raise UserError(f"{shown(file)} is no table of classes such as {example}; colors and reduce_zero_label may be left out")
+    return Classes(tuple(names), colors, reduced)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read_regular(file)
+    except OSError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e.strerror}") from e
+    except UserError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e}") from e
+
+
+def _text(file: Path) -> str:
+    try:
+        return _read(file).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e

@@ -6,7 +6,18 @@ from typing import Any
 
 from safetensors.numpy import save as to_safetensors
 
-from vit_jax.checkpoint import describe, detectors, huggingface, image_text_export, npz, rules, segmenters, timm, token_files
+from vit_jax.checkpoint import (
+    describe,
+    detectors,
+    eomt,
+    huggingface,
+    image_text_export,
+    npz,
+    rules,
+    segmenters,
+    timm,
+    token_files,
+)
 from vit_jax.checkpoint.family import Family
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
@@ -45,6 +56,8 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         return path
     if to == "hf" and opened.description.model_type in ("DETR", "YOLOS"):
         return detectors.write_detector(opened, destination)
+    if to == "hf" and opened.description.model_type == "EoMT":
+        return _write(destination / "model.safetensors", *eomt.write_eomt(opened))
     if to in ("hf", "openclip") and opened.description.model_type == "TwoTowers":
         return image_text_export.write_image_text(opened, destination, to)
     if opened.description.model_type != _SEGMENTERS.get(to, "ViT") or to == "openclip":
@@ -60,7 +73,11 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         layer_scale = bool(opened.description.model["transformer"].get("layer_scale"))
         family = {"hf": huggingface.DINOV2 if layer_scale else huggingface.VIT, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
         theirs, files = _vit_arrays(opened, family)
-    path = destination if destination.suffix == ".safetensors" else destination / "model.safetensors"
+    return _write(destination if destination.suffix == ".safetensors" else destination / "model.safetensors", theirs, files)
+
+
+def _write(path: Path, theirs: Flat, files: dict[str, Any]) -> Path:
+    """Writes arrays, and config files beside them by their names."""
     blob = to_safetensors(theirs, metadata={"format": "pt"})
     write_atomically(path, lambda f: f.write(blob))
     for name, content in files.items():

@@ -13,6 +13,7 @@ from vit_jax import models
 from vit_jax.checkpoint import (
     describe,
     detectors,
+    eomt,
     google,
     huggingface,
     image_text_files,
@@ -96,6 +97,8 @@ def _understood(open_: Callable[[Path, Flat], Opened]) -> Callable[[Path, Flat],
 def _open(path: Path, arrays: Flat) -> Opened:
     if detector := detectors.open_detector(path, arrays):
         return detector
+    if masks := eomt.open_eomt(path, arrays):
+        return masks
     if segmenter := segmenters.open_segmenter(path, arrays, _open):
         return segmenter
     if towers := two_towers.open_towers(path, arrays):

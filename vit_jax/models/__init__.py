@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from vit_jax.errors import unknown
-from vit_jax.models import detr, mixer, segment, two_towers, vit
+from vit_jax.models import detr, eomt, mixer, segment, two_towers, vit
 from vit_jax.models.architecture import Architecture
 from vit_jax.models.mixer import MlpMixer as MlpMixer
 from vit_jax.models.vit import VisionTransformer as VisionTransformer
@@ -17,6 +17,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "DETR": detr.DETR,
     "YOLOS": detr.YOLOS,
     "TokenDetector": detr.TOKENS,
+    "EoMT": eomt.EOMT,
     "LinearSegmenter": segment.LINEAR,
     "Segmenter": segment.SEGMENTER,
     "TwoTowers": two_towers.ARCHITECTURE,

@@ -232,12 +232,16 @@ class Encoder(nn.Module):
         train: bool = False,
         with_layers: bool = False,
         norm_layers: bool = False,
+        joining: tuple[int, Float[Array, "b q d"]] | None = None,
     ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
         """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2.
 
         With `seen` only the tokens at these places, behind that prefix, are encoded; each keeps its position.
         `mask` says which tokens see which, see `attention.attend`.
+        Of `joining`, (i, tokens), the tokens join in front of all others before block i, as in EoMT.
         """
+        if joining and self.scan:
+            raise UserError("tokens that join before a block do not go with scan=True, for which all blocks are alike")
         if self.add_position_embedding:
             x = AddPositionEmbs(name="posembed_input")(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -254,6 +258,8 @@ class Encoder(nn.Module):
         else:
             layers = []
             for i in range(self.num_layers):
+                if joining and i == joining[0]:
+                    x = jnp.concatenate([joining[1].astype(x.dtype), x], axis=1)
                 x = self._block(name=f"encoderblock_{i}")(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
         if self.final_norm:

@@ -73,7 +73,7 @@ class LinearSegmenter(nn.Module):
 
     def __call__(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Logits:
         x = self.conv_seg(self.bn(self.backbone(images, train=train)))
-        return _spread(x).astype(jnp.float32)
+        return spread(x).astype(jnp.float32)
 
 
 class Segmenter(nn.Module):
@@ -124,10 +124,10 @@ class Segmenter(nn.Module):
         patches = (x[:, : h * w] @ proj_patch.astype(x.dtype)).reshape(b, h, w, p, p, d).astype(jnp.float32)
         classes = (x[:, h * w :] @ proj_classes.astype(x.dtype)).astype(jnp.float32)
         masks = jnp.einsum("bhwpqd,bcd->bhwpqc", _of_length_one(patches), _of_length_one(classes))
-        return nn.LayerNorm(self.norm_eps, name="mask_norm")(_spread(masks))
+        return nn.LayerNorm(self.norm_eps, name="mask_norm")(spread(masks))
 
 
-def _spread(x: Float[Array, "b h w p p c"]) -> Logits:
+def spread(x: Float[Array, "b h w p p c"]) -> Logits:
     """The places of every patch, where they lie in the image."""
     b, h, w, p, _, c = x.shape
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c)
@@ -143,13 +143,13 @@ def _check(fields: Fields) -> None:
     vit.ARCHITECTURE.build({**fields["body"]["vit"], "num_classes": None})
 
 
-def _architecture(cls: type[nn.Module], last: str) -> Architecture:
+def architecture(cls: type[nn.Module], first: str, last: str) -> Architecture:
     """The blocks are those of the mask Transformer; those of the ViT are a tower of their own."""
     return Architecture(
         cls=cls,
         sizes={},
         num_layers=lambda fields: {"backbone": vit.ARCHITECTURE.num_layers(fields["body"]["vit"])},
-        first="proj_dec/.*|cls_emb",
+        first=first,
         block=r"mask_block_(\d+)/.*",
         last=last,
         cut=lambda fields: vit.ARCHITECTURE.cut(fields["body"]["vit"]),
@@ -159,5 +159,5 @@ def _architecture(cls: type[nn.Module], last: str) -> Architecture:
     )
 
 
-LINEAR = _architecture(LinearSegmenter, "(bn|conv_seg)/.*")
-SEGMENTER = _architecture(Segmenter, "(decoder_norm|mask_norm)/.*|proj_patch|proj_classes")
+LINEAR = architecture(LinearSegmenter, "", "(bn|conv_seg)/.*")
+SEGMENTER = architecture(Segmenter, "proj_dec/.*|cls_emb", "(decoder_norm|mask_norm)/.*|proj_patch|proj_classes")

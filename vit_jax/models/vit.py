@@ -218,6 +218,17 @@ class VisionTransformer(nn.Module):
             "layers": layers,
         }
 
+    def with_queries(
+        self, images: Float[Array, "b H W c"], queries: Float[Array, "q d"], num_blocks: int, *, train: bool = False
+    ) -> tuple[Float[Array, "b q d"], Float[Array, "b h w d"]]:
+        """What becomes of tokens that join before the last `num_blocks` blocks, and the map of the patches, normalised."""
+        first = self.Transformer.num_layers - num_blocks
+        if not 0 <= first < self.Transformer.num_layers:
+            raise UserError(f"queries join before the last {num_blocks} blocks, of a ViT of {self.Transformer.num_layers}")
+        batch = jnp.broadcast_to(queries, (len(images), *queries.shape))
+        tokens, (h, w), _ = self._encode(images, train, joining=(first, batch))
+        return tokens[:, : len(queries)], tokens[:, -h * w :].reshape(len(images), h, w, -1)
+
     def _encode(
         self,
         images: Float[Array, "b H W c"],
@@ -225,7 +236,7 @@ class VisionTransformer(nn.Module):
         *,
         hidden: Hidden | None = None,
         seen: Int[Array, "b m"] | None = None,
-        **layers: bool,
+        **how: Any,
     ):
         x = images.astype(self.dtype)
         if self.resnet is not None:
@@ -244,7 +255,7 @@ class VisionTransformer(nn.Module):
         names = ["cls"] * (self.classifier in _WITH_CLS) + ["dist"] * (self.classifier == "distilled")
         x = jnp.concatenate([*(batch_of(getattr(self, name)) for name in names), x], axis=1)
         registers = batch_of(self.registers) if self.num_registers else None
-        tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), seen=seen, train=train, **layers)
+        tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), seen=seen, train=train, **how)
         return tokens, (h, w), outputs
 
 

@@ -33,10 +33,10 @@ from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
 NEEDS = ("image", "segmentation")
-SEGMENTERS = ("LinearSegmenter", "Segmenter")
+SEGMENTERS = ("LinearSegmenter", "Segmenter", "EoMT")
 """Keys of `models.ARCHITECTURES`."""
-_OF_CLASSES = {r"conv_seg/(kernel|bias)": -1, r"cls_emb": 1, r"mask_norm/(scale|bias)": 0}
-"""Parameters that have an entry for each class, and on which axis."""
+_OF_CLASSES = {r"(conv_seg|class_predictor)/(kernel|bias)": -1, r"cls_emb": 1, r"mask_norm/(scale|bias)": 0}
+"""Parameters that have an entry for each class, and on which axis; EoMT's "no object" comes behind them."""
 _MOVES = ("randaug", "erasing", "mixup", "cutmix")
 
 Predict = Callable[[Params, Batch], dict[str, Array]]
@@ -92,7 +92,9 @@ def make_task(setup: Setup, *, canvas: tuple = (), stride: int = 0, colors: tupl
     feature = setup.features["segmentation"]
     names, model = feature.names, setup.build_model(num_classes=len(feature.names))
     if model.type not in SEGMENTERS:
-        raise UserError(f"config.model_type={model.type} gives no class to pixels: {' and '.join(SEGMENTERS)} do")
+        raise UserError(f"config.model_type={model.type} gives no class to pixels: {', '.join(SEGMENTERS)} do")
+    if model.type == "EoMT" and settings.trainer == "train":
+        raise UserError("EoMT is learnt by matching masks, which is not offered here: published ones predict and are scored")
     colors = tuple(tuple(color) for color in colors or feature.colors) or palette(len(names))
     if len(colors) != len(names):
         raise UserError(f"config.task.colors has {len(colors)} colours, there are {len(names)} classes")
@@ -260,13 +262,14 @@ def _head(opened: Opened, fresh: dict[str, Array], classes: Sequence[str] | None
     """The head of a segmenter; its parameters by class start anew, or are those of `classes`."""
     columns = None
     if classes is not None:
-        columns = list(match_classes(opened.description.class_names, classes, where=str(opened.path)))
+        columns = match_classes(opened.description.class_names, classes, where=str(opened.path))
     head = {}
     for name, x in fresh.items():
         axis = next((axis for pattern, axis in _OF_CLASSES.items() if re.fullmatch(pattern, name)), None)
         given = opened.flat.get(name)
         if axis is not None and given is not None:
-            given = x if columns is None else np.take(given, columns, axis)
+            more = range(len(opened.description.class_names), given.shape[axis])
+            given = x if columns is None else np.take(given, [*columns, *more], axis)
         if given is None or given.shape != x.shape:
             has = "lacks it" if given is None else f"has it as {given.shape}"
             raise UserError(f"{opened.path} does not fit: {name} must be {x.shape}, and the file {has}")

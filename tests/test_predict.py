@@ -353,11 +353,14 @@ def test_errors_of_a_labelled_folder_become_a_page(workdir, tmp_path, capsys):
     answers = [json.loads(line) for line in lines]
     right = sum(x["predictions"][0]["label"] == x["image"].split("/")[-2 - ("sub" in x["image"])].lower() for x in answers)
     content = (tmp_path / "out" / "report.html").read_text()
-    assert f"right: {right} of 6 images" in content and content.count("<figure><a href=") == 6 and "report.html" in said
+    assert f"accuracy: {right} of 6 images" in content and content.count("<figure><a href=") == 6 and "report.html" in said
     assert content.count('href="../new/') == 6 and "sections" not in content and 'id="recipe"' not in content
     run(capsys, *options, str(tmp_path / "new" / "ape"), str(tmp_path / "new" / "eel" / "1.png"))
     assert "of 3 images" in (tmp_path / "out" / "report.html").read_text()
 
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: report.html cannot be written there"):
+        predict.main([*options, "--errors", str(tmp_path / "file"), str(tmp_path / "new")])
     (tmp_path / "new" / "DÖG").rename(tmp_path / "new" / "dingo")
     with pytest.raises(UserError, match=r"2 of 6 images are in no folder .*\(ape, bear, cat, dög, eel\).*dingo/1.png"):
         predict.main([*options, str(tmp_path / "new")])

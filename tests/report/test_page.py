@@ -107,10 +107,10 @@ def test_a_link_leads_from_the_page_to_the_file(tmp_path):
     assert page.link(None, tmp_path) is None
 
 
-@pytest.mark.parametrize(("n", "classes"), [(50_000, 1000)])
-def test_a_thousand_classes_take_seconds_and_are_light(n, classes, tmp_path):
+@pytest.mark.parametrize("classes", [1000, 21_841])
+def test_many_classes_take_seconds_and_are_light(classes, tmp_path):
     started = time.perf_counter()
-    path = page.write(content(n, classes), tmp_path)
+    path = page.write(content(50_000, classes), tmp_path)
     assert time.perf_counter() - started < 20  # 1 s alone on two cores
     assert path.stat().st_size < 10e6
-    assert page.render(content(n, classes)).count("<td>class ") > classes
+    assert path.read_text().count('class="interval"') == min(classes, page.MOST_CLASSES)

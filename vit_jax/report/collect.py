@@ -17,7 +17,17 @@ MOST_CELLS = 100
 MOST_PAIRS, MOST_PICTURES, MOST_POINTS, BINS = 20, 24, 300, 15
 Z95 = 1.959963984540054
 """95 % of a normal distribution lie within so many standard deviations."""
-_FIRST = ("loss", "accuracy", "lr")  # the curves that are looked at first
+_WORDS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "lr": "learning rate",
+    "grad_norm": "norm of the gradient",
+    "update_norm": "norm of the update",
+    "img_sec_core": "images a second and device",
+    "ece": "expected calibration error",
+    "checkpoint_stall_sec": "seconds that saving held training up",
+}
+"""Quantities, in the order in which they are looked at."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +167,9 @@ def curves(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[Curve]:
     grouped: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name, (steps, values) in series.items():
         grouped.setdefault(quantity(name), {})[name] = thinned(steps, values)
-    drawn = [Curve(title, lines) for title, lines in grouped.items() if any(len(steps) > 1 for steps, _ in lines.values())]
-    return sorted(drawn, key=lambda curve: _FIRST.index(curve.title) if curve.title in _FIRST else len(_FIRST))
+    order = [name for name in _WORDS if name in grouped] + sorted(grouped.keys() - _WORDS.keys())
+    drawn = [name for name in order if any(len(steps) > 1 for steps, _ in grouped[name].values())]
+    return [Curve(_WORDS.get(name, name), grouped[name]) for name in drawn]
 
 
 def quantity(name: str) -> str:

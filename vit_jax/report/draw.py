@@ -69,7 +69,7 @@ def reliability(bins: Mapping[str, Float[np.ndarray, " bins"]], ece: float) -> s
         accuracy, confidence = bins["correct"][i] / count, bins["confidence"][i] / count
         left, width = x_of(i / n) + 1, (WIDTH - LEFT - RIGHT) / n - 2
         top, opacity = y_of(accuracy), 0.35 + 0.65 * math.sqrt(count / total)
-        words = f"{count:.0f} images with confidence {confidence:.3f} on average: {accuracy:.3f} right"
+        words = f"{count:.0f} images with confidence {confidence:.3f} on average: accuracy {accuracy:.3f}"
         parts.append(
             f'<rect class="column" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{y_of(0) - top:.1f}" '
             f'opacity="{opacity:.2f}"><title>{words}</title></rect>'
@@ -80,16 +80,11 @@ def reliability(bins: Mapping[str, Float[np.ndarray, " bins"]], ece: float) -> s
 
 
 def heat_map(heat: Int[np.ndarray, "cells cells"]) -> str:
-    """A data URI: a pixel a cell, the stronger the larger its share of its row; right answers and mistakes in other colours.
-
-    Mistakes are so much rarer that each kind has a scale of its own.
-    """
+    """A data URI: a pixel a cell, of strength √(share of its row), which shows rare ones; right and wrong differ in colour."""
     share = heat / np.maximum(heat.sum(axis=1, keepdims=True), 1)
     diagonal = np.eye(len(heat), dtype=bool)
-    wrong = np.where(diagonal, 0, share)
-    alpha = np.where(diagonal, share, np.sqrt(wrong / (wrong.max() or 1)))
     pixels = np.where(diagonal[..., None], _RIGHT, _WRONG)
-    rgba = np.concatenate([pixels, np.rint(255 * alpha)[..., None]], axis=-1).astype(np.uint8)
+    rgba = np.concatenate([pixels, np.rint(255 * np.sqrt(share))[..., None]], axis=-1).astype(np.uint8)
     return _uri(Image.fromarray(rgba), "PNG")
 
 

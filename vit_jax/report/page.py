@@ -22,8 +22,9 @@ from vit_jax.report.style import STYLE
 from vit_jax.run.writer import format_metric
 
 FILE = "report.html"
-MOST_NAMED, MOST_ROWS = 20, 25
-"""A confusion matrix of more classes is a picture; of more rows a table shows the rest when it is asked to."""
+MOST_NAMED, MOST_ROWS, MOST_CLASSES = 20, 25, 2000
+"""A confusion matrix of more classes is a picture; of more rows a table shows the rest when it is asked to, and of more
+classes the best are left out."""
 
 PAGE = string.Template("""<!doctype html>
 <html lang="en">
@@ -93,10 +94,14 @@ def render(content: Content) -> str:
         ("curves", "Curves", _curves(content.curves)),
         ("confusion", "Confusion", found and _confusion(found)),
         ("classes", "Classes", found and _classes(found)),
-        ("mistakes", "Most confident mistakes", found and _gallery(found.mistakes, content, "There is no mistake.")),
-        ("hits", "Least confident hits", found and _gallery(found.hits, content, "Nothing is right.")),
+        (
+            "mistakes",
+            "Mistakes",
+            found and _gallery(found.mistakes, content, "Wrong, the most confident first.", "There is none."),
+        ),
+        ("hits", "Hits", found and _gallery(found.hits, content, "Right, the least confident first.", "There is none.")),
         ("calibration", "Calibration", found and _calibration(found)),
-        ("inputs", "What the model is trained on", _samples(content.samples)),
+        ("inputs", "Inputs", _samples(content.samples)),
         ("throughput", "Throughput", _pairs(content.throughput)),
         ("recipe", "Recipe", _recipe(content)),
     ]
@@ -132,7 +137,7 @@ def _scores(content: Content) -> str:
     if found := content.findings:
         right, total = int(found.correct.sum()), int(found.count.sum())
         low, high = collect.wilson(np.array(right), np.array(total))
-        cards.append((percent(right / total), f"right: {right:,} of {total:,} images; 95 % interval {_interval(low, high)}"))
+        cards.append((percent(right / total), f"accuracy: {right:,} of {total:,} images; 95 % interval {_interval(low, high)}"))
         cards.append((f"{found.ece:.3f}", "expected calibration error"))
     body = "".join(f'<div class="card"><b>{value}</b><span>{words}</span></div>' for value, words in cards)
     last = {name: format_metric(name, value) for name, value in content.metrics.items()}
@@ -147,7 +152,7 @@ def _curves(curves: Sequence[collect.Curve]) -> str:
             f'<span class="key"><i class="l{i % 6}"></i>{text(name)} {text(format_metric(name, float(values[-1])))}</span>'
             for i, (name, (_, values)) in enumerate(curve.lines.items())
         )
-        figures.append(f"<figure>{draw.line_chart(curve)}<figcaption>{keys}</figcaption></figure>")
+        figures.append(f"<figure><h3>{text(curve.title)}</h3>{draw.line_chart(curve)}<figcaption>{keys}</figcaption></figure>")
     first, rest = "".join(figures[:6]), "".join(figures[6:])
     more = rest and f'<details><summary>{len(figures) - 6} more</summary><div class="curves">{rest}</div></details>'
     return first and f'<p>Over the steps; the numbers are the last values.</p><div class="curves">{first}</div>{more}'
@@ -167,10 +172,10 @@ def _confusion(found: collect.Findings) -> str:
             )
             rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
         matrix = f'<div class="wide"><table class="matrix"><tr><td></td>{head}</tr>{"".join(rows)}</table></div>'
-        words = "A row is a class, a column what the model says."
+        words = "A row is a class, a column what the model takes it for. Right answers are blue, mistakes orange."
     else:
         size = f"{classes:,} classes" + (f" in {len(found.heat)} blocks" if len(found.heat) < classes else "")
-        words = f"From top to bottom the {size}, from left to right what the model says: right in blue, mistakes in orange."
+        words = f"From top to bottom the {size}, from left to right what the model takes them for. Right is blue, wrong orange."
         matrix = f'<img class="heat" src="{draw.heat_map(found.heat)}" alt="Confusion matrix of {size}">'
     rows = [(names[i], names[j], f"{n:,}", percent(n / found.count[i])) for i, j, n in found.pairs]
     pairs = _table(("is", "taken for", "images", "of its class"), rows, numbers=2) if rows else "<p>Nothing is confused.</p>"
@@ -181,7 +186,7 @@ def _classes(found: collect.Findings) -> str:
     share = found.correct / np.maximum(found.count, 1)
     order = np.lexsort((-found.count, share, found.count == 0))
     rows = []
-    for i in order:
+    for i in order[:MOST_CLASSES]:
         low, high = float(found.low[i]), float(found.high[i])
         bar = (
             f'<span class="interval"><i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
@@ -190,12 +195,13 @@ def _classes(found: collect.Findings) -> str:
         seen = found.count[i] > 0
         numbers = (percent(share[i]), _interval(low, high), bar) if seen else ("no images", "", "")
         rows.append((text(found.names[i], 60), f"{found.count[i]:,}", *numbers))
-    head = ("class", "images", "right", "95 % interval", "0 to 100 %")
-    words = "The worst first. The interval is Wilson's: few images leave it wide."
+    head = ("class", "images", "accuracy", "95 % interval", '<span class="scale">0 to 100 %</span>')
+    which = f"The worst {MOST_CLASSES:,} of {len(order):,} classes" if len(order) > MOST_CLASSES else "The worst"
+    words = f"{which} first. The interval is Wilson's: few images leave it wide."
     return f"<p>{words}</p>{_table(head, rows, numbers=4)}"
 
 
-def _gallery(chosen: Iterable[int], content: Content, nothing: str) -> str:
+def _gallery(chosen: Iterable[int], content: Content, order: str, nothing: str) -> str:
     found, figures = content.findings, []
     for i in map(int, chosen):
         if i not in content.pictures:
@@ -205,12 +211,12 @@ def _gallery(chosen: Iterable[int], content: Content, nothing: str) -> str:
         words = f"<b>{text(said, 40)}</b> {percent(found.confidence[i])}" + (f"<br>is {text(actual, 40)}" if wrong else "")
         alt = f"{said}, {percent(found.confidence[i])}" + (f", is {actual}" if wrong else "")
         figures.append(_figure(picture, words + f"<small>{text(_tail(picture.name))}</small>", alt))
-    return f'<div class="gallery">{"".join(figures)}</div>' if figures else f"<p>{nothing}</p>"
+    return f'<p>{order}</p><div class="gallery">{"".join(figures)}</div>' if figures else f"<p>{nothing}</p>"
 
 
 def _calibration(found: collect.Findings) -> str:
     words = (
-        "A bar is a bin of confidence, its height the share that is right, the stronger the more images it has; the dot is at "
+        "A bar is a bin of confidence, its height the accuracy, the stronger the more images it has; the dot is at "
         "the mean confidence. On the line the model is right as often as it is sure; below the line it is too sure. The "
         f"expected calibration error, the mean distance from the line, is <b>{found.ece:.4f}</b>."
     )
@@ -220,8 +226,8 @@ def _calibration(found: collect.Findings) -> str:
         count = bins["count"][i]
         confidence, right = (f"{bins[name][i] / count:.3f}" for name in ("confidence", "correct"))
         rows.append((f"{i / n:.3f} to {(i + 1) / n:.3f}", f"{count:,.0f}", confidence, right))
-    table = _table(("confidence", "images", "mean confidence", "right"), rows, numbers=3)
-    chart = f"<figure>{draw.reliability(found.bins, found.ece)}<figcaption>right, by confidence</figcaption></figure>"
+    table = _table(("confidence", "images", "mean confidence", "accuracy"), rows, numbers=3)
+    chart = f"<figure>{draw.reliability(found.bins, found.ece)}<figcaption>accuracy, by confidence</figcaption></figure>"
     return f'<p>{words}</p><div class="beside">{chart}<details><summary>as a table</summary>{table}</details></div>'
 
 

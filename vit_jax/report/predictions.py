@@ -58,7 +58,10 @@ def of_predictions(
     folder: Path,
     about: Mapping[str, str],
 ) -> Path:
-    """Writes `folder/report.html` of the probabilities that a model gives for images whose class is known."""
+    """Writes `folder/report.html` of the probabilities that a model gives for images whose class is known.
+
+    UserError if it cannot be written.
+    """
     paths = list(answers)
     p = np.stack([answers[path] for path in paths])
     label = np.array([labels[path] for path in paths])
@@ -67,4 +70,7 @@ def of_predictions(
     for i in map(int, [*findings.mistakes, *findings.hits]):
         pixels = decode(read_regular(paths[i]), exif_rotated=True)
         pictures[i] = page.Picture(*draw.thumbnail(pixels), shown(paths[i]), page.link(paths[i], folder))
-    return page.write(page.Content(title="predictions", about=dict(about), findings=findings, pictures=pictures), folder)
+    try:
+        return page.write(page.Content(title="predictions", about=about, findings=findings, pictures=pictures), folder)
+    except OSError as e:
+        raise UserError(f"--errors={shown(folder)}: {page.FILE} cannot be written there: {e.strerror}") from e

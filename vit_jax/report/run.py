@@ -37,8 +37,9 @@ def of_run(experiment: Experiment, state: State, workdir: Path, *, head: bool = 
     findings = None
     if head and has_answers(experiment.task, experiment.test_source.features):
         findings = _attempt("answers", lambda: _answers(experiment, state))
+    step = int(experiment.parallelism.read(state.step))  # which all processes read together
     if parallel.is_main():
-        _attempt("a page", lambda: _write(experiment, int(experiment.parallelism.read(state.step)), findings, workdir))
+        _attempt("a page", lambda: _write(experiment, step, findings, workdir))
 
 
 def has_answers(task: Task, offered: Mapping[str, Any]) -> bool:

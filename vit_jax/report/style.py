@@ -13,6 +13,7 @@ h2 { font-size: 20px; margin: 0 0 6px; } h3 { font-size: 15px; margin: 0 0 6px; 
 section { margin-top: 36px; } p { margin: 0 0 12px; max-width: 75ch; color: var(--quiet); } p b { color: var(--text); }
 a { color: var(--l0); } nav { margin-top: 14px; display: flex; flex-wrap: wrap; gap: 4px 16px; }
 dl { margin: 0; } dl div { display: grid; grid-template-columns: minmax(110px, 220px) 1fr; gap: 12px; padding: 2px 0; }
+header dl div { grid-template-columns: 70px 1fr; }
 dt { color: var(--quiet); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
 details { margin-top: 10px; } summary { cursor: pointer; color: var(--l0); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; max-width: 640px; }
@@ -20,13 +21,14 @@ details { margin-top: 10px; } summary { cursor: pointer; color: var(--l0); }
 .card b { display: block; font-size: 28px; line-height: 1.2; } .card span { color: var(--quiet); font-size: 13px; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: 12px; line-height: 1.35; overflow-wrap: anywhere; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 20px; }
-.curves figcaption { padding-left: 14%; } .key { display: inline-block; margin-right: 12px; }
+.curves h3, .curves figcaption { padding-left: 14%; } .key { display: inline-block; margin-right: 12px; }
 .key i { display: inline-block; width: 14px; height: 3px; margin-right: 5px; vertical-align: middle; }
 svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--quiet); }
 .grid { stroke: var(--rule); stroke-width: 1; } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .l0 { --c: var(--l0); } .l1 { --c: var(--l1); } .l2 { --c: var(--l2); } .l3 { --c: var(--l3); } .l4 { --c: var(--l4); }
 .l5 { --c: var(--l5); } .line { stroke: var(--c); } .dot { fill: var(--c); } .key i { background: var(--c); }
 .column { fill: var(--l0); } .ideal { stroke: var(--text); stroke-dasharray: 4 4; }
+.beside figure { max-width: 440px; } .beside figcaption { text-align: center; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px;
   align-items: start; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
@@ -35,8 +37,8 @@ tr + tr { border-top: 1px solid var(--rule); }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .matrix tr { border: 0; } .matrix td { min-width: 34px; height: 30px; padding: 2px 4px; text-align: center; font-size: 13px; }
 .matrix th { padding: 2px 8px 2px 0; font-weight: 400; color: var(--quiet); max-width: 150px; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
-.matrix th[scope=col] { padding: 4px 0; vertical-align: bottom; text-align: center; }
+  text-overflow: ellipsis; white-space: nowrap; position: sticky; left: 0; background: var(--back); }
+.matrix th[scope=col] { position: static; padding: 4px 0; vertical-align: bottom; text-align: center; }
 .matrix th[scope=col] span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 130px; overflow: hidden; }
 .right { background: color-mix(in srgb, var(--l0) calc(var(--v) * 50%), transparent); }
 .wrong { background: color-mix(in srgb, var(--l1) calc(var(--v) * 60%), transparent); }
@@ -50,7 +52,8 @@ tr + tr { border-top: 1px solid var(--rule); }
 .gallery img { aspect-ratio: 1; object-fit: contain; } .pixels { image-rendering: pixelated; }
 small { display: block; color: var(--quiet); font-size: 11px; }
 .samples { display: grid; grid-template-columns: repeat(var(--n), minmax(72px, 150px)); gap: 10px; }
-@media (max-width: 600px) { body { font-size: 14px; } .interval { width: 90px; } th, td { padding-right: 8px; }
+@media (max-width: 600px) { body { font-size: 14px; } .interval, .scale { display: none; }
+  .matrix td { min-width: 28px; padding: 2px; font-size: 12px; } .matrix th { max-width: 90px; } th, td { padding-right: 8px; }
   .gallery { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
-  dl div { grid-template-columns: 110px 1fr; } }
+  main dl div { grid-template-columns: 110px 1fr; } }
 """

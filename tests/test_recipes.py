@@ -29,6 +29,7 @@ from configs import (
     inference_time,
     lit,
     lora_finetune,
+    mae,
     mixer_base16_cifar10,
     mixer_i1k,
     photos,
@@ -182,6 +183,20 @@ def test_dinov2_trains_a_vit_without_labels(tmp_path):
     train_and_evaluate(config, tmp_path / "canvas")
     assert np.isfinite(tiny.metrics(tmp_path / "canvas", "train_loss")[1])
     assert "head/kernel" not in tiny.arrays(tmp_path / "canvas")
+
+
+def test_mae_learns_to_draw_and_its_encoder_is_fine_tuned(tmp_path):
+    config = small(mae.get_config("b16,imagenet2012"), patches={"size": (8, 8)})
+    config.model.decoder.update({"width": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16})
+    config.update({"dtype": "float32", "accum_steps": 1})
+    train_and_evaluate(config, tmp_path / "mae")
+    assert 0.5 < tiny.metrics(tmp_path / "mae", "train_loss")[1] < 4  # of patches with variance 1
+    tuned = small(vit.get_config("b16,cifar10"), patches={"size": (8, 8)})
+    tuned.pretrained = str(tmp_path / "mae")
+    train_and_evaluate(tuned, tmp_path / "tuned")
+    before, after = tiny.arrays(tmp_path / "mae"), tiny.arrays(tmp_path / "tuned")
+    assert set(after) == {name for name in before if not name.startswith("decoder/")} | {"head/kernel", "head/bias"}
+    assert tiny.metrics(tmp_path / "tuned", "train_loss")[1] == pytest.approx(np.log(10), abs=1e-5)
 
 
 # Images and words

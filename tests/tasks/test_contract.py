@@ -84,6 +84,15 @@ def segment(tmp_path):
     return c
 
 
+def reconstruct(tmp_path):
+    c = tiny.config()
+    c.model_type, c.model.decoder = "MAE", {"width": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
+    c.model.patches.size = (2, 2)
+    del c.model.representation_size
+    c.task = {"type": "reconstruct", "hidden": 0.6}
+    return c
+
+
 def self_distill(tmp_path):
     """Both kinds of heads, a centre in the carry, and three sizes of views."""
     c = tiny.config(ema_decay=0.5)
@@ -100,6 +109,7 @@ RECIPES = {
     "contrast": contrast,
     "detect": detect,
     "distill": distill,
+    "reconstruct": reconstruct,
     "segment": segment,
     "self_distill": self_distill,
 }

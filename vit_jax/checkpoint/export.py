@@ -12,6 +12,7 @@ from vit_jax.checkpoint import (
     eomt,
     huggingface,
     image_text_export,
+    mae,
     npz,
     rules,
     segmenters,
@@ -56,6 +57,9 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         return path
     if to == "hf" and opened.description.model_type in ("DETR", "YOLOS"):
         return detectors.write_detector(opened, destination)
+    if to in ("hf", "timm") and opened.description.model_type == "MAE":
+        theirs, files = mae.write_autoencoder(opened, to)
+        return _write(destination if destination.suffix == ".safetensors" else destination / "model.safetensors", theirs, files)
     if to == "hf" and opened.description.model_type == "EoMT":
         return _write(destination / "model.safetensors", *eomt.write_eomt(opened))
     if to in ("hf", "openclip") and opened.description.model_type == "TwoTowers":

@@ -64,6 +64,8 @@ def load_pretrained(
     wanted = flatten_dict(dict(init_params), sep="/")
     if model_config.get("representation_size") is None:
         loaded = {name: x for name, x in loaded.items() if not name.startswith("pre_logits/")}
+    if opened.description.model_type == "MAE":  # its encoder
+        loaded = {name: x for name, x in loaded.items() if not name.startswith("decoder/")}
     if not keep_head:
         loaded = {name: x for name, x in loaded.items() if not name.startswith(_HEADS)}
         loaded |= {name: np.asarray(x) for name, x in wanted.items() if name.startswith(_HEADS)}

@@ -18,6 +18,7 @@ from vit_jax.checkpoint import (
     huggingface,
     image_text_files,
     lora_file,
+    mae,
     readers,
     rules,
     segmenters,
@@ -103,6 +104,8 @@ def _open(path: Path, arrays: Flat) -> Opened:
         return segmenter
     if towers := two_towers.open_towers(path, arrays):
         return towers
+    if autoencoder := mae.open_autoencoder(path, arrays, _open):
+        return autoencoder
     theirs = wrappers.unwrap(arrays, path)
     if towers := image_text_files.open_image_text(path, theirs):
         return towers

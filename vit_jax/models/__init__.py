@@ -6,13 +6,14 @@ from typing import Any
 from flax import linen as nn
 
 from vit_jax.errors import unknown
-from vit_jax.models import detr, eomt, mixer, segment, two_towers, vit
+from vit_jax.models import detr, eomt, mae, mixer, segment, two_towers, vit
 from vit_jax.models.architecture import Architecture
 from vit_jax.models.mixer import MlpMixer as MlpMixer
 from vit_jax.models.vit import VisionTransformer as VisionTransformer
 
 ARCHITECTURES: dict[str, Architecture] = {
     "ViT": vit.ARCHITECTURE,
+    "MAE": mae.ARCHITECTURE,
     "Mixer": mixer.ARCHITECTURE,
     "DETR": detr.DETR,
     "YOLOS": detr.YOLOS,

@@ -11,7 +11,7 @@ from vit_jax.checkpoint import Description
 from vit_jax.data import features
 from vit_jax.errors import UserError, unknown
 from vit_jax.settings import Preprocessing, Settings
-from vit_jax.tasks import classify, contrast, detect, distill, segment, self_distill
+from vit_jax.tasks import classify, contrast, detect, distill, reconstruct, segment, self_distill
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Context, Loss, Model, Shown, Task
 
@@ -20,6 +20,7 @@ TYPES: dict[str, ModuleType] = {
     "contrast": contrast,
     "detect": detect,
     "distill": distill,
+    "reconstruct": reconstruct,
     "segment": segment,
     "self_distill": self_distill,
 }

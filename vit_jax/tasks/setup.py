@@ -46,6 +46,8 @@ class Setup:
             raise UserError("config.model is empty, and this run began from nothing: repeat its --config")
         kind = settings.model_type if settings.model else origin.model_type
         fields = {**(settings.model or origin.model), **changes}
+        if kind == "MAE" and settings.task.get("type") != "reconstruct":  # its encoder
+            kind, fields = "ViT", {name: value for name, value in fields.items() if name != "decoder"}
         architecture = models.architecture_of(kind)
         if origin:
             path = architecture.backbone.split(".") if architecture.backbone and origin.model_type != kind else []

@@ -9,6 +9,7 @@ from safetensors.numpy import save as to_safetensors
 from vit_jax.checkpoint import (
     describe,
     detectors,
+    dinov3,
     eomt,
     huggingface,
     image_text_export,
@@ -74,8 +75,10 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     elif to == "segmenter":
         theirs, files = segmenters.write_whole(opened), {}
     else:
-        layer_scale = bool(opened.description.model["transformer"].get("layer_scale"))
-        family = {"hf": huggingface.DINOV2 if layer_scale else huggingface.VIT, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
+        transformer = opened.description.model["transformer"]
+        hf = huggingface.DINOV2 if transformer.get("layer_scale") else huggingface.VIT
+        hf = dinov3.FAMILY if transformer.get("rope_theta") else hf
+        family = {"hf": hf, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
         theirs, files = _vit_arrays(opened, family)
     return _write(destination if destination.suffix == ".safetensors" else destination / "model.safetensors", theirs, files)
 

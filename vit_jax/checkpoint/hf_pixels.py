@@ -13,6 +13,7 @@ from vit_jax.errors import UserError
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _SQUARE, _SHORTEST = {"height": 224, "width": 224}, {"shortest_edge": 224}
 # What a processor does where its file is silent.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -20,11 +21,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "DeiT": {"size": {"height": 256, "width": 256}, "crop_size": _SQUARE, "resample": 3, "do_center_crop": True} | _HALF,
     "Beit": {"size": _SQUARE, "crop_size": _SQUARE, "resample": 3, "do_center_crop": False} | _HALF,
     "Bit": {"size": _SHORTEST, "crop_size": _SQUARE, "resample": 3, "do_center_crop": True} | _CLIP,
+    "DINOv3ViT": {"size": _SQUARE, "resample": 2, "do_center_crop": False} | _IMAGENET,
     "CLIP": {"size": _SHORTEST, "crop_size": _SQUARE, "resample": 3, "do_center_crop": True} | _CLIP,
     "Siglip": {"size": _SQUARE, "resample": 3, "do_center_crop": False} | _HALF,
 }
 _PROCESSOR_OF = {"vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
-_PROCESSOR_OF |= {"clip": "CLIP", "siglip": "Siglip"}
+_PROCESSOR_OF |= {"clip": "CLIP", "siglip": "Siglip", "dinov3_vit": "DINOv3ViT"}
 _READ = ("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
 _READ += ("image_mean", "image_std", "image_processor_type", "feature_extractor_type", "default_to_square")
 # These say nothing of the pixels of an image in RGB.

@@ -13,6 +13,7 @@ from vit_jax import models
 from vit_jax.checkpoint import (
     describe,
     detectors,
+    dinov3,
     eomt,
     google,
     huggingface,
@@ -148,7 +149,9 @@ def _facts(family: Family, theirs: Flat, folder: Path, path: Path) -> Facts:
 
 
 def _check_grid(ours: Flat, facts: Facts, path: Path) -> None:
-    """Raises UserError unless the position embeddings are those of images of the size that is told."""
+    """Raises UserError unless the position embeddings, where there are any, are those of images of the size that is told."""
+    if POSITIONS not in ours:
+        return
     count = ours[POSITIONS].shape[1] - ("cls" in ours) - ("dist" in ours)
     size, patch = facts.image_size, facts.model["patches"]["size"]
     if math.prod(n // p for n, p in zip(size, patch, strict=True)) != count:
@@ -162,6 +165,8 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
     def holds(*parts: str) -> bool:
         return any(any(part in name for part in parts) for name in names)
 
+    if "embeddings.patch_embeddings.weight" in names and holds("attention.q_proj."):
+        return dinov3.FAMILY
     if holds("embeddings.patch_embeddings.projection"):
         return huggingface.DINOV2 if holds("layer_scale1") else huggingface.VIT
     if "patch_embed.proj.weight" in names:

@@ -140,6 +140,10 @@ CONVOLUTION = _one(lambda x, _: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3
 HEADS = _one(_split_heads, _join_heads)
 HEADS_BIAS = _one(lambda x, heads: x.reshape(heads, -1), lambda x: x.reshape(-1))
 HEADS_OUT = _one(lambda x, heads: x.T.reshape(heads, -1, x.shape[0]), lambda x: x.reshape(-1, x.shape[-1]).T)
+JOINED = Transform(
+    lambda arrays, heads: [np.concatenate([x.T for x in arrays], axis=-1)],
+    lambda arrays: [x.T for x in np.split(arrays[0], 2, axis=-1)],
+)
 
 
 def _packed(n: int) -> tuple[Transform, Transform]:

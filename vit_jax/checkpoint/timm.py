@@ -333,6 +333,7 @@ def _export_dinov2(description: Description, ours: Flat) -> dict[str, Any]:
         "no class token": "cls" not in ours,
         "no LayerScale": not transformer.get("layer_scale"),
         "a head": "head/kernel" in ours,
+        "no learned positions": POSITIONS not in ours,
         "tanh GELU": transformer.get("activation", "gelu_tanh") == "gelu_tanh",
         "quick GELU": transformer.get("activation") == "quick_gelu",
         "norm_pre": transformer.get("norm_pre"),

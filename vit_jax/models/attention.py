@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from vit_jax.errors import UserError
 from vit_jax.models.linear import LINEAR, Linear, unnamed_linear
+from vit_jax.models.positions import rotate
 
 log = logging.getLogger("vit_jax")
 Mask = Bool[Array, "#b #k #n #m"] | Float[Array, "#b #k #n #m"]
@@ -41,12 +42,14 @@ class MultiHeadDotProductAttention(nn.Module):
 
     Kernels are (d, k, d/k) for the three inputs and (k, d/k, d) for the output, as in flax's module of this name.
     The softmax is computed in float32 whatever `dtype` is. `qk_norm_eps` is the epsilon of a LayerNorm over every head's
-    query and key (`query_ln`, `key_ln`), None for none.
+    query and key (`query_ln`, `key_ln`), None for none. `rotation` is the grid (h, w) of the patches and the largest period
+    of their rotary positions, see `positions.rotate`, None for none.
     """
 
     num_heads: int
     dropout_rate: float = 0.0
     qk_norm_eps: float | None = None
+    rotation: tuple[tuple[int, int], float] | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -70,6 +73,8 @@ class MultiHeadDotProductAttention(nn.Module):
             q, k, v = query(x), key(inputs), value(inputs)
         if self.qk_norm_eps is not None:
             q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
+        if self.rotation is not None:
+            q, k = (rotate(x, *self.rotation) for x in (q, k))
         dropout_mask = None
         if train and self.dropout_rate > 0:
             ones = jnp.ones((q.shape[0], self.num_heads, q.shape[1], k.shape[1]))

@@ -113,7 +113,7 @@ class EncoderBlock(nn.Module):
     """x + MHA(LN(x)), then x + MLP(LN(x)): the pre-LN Transformer block of ViT (equations 2 and 3 of the paper).
 
     With `layer_scale` both branches are scaled, by `ls1` and `ls2`, before they are added; with `qk_norm` every head's
-    queries and keys are normalised.
+    queries and keys are normalised; `rotation` is that of the attention.
     """
 
     mlp_dim: int
@@ -125,6 +125,7 @@ class EncoderBlock(nn.Module):
     layer_scale: bool = False
     layer_scale_init: float = 1e-5
     qk_norm: bool = False
+    rotation: tuple[tuple[int, int], float] | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -148,6 +149,7 @@ class EncoderBlock(nn.Module):
                 num_heads=self.num_heads,
                 dropout_rate=self.attention_dropout_rate,
                 qk_norm_eps=self.norm_eps if self.qk_norm else None,
+                rotation=self.rotation,
                 dtype=self.dtype,
                 name="MultiHeadDotProductAttention_1",
             )(norm(x, "LayerNorm_0"), mask=mask, train=train)
@@ -192,6 +194,7 @@ class Encoder(nn.Module):
       remat: what the backward pass computes again to save memory: "none", "dots" all but the dense layers, "full" everything.
       scan: compile one block, and loop over the stacked parameters of all. Their stored names and values stay the same;
         dropout draws other masks than without, stochastic depth the same. It wants remat: alone it takes more memory.
+      rope_theta: the largest period of rotary positions, which turn the queries and keys of patches; None for none.
       add_position_embedding: whether every token gets a learned embedding for its place.
       norm_pre: whether a LayerNorm of this name stands in front of the blocks, as in CLIP.
       final_norm: False leaves the last LayerNorm to whoever pools the tokens.
@@ -215,6 +218,7 @@ class Encoder(nn.Module):
     remat: str = "none"
     scan: bool = False
     norm_pre: bool = False
+    rope_theta: float | None = None
     add_position_embedding: bool = True
     final_norm: bool = True
     constrain: Callable[[Array], Array] = lambda x: x
@@ -227,6 +231,7 @@ class Encoder(nn.Module):
         registers: Float[Array, "b r d"] | None = None,
         *,
         num_prefix: int = 0,
+        grid: tuple[int, int] | None = None,
         seen: Int[Array, "b m"] | None = None,
         mask: Mask | None = None,
         train: bool = False,
@@ -239,9 +244,13 @@ class Encoder(nn.Module):
         With `seen` only the tokens at these places, behind that prefix, are encoded; each keeps its position.
         `mask` says which tokens see which, see `attention.attend`.
         Of `joining`, (i, tokens), the tokens join in front of all others before block i, as in EoMT.
+        `grid` is that of the patches, for rotary positions.
         """
         if joining and self.scan:
             raise UserError("tokens that join before a block do not go with scan=True, for which all blocks are alike")
+        if self.rope_theta is not None and (grid is None or seen is not None):
+            raise UserError("rotary positions (rope_theta) are for whole grids of patches: set rope_theta=None")
+        rotation = None if self.rope_theta is None else (tuple(grid), self.rope_theta)
         if self.add_position_embedding:
             x = AddPositionEmbs(name="posembed_input")(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -254,13 +263,13 @@ class Encoder(nn.Module):
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm_pre")(x)
         kept = self._keep(x.shape[0], train)
         if self.scan and not self.is_initializing():
-            x, layers = self._scan_blocks(x, kept, train, with_layers, mask)
+            x, layers = self._scan_blocks(x, kept, train, with_layers, mask, rotation)
         else:
             layers = []
             for i in range(self.num_layers):
                 if joining and i == joining[0]:
                     x = jnp.concatenate([joining[1].astype(x.dtype), x], axis=1)
-                x = self._block(name=f"encoderblock_{i}")(self.constrain(x), kept[i], train, mask)
+                x = self._block(rotation=rotation, name=f"encoderblock_{i}")(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
         if self.final_norm:
             norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")
@@ -290,13 +299,15 @@ class Encoder(nn.Module):
             **kwargs,
         )
 
-    def _scan_blocks(self, x: Float[Array, "b n d"], kept: Any, train: bool, with_layers: bool, mask: Mask | None):
+    def _scan_blocks(
+        self, x: Float[Array, "b n d"], kept: Any, train: bool, with_layers: bool, mask: Mask | None, rotation: Any
+    ):
         """All blocks, by a loop on the device, and the output of each if `with_layers`."""
         blocks = (self.variables["params"][f"encoderblock_{i}"] for i in range(self.num_layers))
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         drops = train and self.has_rng("dropout")
         keys = jax.random.split(self.make_rng("dropout"), self.num_layers) if drops else None
-        block = self._block(parent=None)
+        block = self._block(rotation=rotation, parent=None)
 
         def body(x, layer):
             params, kept, key = layer

@@ -46,6 +46,30 @@ def sine_of_image(valid: Bool[Array, "b h w"], d: int) -> Float[Array, "b h w d"
     return jnp.concatenate([along(1), along(2)], axis=-1)
 
 
+def axial_rotation(grid: tuple[int, int], d: int, theta: float) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
+    """Cosines and sines of the angles by which DINOv3 (https://arxiv.org/abs/2508.10104) turns a patch's queries and keys.
+
+    A patch's middle lies at (y, x) in [-1, 1]; the angles are 2π · y / theta^(4i/d), i < d/4, then those of x, and both again.
+    """
+    if d % 4:
+        raise UserError(f"rotary positions need heads of a width that is a multiple of 4, not {d}")
+    sides = [2 * (np.arange(n) + 0.5) / n - 1 for n in grid]
+    places = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    angles = 2 * math.pi * places * theta ** (-4 * np.arange(d // 4) / d)
+    angles = np.tile(angles.reshape(len(places), d // 2), 2)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: Float[Array, "b n k d"], grid: tuple[int, int], theta: float) -> Float[Array, "b n k d"]:
+    """Turns the heads of the patches, which are last among the n tokens, by `axial_rotation`; the others stay."""
+    first = x.shape[1] - math.prod(grid)
+    cos, sin = (a[:, None].astype(x.dtype) for a in axial_rotation(grid, x.shape[-1], theta))
+    patches = x[:, first:]
+    left, right = jnp.split(patches, 2, axis=-1)
+    turned = patches * cos + jnp.concatenate([-right, left], axis=-1) * sin
+    return jnp.concatenate([x[:, :first], turned], axis=1)
+
+
 def downsample(valid: Bool[Array, "b H W"], size: tuple[int, int]) -> Bool[Array, "b h w"]:
     """The nearest pixel of every cell: pixel floor(i·H/h), which is what torch's `nearest` takes."""
     rows, columns = (np.arange(new) * old // new for old, new in zip(valid.shape[1:], size, strict=True))

@@ -111,12 +111,12 @@ class VisionTransformer(nn.Module):
       patches: {"size": (height, width)} of a patch, in pixels or, after a ResNet, in its cells.
       transformer: keywords of `layers.Encoder`: num_layers, mlp_dim, num_heads, dropout_rate, attention_dropout_rate,
         activation, norm_eps, layer_scale, layer_scale_init, qk_norm, stochastic_depth, stochastic_depth_uniform,
-        stochastic_depth_mode, norm_pre, and, which do not change the model, remat and scan.
+        stochastic_depth_mode, norm_pre, rope_theta, and, which do not change the model, remat and scan.
       hidden_size: the width d of the tokens.
       resnet: keywords of `resnet.ResNet` (num_layers, width_factor) for a hybrid.
       representation_size, classifier, head_bias_init, fc_norm: see `ClassifierHead`.
       patch_bias, head_bias: whether the patch embedding and the head have a bias.
-      position_embedding: "learned", "sincos2d" (fixed, of the patches alone), or "none".
+      position_embedding: "learned", "sincos2d" (fixed, of the patches alone), or "none", as with transformer.rope_theta.
       num_registers: extra tokens without a position, behind the class token.
       dtype: what every layer computes in, e.g. "bfloat16"; parameters stay float32.
       model_name: name of the architecture, for messages only.
@@ -255,7 +255,7 @@ class VisionTransformer(nn.Module):
         names = ["cls"] * (self.classifier in _WITH_CLS) + ["dist"] * (self.classifier == "distilled")
         x = jnp.concatenate([*(batch_of(getattr(self, name)) for name in names), x], axis=1)
         registers = batch_of(self.registers) if self.num_registers else None
-        tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), seen=seen, train=train, **how)
+        tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), grid=(h, w), seen=seen, train=train, **how)
         return tokens, (h, w), outputs
 
 

@@ -105,14 +105,21 @@ class Predictor:
         Raises:
           UserError: for a Mixer, a detector, a class that there is not, and results that are not finite.
         """
+        outputs = self._batched(self._attention_with(names, target, fuse=fuse, discard=discard), pictures)
+        check_outputs(outputs, self.source)
+        return outputs
+
+    def attention_of_example(self, example: Example) -> Float[np.ndarray, "h w"]:
+        """Attention rollout, as `attention` gives it, of what `example` has made of an image."""
+        how = {"fuse": "mean", "discard": 0.0}
+        return self._filled_up(self._attention_with(("rollout",), **how), [example], 1)["rollout"][0]
+
+    def _attention_with(self, names: Sequence[str], target: int | str | None = None, **how: Any) -> Callable:
         attention_maps.image_tower(self.task.model.module, self.params)
         if ("relevance" in names or target is not None) and not self.description.class_names:
             raise UserError(f"{self.source} has no head, and so no classes to explain: use mean or rollout")
         chosen = np.int32(-1 if target is None else self._class_number(target))
-        run = functools.partial(self._attention, target=chosen, names=tuple(names), fuse=fuse, discard=discard)
-        outputs = self._batched(run, pictures)
-        check_outputs(outputs, self.source)
-        return outputs
+        return functools.partial(self._attention, target=chosen, names=tuple(names), **how)
 
     def _class_number(self, target: int | str) -> int:
         """The class that is meant by a name or a number. UserError for one that there is not."""

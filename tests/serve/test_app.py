@@ -82,6 +82,19 @@ def test_clients_at_the_same_time_share_batches_and_get_their_own_answers(served
     assert int(counts["4"]) > 0
 
 
+def test_attention_is_that_of_the_predictor_and_says_where_it_lies(served):
+    service, client = served
+    image = models.photo(3, size=(40, 30))
+    result = client.post("/v1/predict", files={"image": ("a.png", image)}, data={"attention": "true"}).json()["results"][0]
+    (expected,) = service.predictor.attention(read_images(image))
+    np.testing.assert_allclose(result["attention"]["map"], expected, rtol=1e-5)
+    assert result["attention"]["box"] == [0, 0, 30, 40] and "attention" not in post(client, image).json()["results"][0]
+    cropped = dataclasses.replace(service.predictor.description, preprocessing={"resize_to": 20})
+    service = Service(models.predictor(**vars(cropped)), LIMITS)
+    box = service._attention(service._read("a.png", image))["box"]
+    assert box == [3, 12, 27, 28]  # resized to cover 20 x 30, of which the middle 16 x 24 are seen
+
+
 def test_a_detector_gives_boxes_above_the_threshold_in_pixels():
     predictor = dataclasses.replace(models.detector(), batch_size=1)
     with TestClient(make_app(Service(predictor, Limits(batch=1)))) as client:
@@ -95,7 +108,7 @@ def test_a_detector_gives_boxes_above_the_threshold_in_pixels():
 def test_the_pages_describe_themselves_and_ask_for_nothing_elsewhere(served):
     _, client = served
     model, document = client.get("/v1/model").json(), client.get("/openapi.json").json()
-    assert model["classes"] == 5 and model["image_size"] == [16, 24] and model["options"] == {"top": 5}
+    assert model["classes"] == 5 and model["image_size"] == [16, 24] and model["options"] == {"top": 5, "attention": False}
     assert set(document["paths"]) == {"/v1/predict", "/v1/model", "/healthz", "/metrics"}
     assert client.get("/healthz").json() == {"status": "ok"}
     for path in ("/", "/docs"):

@@ -49,6 +49,8 @@ def test_the_page_names_photos_by_mouse_and_keyboard_on_any_width(server, tmp_pa
             assert page.evaluate("document.querySelectorAll('.answer li').length") == 2 * len(models.CLASSES)
             assert "cannot be decoded" in page.evaluate("document.querySelector('.bad').textContent")
             assert page.evaluate("[...document.images].every(image => image.naturalWidth === 30 && image.alt)")
+        page.evaluate("document.querySelector('#attention input').click()")
+        page.wait_for("document.querySelectorAll('canvas').length === 2")
         # by keyboard alone: the number of names, and away with a photo
         page.evaluate("document.querySelector('#top input').select()")
         page.call("Input.insertText", text="2")

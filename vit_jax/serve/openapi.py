@@ -16,6 +16,12 @@ ERRORS = {
     504: "There was no answer in time.",
 }
 NUMBER, TEXT = {"type": "number"}, {"type": "string"}
+BOX = {"type": "array", "items": NUMBER, "description": "left, top, right, bottom in pixels"}
+ATTENTION = {
+    "type": "object",
+    "description": "Where the model looks, if it was asked for: rows of patches, and the part of the image that they cover.",
+    "properties": {"map": {"type": "array", "items": {"type": "array", "items": NUMBER}}, "box": BOX},
+}
 RESULTS = {
     "classify": {
         "predictions": {
@@ -34,7 +40,7 @@ RESULTS = {
                 "properties": {
                     "label": TEXT,
                     "score": NUMBER,
-                    "box": {"type": "array", "items": NUMBER, "description": "left, top, right, bottom in pixels"},
+                    "box": BOX,
                 },
             },
         }
@@ -49,6 +55,8 @@ def specification(model: Mapping[str, Any]) -> dict[str, Any]:
     json_body = _object({"images": {"type": "array", "items": TEXT | {"format": "byte"}}, **options}, ["images"])
     form_body = _object({"image": {"type": "array", "items": TEXT | {"format": "binary"}}, **options}, ["image"])
     size = {name: {"type": "integer"} for name in ("width", "height")}
+    if "attention" in options:
+        size |= {"attention": ATTENTION}
     result = _object({"image": TEXT, **size, **RESULTS.get(model["task"], {})})
     predict = {
         "summary": "Predictions for one or several images",

@@ -1,9 +1,10 @@
 """A loaded model that answers many at a time: images are decoded in a pool of threads and computed in batches."""
 
 import asyncio
+import contextlib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from vit_jax.serve import batching, payload
 from vit_jax.serve.limits import Limits
 from vit_jax.serve.metrics import Metrics
 from vit_jax.serve.payload import Refused
-from vit_jax.tasks.task import Example
+from vit_jax.tasks.task import Example, Shown
+from vit_jax.tools import look
 
 
 class Picture(NamedTuple):
@@ -54,6 +56,9 @@ class Service:
         example = self.predictor.example(np.zeros((*self.predictor.image_size, 3), np.uint8))
         for size in self._sizes:
             check_outputs(self.predictor.predict_examples([example], size), self.predictor.source)
+        with contextlib.suppress(UserError):  # a model without attention
+            self.predictor.attention_of_example(example)
+            self.options["attention"] = False
 
     def describe(self) -> dict[str, Any]:
         """What a client needs to know of the model."""
@@ -74,17 +79,21 @@ class Service:
         Raises UserError for what is no image or option, Refused for a full queue and for results that are none.
         """
         options = payload.options(asked.options, self.options)
+        attention = options.pop("attention", False)
+        show = self.predictor.show(options)
         loop = asyncio.get_running_loop()
         pictures = await asyncio.gather(*(loop.run_in_executor(self._pool, self._read, *image) for image in asked.images))
         try:
             outputs = await self.batcher.submit([picture.example for picture in pictures])
         except batching.Full as e:
             raise Refused(503, "too many images wait: try again in a second") from e
-        show = self.predictor.show(options)
-        return [
-            {"image": name, "width": picture.size[1], "height": picture.size[0], **self._shown(show, of_image, picture)}
-            for (name, _), picture, of_image in zip(asked.images, pictures, outputs, strict=True)
-        ]
+        results = []
+        for (name, _), picture, of_image in zip(asked.images, pictures, outputs, strict=True):
+            height, width = picture.size
+            results.append({"image": name, "width": width, "height": height, **_shown(show, of_image, picture.size)})
+            if attention:
+                results[-1]["attention"] = await loop.run_in_executor(self.batcher.thread, self._attention, picture)
+        return results
 
     def _read(self, name: str, data: bytes) -> Picture:
         try:
@@ -102,9 +111,18 @@ class Service:
         self.metrics.batch(size, len(examples))
         return [{name: x[i] for name, x in outputs.items()} for i in range(len(examples))]
 
-    def _shown(self, show: Any, outputs: Mapping[str, np.ndarray], picture: Picture) -> dict[str, Any]:
-        try:
-            check_outputs({name: x[None] for name, x in outputs.items()}, "the model")
-        except UserError as e:
-            raise Refused(500, str(e)) from e
-        return show(outputs, picture.size).json
+    def _attention(self, picture: Picture) -> dict[str, Any]:
+        """Attention rollout by patch, and the part of the image that the patches stand for: left, top, right, bottom."""
+        grid = self.predictor.attention_of_example(picture.example)
+        top, left, height, width = look.seen_box(picture.size, self.predictor)
+        parts = look.share(self.predictor, grid.shape)
+        box = (left, top, left + width * parts[1], top + height * parts[0])
+        return {"map": grid.astype(float).tolist(), "box": [round(x, 1) for x in box]}
+
+
+def _shown(show: Callable[..., Shown], outputs: Outputs, size: tuple[int, int]) -> dict[str, Any]:
+    try:
+        check_outputs({name: x[None] for name, x in outputs.items()}, "the model")
+    except UserError as e:
+        raise Refused(500, str(e)) from e
+    return show(outputs, size).json

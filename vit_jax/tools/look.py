@@ -20,16 +20,20 @@ COLUMN = 224
 _MOST_HEADS = 8
 
 
+def seen_box(size: tuple[int, int], loaded: predictor.Predictor) -> Box:
+    """The part of an upright photo of `size` (h, w) that the model sees, in pixels of the photo."""
+    described = loaded.description
+    view = eval_view(size, crop=described.image_size, **described.preprocessing)
+    cut = view.cut or Box(0, 0, *view.resized)
+    y, x = (length / n for length, n in zip(size, view.resized, strict=True))
+    return Box(cut.top * y, cut.left * x, cut.height * y, cut.width * x)
+
+
 def seen(picture: UInt8[np.ndarray, "h w 3"], loaded: predictor.Predictor, *, width: int = COLUMN) -> Image.Image:
     """The part of an upright photo that the model sees, at the photo's aspect and this width."""
-    described = loaded.description
-    view = eval_view(picture.shape[:2], crop=described.image_size, **described.preprocessing)
-    cut = view.cut or Box(0, 0, *view.resized)
-    y, x = (length / n for length, n in zip(picture.shape[:2], view.resized, strict=True))
-    h, w = cut.height * y, cut.width * x
+    top, left, h, w = seen_box(picture.shape[:2], loaded)
     size = width, max(1, round(width * h / w))
-    box = (cut.left * x, cut.top * y, cut.left * x + w, cut.top * y + h)
-    return Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS, box=box)
+    return Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
 
 
 def share(loaded: predictor.Predictor, grid: tuple[int, int]) -> tuple[float, float]:

@@ -2,12 +2,12 @@
 
     python -m vit_jax.main --workdir=runs/small --config=configs/small_data.py:micro4,digits
     python -m vit_jax.main --workdir=runs/lit --config=configs/lit.py:digits --config.pretrained.img=runs/small
-    python -m vit_jax.main --workdir=runs/lit --config=configs/lit.py:b16b_2,FOLDER --config.task.vocab=vocab.txt
+    python -m vit_jax.main --workdir=runs/lit --config=configs/lit.py:b16b_2,FOLDER
 
 `digits`, the default: 1,000 steps on digits with sentences in English and German, see data/digit_sentences.py.
 `:MODEL,DATASET`: b16b, b16b_2, l16l, l16s or l16ti, and a folder with captions or tar shards; the image tower starts from
-AugReg's ImageNet-21k, the text tower from nothing unless `config.pretrained.txt` names a model of two towers. The vocabularies
-are gs://vit_models/lit/LiT-{B16B,L16L}.txt and LiT-{L16S,L16Ti}.model. For a TPU pod slice: batches of 16,384.
+AugReg's ImageNet-21k, the text tower from nothing unless `config.pretrained.txt` names a model of two towers. They and LiT's
+vocabulary are fetched. For a TPU pod slice: batches of 16,384.
 
 Published for text towers that started from BERT and learnt from CC12M and YFCC100M, zero-shot on ImageNet: 73.9 % with b16b_2
 after 60,000 steps, 72.1 % with b16b after 30,000, 75.7 % with l16l (google-research/big_vision, README_lit.md). Not measured
@@ -21,13 +21,15 @@ from vit_jax.errors import unknown
 from vit_jax.models import zoo
 
 MODELS = {
-    "b16b": ("LiT-B16B", "bert", 30_000),
-    "b16b_2": ("LiT-B16B_2", "bert", 60_000),
-    "l16l": ("LiT-L16L", "bert", 60_000),
-    "l16s": ("LiT-L16S", "sentencepiece", 60_000),
-    "l16ti": ("LiT-L16Ti", "sentencepiece", 60_000),
+    "b16b": ("LiT-B16B", 30_000),
+    "b16b_2": ("LiT-B16B_2", 60_000),
+    "l16l": ("LiT-L16L", 60_000),
+    "l16s": ("LiT-L16S", 60_000),
+    "l16ti": ("LiT-L16Ti", 60_000),
 }
-"""Name, tokenizer, and steps."""
+"""Name and steps."""
+VOCABULARIES = {"bert": "gs://vit_models/lit/{}.txt", "sentencepiece": "gs://vit_models/lit/{}.model"}
+"""By tokenizer, of a published model."""
 
 
 def get_config(arg: str = "digits") -> ml_collections.ConfigDict:
@@ -37,7 +39,8 @@ def get_config(arg: str = "digits") -> ml_collections.ConfigDict:
         return _digits()
     if model not in MODELS:
         raise unknown("model", model, ["digits", *MODELS])
-    name, tokenizer, steps = MODELS[model]
+    name, steps = MODELS[model]
+    tokenizer, max_len = (zoo.LIT[name]["pp"][field] for field in ("tokenizer_name", "max_len"))
     config = common.get_config()
     models.use(config, name)
     config.model.temperature_init = 10.0
@@ -45,7 +48,8 @@ def get_config(arg: str = "digits") -> ml_collections.ConfigDict:
     config.pretrained = {"img": zoo.PUBLISHED[image][0], "txt": ""}
     config.freeze = ("img/.*",) if config.model.out_dim[0] is None else ("img/(?!head/).*",)
     common.use_captions(config, dataset)
-    config.task = {"type": "contrast", "loss": "softmax", "tokenizer": tokenizer, "vocab": "", "max_len": 16}
+    config.task = {"type": "contrast", "loss": "softmax", "tokenizer": tokenizer, "max_len": max_len}
+    config.task.vocab = VOCABULARIES[tokenizer].format(name)
     config.optimizer = "adafactor"
     config.base_lr = 1e-3
     config.weight_decay = 0.1

@@ -4,7 +4,6 @@ Either tower may be locked: `config.freeze=("img/.*",)` trains a text tower for 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from vit_jax.checkpoint import Description, check_fit, load_pretrained
+from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.data.device import augment
 from vit_jax.data.host import text
@@ -43,9 +43,9 @@ def make_task(
 
     Args:
       loss: one of `pairs.LOSSES`, "softmax" (CLIP, LiT) or "sigmoid" (SigLIP), which needs `config.model.bias_init`.
-      tokenizer, vocab, max_len, tokenizer_options: see `data.host.text.make`; the file is copied beside the trained model.
-        Without `vocab` it is the one that comes with the data; without either images alone are embedded, and nothing can be
-        trained.
+      tokenizer, vocab, max_len, tokenizer_options: see `data.host.text.make`; `vocab` may be an address that `hub.fetch`
+        knows, and the file is copied beside the trained model. If it is empty, it is the one that comes with the data;
+        without either images alone are embedded, and nothing can be trained.
     """
     settings, model = setup.settings, setup.build_model()
     if loss not in pairs.LOSSES:
@@ -54,13 +54,13 @@ def make_task(
         raise UserError(f"config.model_type={model.type}: images and texts are compared by TwoTowers")
     if loss == "sigmoid" and model.fields.get("bias_init") is None:
         raise UserError("config.task.loss=sigmoid needs a bias: set config.model.bias_init, SigLIP's is -10")
-    vocab = vocab or getattr(setup.features.get("text"), "vocab", None) or ""
+    vocab = fetch(vocab) if vocab else getattr(setup.features.get("text"), "vocab", None)
     if not vocab and settings.trainer == "train":
         raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")
     tokenize = _tokenize(model, text.make(tokenizer, vocab, max_len, **tokenizer_options)) if vocab else None
     mean, std = setup.normalisation
     embed, loss_of = pairs.make_embed(model.module, mean, std), pairs.make_loss_of(model.module, loss=loss)
-    described = {"tokenizer": tokenizer, "vocab": Path(vocab).name, "max_len": max_len, **tokenizer_options} if vocab else {}
+    described = {"tokenizer": tokenizer, "vocab": vocab.name, "max_len": max_len, **tokenizer_options} if vocab else {}
     return Task(
         model=model,
         needs=NEEDS,
@@ -80,7 +80,7 @@ def make_task(
             "task": {"type": "contrast", "loss": loss, "max_len": max_len},
         },
         tokenize=tokenize,
-        files=(Path(vocab).expanduser(),) if vocab else (),
+        files=(vocab,) if vocab else (),
         show=show,
         preview=preview,
         load=make_load(model, settings.image_size),

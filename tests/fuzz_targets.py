@@ -16,12 +16,12 @@ import safetensors.numpy
 from PIL import Image
 
 import vit_jax
-from tests.data import test_detection
+from tests.data import test_captions, test_detection, test_shards
 from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import detection
+from vit_jax.data import captions, detection, shards
 from vit_jax.data.host import decode, view
 from vit_jax.optimize import trainable
 
@@ -181,6 +181,38 @@ def _annotations(kind: str) -> Callable[[], Target]:
     return make
 
 
+# Sentences.
+
+
+def _captions(kind: str) -> Callable[[], Target]:
+    def make() -> Target:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "data"
+            root.mkdir()
+            if kind != "coco":
+                test_captions.write_images(root)
+            getattr(test_captions, kind)(root)
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        return Target(files, tuple(sorted(name for name in files if not name.endswith(".jpg"))), _sentences)
+
+    return make
+
+
+def _tar_files() -> Target:
+    members = {"a.jpg": b"an image", "a.txt": b"a red thing\nein rotes Ding", "b.png": b"b", "b.json": b'{"caption": "blue"}'}
+    with tempfile.TemporaryDirectory() as folder:
+        test_shards.write(Path(folder) / "train-0.tar", members)
+        return Target({"train-0.tar": (Path(folder) / "train-0.tar").read_bytes()}, ("train-0.tar",), _sentences)
+
+
+def _sentences(folder: Path) -> str | None:
+    """What training reads of images with sentences."""
+    source = captions.open_folder(str(folder), "train") or shards.open_folder(str(folder), "train")
+    examples = [source[i] for i in range(len(source))] if source else []
+    wrong = [text for example in examples for text in example["text"] if not (isinstance(text, str) and text.strip())]
+    return f"a sentence without words: {wrong[0]!r}" if wrong else None
+
+
 # Images.
 
 
@@ -261,6 +293,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
     "adapter": (adapter, "adapter.npz"),
 }
 ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
+ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"shards": _tar_files}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}
 CHECKPOINTS = PARAMETERS | DESCRIPTIONS | ANNOTATIONS  # all that tells of models or data

@@ -4,7 +4,7 @@
     python -m vit_jax.main --workdir=runs/lit --config=configs/lit.py:digits --config.pretrained.img=runs/small
     python -m vit_jax.main --workdir=runs/lit --config=configs/lit.py:b16b_2,FOLDER
 
-`digits`, the default: 1,000 steps on digits with sentences in English and German, see data/digit_sentences.py.
+`digits`, the default: 500 steps on digits with sentences in English and German, see data/digit_sentences.py.
 `:MODEL,DATASET`: b16b, b16b_2, l16l, l16s or l16ti, and a folder with captions or tar shards; the image tower starts from
 AugReg's ImageNet-21k, the text tower from nothing unless `config.pretrained.txt` names a model of two towers. They and LiT's
 vocabulary are fetched. For a TPU pod slice: batches of 16,384.
@@ -17,6 +17,7 @@ here.
 import ml_collections
 
 from configs import common, models, small_data
+from vit_jax.data import digit_sentences
 from vit_jax.errors import unknown
 from vit_jax.models import zoo
 
@@ -70,5 +71,12 @@ def _digits() -> ml_collections.ConfigDict:
     config.pretrained = {"img": "runs/small", "txt": ""}
     config.freeze = ("img/.*",)
     config.batch = 128
-    config.total_steps = 1_000
+    config.total_steps = 500
+    config.eval_every = 250
+    english, german = (digit_sentences.WORDINGS["test"][language][0] for language in ("en", "de"))
+    config.evaluators = {
+        "zeroshot": {"templates": english},
+        "zeroshot_de": {"type": "zeroshot", "labels": ",".join(digit_sentences.NAMES["de"]), "templates": german},
+        "retrieval": {"k": (1,)},
+    }
     return config

@@ -57,7 +57,7 @@ def test_pairs_come_in_order_by_pattern_and_by_folder(folder):
     pattern = str(folder / "train-{08..10}.tar")
     for dataset in (pattern, str(folder)):
         source = get_source(dataset, "train")
-        assert [example["text"] for example in source] == TEXTS
+        assert [example["text"] for example in source] == [source.texts(i) for i in range(5)] == TEXTS
         assert [example["image"] for example in source] == [jpeg(i) for i in range(1, 6)]
     assert source.where(1).endswith("train-08.tar: sub/b") and set(source.features) == {"image", "text"}
     assert [example["text"] for example in get_source(pattern, "train[40%:80%]")] == TEXTS[2:4]

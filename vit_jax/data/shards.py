@@ -62,13 +62,12 @@ class ShardSource(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, i = self._place(index)
-        of_shard = self._indices[shard]
-        try:
-            with open_regular(self._shards[shard]) as f:
-                image, text = (_read(f, *places[i]) for places in (of_shard.images, of_shard.texts))
-        except OSError as error:
-            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?") from error
-        return {"image": image, "text": _sentences(text, bool(of_shard.is_json[i]), self.where(index))}
+        return {"image": self._member(index, *self._indices[shard].images[i]), "text": self.texts(index)}
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        shard, i = self._place(index)
+        text = self._member(index, *self._indices[shard].texts[i])
+        return _sentences(text, bool(self._indices[shard].is_json[i]), self.where(index))
 
     def where(self, index: int) -> str:
         shard, i = self._place(index)
@@ -79,6 +78,14 @@ class ShardSource(Source):
         sizes = (size for index in self._indices for places in (index.images, index.texts) for size in places[:, 1].tolist())
         parts = {"names": digest(keys), "sizes": digest(sizes), "first": self._part.start}
         return super().fingerprint() | parts
+
+    def _member(self, index: int, offset: int, size: int) -> bytes:
+        shard, _ = self._place(index)
+        try:
+            with open_regular(self._shards[shard]) as f:
+                return _read(f, offset, size)
+        except OSError as error:
+            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?") from error
 
     def _place(self, index: int) -> tuple[int, int]:
         """(number of the shard, number within it) of an example."""

@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outputs = {name: outputs[name] for name in predictor.KINDS[kind]}
         _write(out, [str(path) for path in read], outputs)
         arrays = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in outputs.items())
-        note = "" if "cls" in loaded.params or "cls" not in outputs else " (cls is the mean of the patches: no class token)"
+        has_cls = "cls" in loaded.params.get("img", loaded.params)
+        note = "" if has_cls or "cls" not in outputs else " (cls is the mean of the patches: no class token)"
         print(f"wrote {out}: {arrays}{note}")
     return 1 if failures else 0
 

@@ -1,6 +1,7 @@
 """LiT's models: names, counts, the call convention, and both text towers against transformers."""
 
 import math
+from functools import partial
 
 import chex
 import jax
@@ -123,6 +124,8 @@ def test_either_tower_alone_and_their_scores():
     alone, nothing, _ = jitted(model, only, images=images)
     assert nothing is None
     np.testing.assert_allclose(alone, zimg, atol=1e-6)
+    cls = jax.jit(partial(model.apply, method="features"))({"params": only}, images)["cls"]
+    np.testing.assert_allclose(cls / np.linalg.norm(cls, axis=1, keepdims=True), zimg, atol=1e-5)
     only = {name: params[name] for name in ("txt", "t", "b")}
     nothing, alone, _ = jitted(model, only, tokens=TOKENS)
     assert nothing is None

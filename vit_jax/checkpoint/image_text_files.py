@@ -104,6 +104,7 @@ def _description(layout: Layout, flat: Flat, sizes: _Sizes, blocks: tuple[int, i
     p, q = fields["image"]["patches"]["size"]
     count = flat[f"img/{POSITIONS}"].shape[1] - ("img/cls" in flat)
     native = _native_size(layout, folder, count, (p, q))
+    loss = "sigmoid" if "b" in flat else "softmax"
     described = Description(
         model_name=path.stem,
         model_type="TwoTowers",
@@ -114,9 +115,9 @@ def _description(layout: Layout, flat: Flat, sizes: _Sizes, blocks: tuple[int, i
         std=HALF[1],
         class_names=(),
         resize=RESIZE[layout.name],
-        head="sigmoid" if "b" in flat else "softmax",
+        head=loss,
         text=token_files.describe(TOKENS[layout.name], folder, fields["text"]),
-        task={"type": "contrast"},
+        task={"type": "contrast", "loss": loss, "max_len": fields["text"]["max_len"]},
     )
     return dataclasses.replace(described, **_pixels(layout, folder, native))
 

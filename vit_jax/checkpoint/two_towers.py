@@ -54,6 +54,8 @@ def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
         "bias_init": float(flat["b"].reshape(-1)[0]) if "b" in flat else None,
     }
     size = facts.image_size
+    loss = "sigmoid" if "b" in flat else "softmax"
+    text = _bert_text(path) if is_bert else _sentencepiece_text(path, fields["text"], sigmoid="b" in flat)
     return Description(
         model_name=path.stem,
         model_type="TwoTowers",
@@ -64,9 +66,9 @@ def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
         mean=facts.mean,
         std=facts.std,
         class_names=(),
-        head="sigmoid" if "b" in flat else "softmax",
-        text=_bert_text(path) if is_bert else _sentencepiece_text(path, fields["text"], sigmoid="b" in flat),
-        task={"type": "contrast"},
+        head=loss,
+        text=text,
+        task={"type": "contrast", "loss": loss, "max_len": text["max_len"]},
     )
 
 

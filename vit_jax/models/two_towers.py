@@ -55,7 +55,19 @@ class TwoTowers(nn.Module):
     constrain: Callable[[Array], Array] = lambda x: x
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        dim_image, dim_text = self.out_dim if isinstance(self.out_dim, list | tuple) else (self.out_dim,) * 2
+        of_blocks = {"remat": self.remat, "scan": self.scan, "constrain": self.constrain}
+        cls = _text_class(self.text_model)
+        known = {name: value for name, value in of_blocks.items() if name in cls.__dataclass_fields__}
+        self.txt = cls(**{"dtype": self.dtype, **known, **self.text, "num_classes": dim_text})
+        transformer = of_blocks | dict(self.image["transformer"])
+        fields = {"dtype": self.dtype, **self.image, "transformer": transformer, "num_classes": dim_image}
+        self.img = VisionTransformer(**fields)
+        self.t = self.param("t", nn.initializers.constant(jnp.log(self.temperature_init)), (1,))
+        if self.bias_init is not None:
+            self.b = self.param("b", nn.initializers.constant(self.bias_init), (1,))
+
     def __call__(
         self,
         *,
@@ -64,27 +76,19 @@ class TwoTowers(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "b d"] | None, Float[Array, "b d"] | None, dict[str, Array]]:
         """(zimg, ztxt, out): the embeddings, None for what is not given, and "t", perhaps "b", and the vectors' lengths."""
-        out: dict[str, Array] = {}
-        dim_image, dim_text = self.out_dim if isinstance(self.out_dim, list | tuple) else (self.out_dim,) * 2
+        out = {"t": jnp.exp(self.t)} | ({} if self.bias_init is None else {"b": self.b})
         zimg = ztxt = None
-        of_blocks = {"remat": self.remat, "scan": self.scan, "constrain": self.constrain}
         if tokens is not None:
-            cls = _text_class(self.text_model)
-            known = {name: value for name, value in of_blocks.items() if name in cls.__dataclass_fields__}
-            fields = {"dtype": self.dtype, **known, **self.text, "num_classes": dim_text}
-            ztxt, out["txt/norm"] = _normalized(cls(**fields, name="txt")(tokens, train=train))
+            ztxt, out["txt/norm"] = _normalized(self.txt(tokens, train=train))
         if images is not None:
-            transformer = of_blocks | dict(self.image["transformer"])
-            fields = {"dtype": self.dtype, **self.image, "transformer": transformer, "num_classes": dim_image}
-            image = VisionTransformer(**fields, name="img")
-            zimg, out["img/norm"] = _normalized(image(images, train=train))
+            zimg, out["img/norm"] = _normalized(self.img(images, train=train))
         if zimg is not None and ztxt is not None:
             _check_widths(zimg, ztxt)
-        log_t = nn.initializers.constant(jnp.log(self.temperature_init))
-        out["t"] = jnp.exp(self.param("t", log_t, (1,)))
-        if self.bias_init is not None:
-            out["b"] = self.param("b", nn.initializers.constant(self.bias_init), (1,))
         return zimg, ztxt, out
+
+    def features(self, images: Float[Array, "b H W c"], *, train: bool = False) -> dict[str, Any]:
+        """What the image tower's encoder makes of images, see `vit.VisionTransformer.features`."""
+        return self.img.features(images, train=train)
 
     # What users of the reference call. These import what stands above models: nothing in `models` needs them.
 

@@ -12,7 +12,7 @@ from tests import tiny
 from vit_jax.errors import UserError
 
 FIELDS = {name: tiny.config().to_dict()[name] for name in ("model", "model_type", "batch", "batch_eval")}
-FIELDS |= {"total_steps": 2, "warmup_steps": 1, "pp": {"crop": 8, "train": "train[:100]", "test": "test[:20]"}}
+FIELDS |= {"report": False, "total_steps": 2, "warmup_steps": 1, "pp": {"crop": 8, "train": "train[:100]", "test": "test[:20]"}}
 
 
 @pytest.fixture(scope="module")

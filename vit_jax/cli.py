@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module with a function `cli`, what it does)
     "predict": ("vit_jax.predict", "name what is in images"),
     "serve": ("vit_jax.serve.__main__", "show a model as a page on this machine, and answer over HTTP"),
     "zeroshot": ("vit_jax.zeroshot", "name what is in images with any words, by a model of images and texts"),
+    "search": ("vit_jax.search", "find the photos that a sentence describes, or that look like an image"),
     "features": ("vit_jax.features", "write the features of images to a file"),
     "attention": ("vit_jax.attention", "draw where a model looks in images"),
     "convert": ("vit_jax.convert", "turn a checkpoint into the layout of another library"),

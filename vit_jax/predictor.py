@@ -150,7 +150,9 @@ class Predictor:
         return self.open_tokenizer()
 
     def embed_images(self, pictures: Sequence[Pixels]) -> Float[np.ndarray, "n d"]:
-        """The embeddings of decoded images of any sizes, each of length 1, of a model of images and texts."""
+        """The embeddings of decoded images of any sizes, each of length 1. UserError for a model of images alone."""
+        if self.description.model_type != "TwoTowers":
+            raise UserError(f"{self.source} is a {self.description.model_type}: take a model of images and texts")
         return self(pictures)["zimg"]
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:

@@ -25,15 +25,10 @@ SIZE = (29, 20)
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
-    """(model, parameters, images, the attention to them, its maps)."""
+    """(model, parameters, images, the attention to them)."""
     model, images = VARIANTS[request.param], small.random_images(*SIZE)
     params = small.random_params(model, images)
-    return model, params, images, *run(attention_and_maps, model, params, images)
-
-
-def attention_and_maps(model, params, images):
-    """Compiled together, which computes the weights twice, and takes half as long to compile."""
-    return attention_maps.attention(model, params, images), attention_maps.maps(model, params, images)
+    return model, params, images, run(attention_maps.attention, model, params, images)
 
 
 def run(function, model, params, images, **kwargs):
@@ -65,7 +60,7 @@ def normed(x):
 
 def test_weights_are_an_explicit_softmax(variant):
     """Of the tokens that every block's first LayerNorm gives to its attention."""
-    model, params, images, found, _ = variant
+    model, params, images, found = variant
     model = model.clone(transformer={**model.transformer, "scan": False, "remat": "none"})
     logits, state = small.apply(model, params, images, capture_intermediates=True, mutable=["intermediates"])
     inside = state["intermediates"]["Transformer"]
@@ -130,7 +125,7 @@ def by_hand(classifier, found, fuse):
 
 @pytest.mark.parametrize(("fuse", "discard"), [("mean", 0.0), ("max", 0.9), ("min", 0.5)])
 def test_rollout_is_its_formula(variant, fuse, discard):
-    model, _, _, found, _ = variant
+    model, _, _, found = variant
     weights = np.float64(getattr(found.weights, fuse)(2))
     product = np.eye(weights.shape[-1])
     for a in weights:
@@ -144,18 +139,35 @@ def test_rollout_is_its_formula(variant, fuse, discard):
     np.testing.assert_allclose(ours, np.einsum("bn,bnm->bm", reads, product), atol=1e-6, rtol=0)
 
 
-def test_maps_are_of_the_patches_alone(variant):
+def test_heads_are_shown_over_the_patches_alone(variant):
     """Without class and distillation tokens and registers; a MAP head is one more layer."""
-    model, _, _, found, maps = variant
+    model, _, _, found = variant
     reads, (h, w) = by_hand(model.classifier, found, "mean"), found.grid
-    heads = np.einsum("bn,lbknm->blkm", reads, found.weights)
-    heads = heads if found.pooling is None else np.concatenate([heads, found.pooling[:, None]], axis=1)
-    heads = heads[..., -h * w :].reshape(*heads.shape[:3], h, w)
-    rolled = np.asarray(attention_maps.rollout(found.weights, np.float32(reads)))[:, -h * w :].reshape(-1, h, w)
-    for name, expected in {"heads": heads, "mean": heads[:, -1].mean(1), "rollout": rolled}.items():
-        np.testing.assert_allclose(maps[name], expected, atol=1e-6, rtol=0)
-    assert maps["relevance"].shape == (2, h, w) and maps["relevance"].min() >= 0
-    np.testing.assert_array_equal(maps["target"], found.logits.argmax(1))
+    heads = np.einsum("bn,lbknm->lbkm", reads, found.weights)
+    heads = heads if found.pooling is None else np.concatenate([heads, found.pooling[None]])
+    shown = attention_maps.heads(model.classifier, found)
+    np.testing.assert_allclose(shown, heads[..., -h * w :].reshape(*heads.shape[:3], h, w), atol=1e-6, rtol=0)
+
+
+def test_all_maps_come_at_once():
+    model, images = VARIANTS["dinov2"], small.random_images(*SIZE)
+    params = small.random_params(model, images)
+    maps, found, (tokens, _) = run(all_at_once, model, params, images)
+    h, w = found.grid
+    reads = np.float32(by_hand(model.classifier, found, "max"))
+    rollout = attention_maps.rollout(found.weights, reads, fuse="max", discard=0.5)
+    heads = np.moveaxis(attention_maps.heads(model.classifier, found), 0, 1)
+    expected = {"heads": heads, "mean": heads[:, -1].max(1), "logits": found.logits, "target": found.logits.argmax(1)}
+    expected |= {"rollout": rollout[:, -h * w :].reshape(2, h, w), "relevance": tokens[:, -h * w :].reshape(2, h, w)}
+    assert maps.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(maps[name], x, atol=1e-6, rtol=0)
+
+
+def all_at_once(model, params, images):
+    maps = attention_maps.maps(model, params, images, fuse="max", discard=0.5)
+    functions = attention_maps.attention, attention_maps.relevance
+    return maps, *(function(model, params, images) for function in functions)
 
 
 @pytest.mark.parametrize("classifier", ["token", "gap", "map"])

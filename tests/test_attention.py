@@ -1,5 +1,8 @@
 """The command that draws where a model looks, and the same from Python: which pictures, of which images, in which words."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +13,7 @@ from vit_jax import attention, checkpoint, models, predictor
 from vit_jax.api import Model
 from vit_jax.checkpoint import describe
 from vit_jax.errors import UserError
+from vit_jax.tasks import prompts
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +123,27 @@ def test_a_mixer_is_refused_in_words_but_for_its_filters(place, tmp_path):
         run(model, f"--out={tmp_path / 'out'}", place / "photos" / "a.jpg")
     with pytest.raises(UserError, match=r"\(Mixer\) has no position embeddings"):
         run(model, f"--position={tmp_path / 'position.png'}")
+
+
+def test_relevance_is_for_a_label_where_labels_are_the_classes(tmp_path):
+    """Of an image tower with a MAP head; the scores are those that predict shows."""
+    image = {"hidden_size": 32, "patches": {"size": (8, 8)}, "classifier": "map", "transformer": small.ENCODER}
+    text = {"width": 24, "num_layers": 1, "mlp_dim": 40, "num_heads": 3, "vocab_size": 30}
+    towers = models.build("TwoTowers", {"image": image, "text": text, "out_dim": (None, 32), "bias_init": -10.0})
+    inputs = {"images": small.random_images(16, 16, batch=1), "tokens": np.zeros((1, 16), int)}
+    shapes = jax.eval_shape(lambda key: towers.init(key, **inputs), jax.random.key(0))["params"]
+    np.savez(tmp_path / "towers.npz", **small.flat(small.random_values(shapes)))
+    plain = predictor.load(tmp_path / "towers.npz", head=None, batch_size=2)
+    photos = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    with pytest.raises(UserError, match="has no head, and so no classes to explain"):
+        plain.attention(photos, method="relevance")
+    ztxt = np.linalg.qr(np.random.default_rng(2).normal(size=(32, 3)))[0].T.astype(np.float32)
+    labels = ("a cat", "a dog", "a car")
+    task = prompts.make_classifier(plain.task, ztxt, labels, head="sigmoid")
+    described = dataclasses.replace(plain.description, class_names=labels)
+    labelled = dataclasses.replace(plain, task=task, description=described)
+    found = [labelled.attention_maps(photos, target=label) for label in labels]
+    for i, of_label in enumerate(found):
+        np.testing.assert_allclose(of_label["logits"], labelled(photos)["logits"], atol=1e-5)
+        assert of_label["target"].tolist() == [i, i] and of_label["heads"].shape == (2, 3, 4, 2, 2)
+    assert np.abs(found[0]["relevance"] - found[1]["relevance"]).max() > 1e-5

@@ -2,12 +2,14 @@
 
 python -m vit_jax.attention --model=runs/photos --out=looks cat.jpg more_photos/
 python -m vit_jax.attention --model=hf://google/vit-base-patch16-224 --out=looks --class=tabby --discard=0.9 cat.jpg
+python -m vit_jax.attention --model=runs/words --out=looks --labels="a cat,a dog" --class="a cat" cat.jpg
 python -m vit_jax.attention --model=hf://google/vit-base-patch16-224 --position=position.png --filters=filters.png
 
 For every photo a sheet: what the model sees, the heads of the last layer as one and apart, attention rollout (arXiv
 2005.00928), and how relevant each patch is for a class (arXiv 2103.15679). Colours go from the least of a map to its largest.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,41 +25,21 @@ from vit_jax.errors import UserError, command, printable
 from vit_jax.files import read_regular
 from vit_jax.models import attention_maps
 from vit_jax.run import runtime
+from vit_jax.tasks import prompts
 from vit_jax.tools import look, pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the pictures; returns 1 if some image could not be read."""
-    parser = arguments.parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
-    parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
-    parser.add_argument("--out", metavar="DIR", help="the folder to write a picture of each image to")
-    parser.add_argument("--layers", action="store_true", help="another picture of each image: every head of every layer")
-    parser.add_argument(
-        "--class", dest="target", metavar="NAME_OR_NUMBER", help="what relevance is for (default: the top answer)"
-    )
-    parser.add_argument("--heads", choices=attention_maps.FUSED, default="mean", help="how heads become one (default mean)")
-    parser.add_argument("--discard", type=float, default=0.0, help="share of the weights that rollout sets to 0 (default 0)")
-    parser.add_argument("--position", metavar="PNG", help="draw how similar the position embeddings are to each other")
-    parser.add_argument("--filters", metavar="PNG", help="draw the first principal components of the patch filters")
-    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
-    pixels.add_pixel_arguments(parser)
-    args = parser.parse_args(argv)
-    if not (args.images or args.position or args.filters):
-        raise UserError("there is nothing to draw: name images and --out=DIR, or --position=PNG or --filters=PNG")
-    if bool(args.images) != bool(args.out):
-        raise UserError("images and --out=DIR go together: the folder is where their pictures are written")
-    if not 0 <= args.discard < 1:
-        raise UserError(f"--discard={args.discard} must be from 0 to below 1, such as 0.9")
-    for name in ("position", "filters"):
-        if (path := getattr(args, name)) and Path(path).suffix.lower() != ".png":
-            raise UserError(f"--{name}={path} must end with .png")
-
+    args = _parser().parse_args(argv)
+    _check(args)
     runtime.set_up()
     paths = list(find_images(args.images))
-    how = {"model_name": args.model_name, "batch_size": 1, "head": None, **pixels.pixel_options(args)}
+    how = {"model_name": args.model_name, "batch_size": 1, "head": None, "vocab": args.vocab, **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=args.size and predictor.parse_size(args.size), **how)
+    if args.labels is not None:
+        templates = prompts.read_templates("none" if args.templates is None else args.templates)
+        loaded = loaded.with_labels(prompts.read_labels(args.labels), templates=templates)
     if args.position:
         _write(look.position_picture(look.position_similarity(loaded)), Path(args.position).expanduser())
     if args.filters:
@@ -68,6 +50,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failures := drawn.count(False):
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = arguments.parser(__doc__)
+    parser.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
+    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
+    parser.add_argument("--out", metavar="DIR", help="the folder to write a picture of each image to")
+    parser.add_argument("--layers", action="store_true", help="another picture of each image: every head of every layer")
+    parser.add_argument(
+        "--class", dest="target", metavar="NAME_OR_NUMBER", help="what relevance is for (default: the top answer)"
+    )
+    parser.add_argument("--labels", help="classes in any words, of a model of images and texts: see predict")
+    parser.add_argument("--templates", help="sentences that each label is put into: see predict")
+    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
+    parser.add_argument("--heads", choices=attention_maps.FUSED, default="mean", help="how heads become one (default mean)")
+    parser.add_argument("--discard", type=float, default=0.0, help="share of the weights that rollout sets to 0 (default 0)")
+    parser.add_argument("--position", metavar="PNG", help="draw how similar the position embeddings are to each other")
+    parser.add_argument("--filters", metavar="PNG", help="draw the first principal components of the patch filters")
+    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
+    pixels.add_pixel_arguments(parser)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together or cannot be, before any work."""
+    if not (args.images or args.position or args.filters):
+        raise UserError("there is nothing to draw: name images and --out=DIR, or --position=PNG or --filters=PNG")
+    if bool(args.images) != bool(args.out):
+        raise UserError("images and --out=DIR go together: the folder is where their pictures are written")
+    if not 0 <= args.discard < 1:
+        raise UserError(f"--discard={args.discard} must be from 0 to below 1, such as 0.9")
+    if args.templates is not None and args.labels is None:
+        raise UserError(f"--templates={args.templates} needs --labels, which are put into them")
+    for name in ("position", "filters"):
+        if (path := getattr(args, name)) and Path(path).suffix.lower() != ".png":
+            raise UserError(f"--{name}={path} must end with .png")
 
 
 def _draw(loaded: predictor.Predictor, path: Path, out: Path, options: dict[str, Any], *, layers: bool) -> bool:

@@ -136,8 +136,9 @@ class Predictor:
     def _attention(self) -> Callable:
         def run(params: Params, batch: dict[str, Any], *, target: Any, names: tuple[str, ...], **how: Any) -> dict[str, Any]:
             inputs = augment.normalize(batch["image"], self.description.mean, self.description.std)
-            tower, params = attention_maps.image_tower(self.task.model.module, params)
-            found = attention_maps.maps(tower, params, inputs, target=jnp.broadcast_to(target, len(inputs)), **how)
+            score = (lambda: self.task.predict(params, batch)["logits"]) if self.description.class_names else None
+            tower = attention_maps.image_tower(self.task.model.module, params)
+            found = attention_maps.maps(*tower, inputs, target=jnp.broadcast_to(target, len(inputs)), score=score, **how)
             return {name: found[name] for name in names or found}
 
         return jax.jit(run, static_argnames=("names", "fuse", "discard"))

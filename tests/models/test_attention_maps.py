@@ -62,7 +62,7 @@ def test_weights_are_an_explicit_softmax(variant):
     """Of the tokens that every block's first LayerNorm gives to its attention."""
     model, params, images, found = variant
     model = model.clone(transformer={**model.transformer, "scan": False, "remat": "none"})
-    logits, state = small.apply(model, params, images, capture_intermediates=True, mutable=["intermediates"])
+    logits, state = run(with_intermediates, model, params, images)
     inside = state["intermediates"]["Transformer"]
     for i, weights in enumerate(found.weights):
         (x,) = inside[f"encoderblock_{i}"]["LayerNorm_0"]["__call__"]
@@ -75,6 +75,10 @@ def test_weights_are_an_explicit_softmax(variant):
         np.testing.assert_allclose(found.pooling, expected, atol=1e-6, rtol=0)
     np.testing.assert_allclose(found.logits, logits, atol=1e-5, rtol=0)
     assert found.weights.std() > 0.01, "every token looks the same everywhere"
+
+
+def with_intermediates(model, params, images):
+    return model.apply({"params": params}, images, capture_intermediates=True, mutable=["intermediates"])
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2WithRegistersForImageClassification"])
@@ -152,7 +156,7 @@ def test_heads_are_shown_over_the_patches_alone(variant):
 def test_all_maps_come_at_once():
     model, images = VARIANTS["dinov2"], small.random_images(*SIZE)
     params = small.random_params(model, images)
-    maps, found, (tokens, _) = run(all_at_once, model, params, images)
+    maps, (tokens, found) = run(all_at_once, model, params, images)
     h, w = found.grid
     reads = np.float32(by_hand(model.classifier, found, "max"))
     rollout = attention_maps.rollout(found.weights, reads, fuse="max", discard=0.5)
@@ -165,12 +169,10 @@ def test_all_maps_come_at_once():
 
 
 def all_at_once(model, params, images):
-    maps = attention_maps.maps(model, params, images, fuse="max", discard=0.5)
-    functions = attention_maps.attention, attention_maps.relevance
-    return maps, *(function(model, params, images) for function in functions)
+    return attention_maps.maps(model, params, images, fuse="max", discard=0.5), attention_maps.relevance(model, params, images)
 
 
-@pytest.mark.parametrize("classifier", ["token", "gap", "map"])
+@pytest.mark.parametrize("classifier", ["gap", "map"])
 def test_relevance_is_its_formula_by_torchs_autograd(classifier):
     peers.torch_peer()
     model, images = small.vit(classifier=classifier), small.random_images(24, 40)
@@ -183,7 +185,7 @@ def test_relevance_is_its_formula_by_torchs_autograd(classifier):
         rows = (pooling.grad * pooling).clamp(min=0).mean(1).detach()
     else:
         n = attentions[0].shape[-1]
-        rows = np.eye(n)[None, :1] if classifier == "token" else np.full((1, 1, n), 1 / n)
+        rows = np.full((1, 1, n), 1 / n)
     expected = np.asarray(rows) @ relevance_by_hand(attentions).numpy()
     ours, found = run(attention_maps.relevance, model, params, images, target=target)
     np.testing.assert_allclose(found.logits, logits.detach(), atol=1e-5, rtol=0)
@@ -218,7 +220,6 @@ def in_torch(params, images, classifier):
     b, height, width, c = images.shape
     x = torch.from_numpy(np.float64(images)).reshape(b, height // 8, 8, width // 8, 8, c).transpose(2, 3)
     x = x.reshape(b, -1, 64 * c) @ p["embedding"]["kernel"].reshape(64 * c, -1) + p["embedding"]["bias"]
-    x = torch.cat([p["cls"].expand(b, -1, -1), x], dim=1) if "cls" in p else x
     x = x + p["Transformer"]["posembed_input"]["pos_embedding"]
     for i in range(2):
         block = p["Transformer"][f"encoderblock_{i}"]
@@ -230,7 +231,7 @@ def in_torch(params, images, classifier):
         head = p["MAPHead_0"]
         x = attend(head["MultiHeadDotProductAttention_0"], head["probe"].expand(b, -1, -1), x)
         x = x + mlp(head["MlpBlock_0"], norm(head["LayerNorm_0"], x))
-    x = x[:, 0] if classifier != "gap" else x.mean(1)
+    x = x[:, 0] if classifier == "map" else x.mean(1)
     return x @ p["head"]["kernel"] + p["head"]["bias"], kept
 
 

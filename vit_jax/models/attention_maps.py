@@ -28,6 +28,10 @@ FUSED = {"mean": jnp.mean, "min": jnp.min, "max": jnp.max}
 """How the heads of a layer become one."""
 
 
+Score = Callable[[], Float[Array, "b classes"]]
+"""Runs a model once, and gives the logits of the images."""
+
+
 class Attention(NamedTuple):
     """The attention of a model to a batch of images, in float32.
 
@@ -46,7 +50,7 @@ class Attention(NamedTuple):
 
 def image_tower(model: nn.Module, params: Any) -> tuple[VisionTransformer, Any]:
     """The ViT that sees the images, and its parameters. UserError for a model without."""
-    if isinstance(model, TwoTowers):  # whose head scores no classes
+    if isinstance(model, TwoTowers):  # whose head alone scores no classes
         return VisionTransformer(**{"dtype": model.dtype, **model.image, "num_classes": None}), params["img"]
     if isinstance(model, MlpMixer):
         raise UserError("a Mixer has no attention to look at: its tokens are mixed by an MLP")
@@ -57,15 +61,20 @@ def image_tower(model: nn.Module, params: Any) -> tuple[VisionTransformer, Any]:
 
 def attention(model: VisionTransformer, params: Any, images: Float[Array, "b H W c"]) -> Attention:
     """The weights with which every token attends to every other, and what the head makes of the images."""
-    logits, weights = _run(model, params, images)
+    logits, weights = _run(_own_score(model, params, images))
     return _collected(model, images, logits, weights)
 
 
+def _own_score(model: VisionTransformer, params: Any, images: Float[Array, "b H W c"]) -> Score:
+    """What the model itself makes of the images; its blocks run one by one, so that each shows its weights."""
+    model = model.clone(transformer={**model.transformer, "scan": False, "remat": "none"})
+    return lambda: model.apply({"params": params}, images, train=False)
+
+
 def _run(
-    model: VisionTransformer, params: Any, images: Float[Array, "b H W c"], offsets: tuple[Array, ...] | None = None
+    score: Score, offsets: tuple[Array, ...] | None = None
 ) -> tuple[Float[Array, "b classes"], tuple[Float[Array, "b k n m"], ...]]:
     """(logits, weights of every attention, the pooling head's the last); `offsets` are added to the weights in use."""
-    model = model.clone(transformer={**model.transformer, "scan": False, "remat": "none"})
     taken: list[Array] = []
 
     def take(attend: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -78,7 +87,7 @@ def _run(
         return jnp.einsum("bknm,bmkh->bnkh", used, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
     with nn.intercept_methods(take):
-        logits = model.apply({"params": params}, images, train=False)
+        logits = score()
     return logits.astype(jnp.float32), tuple(taken)
 
 
@@ -157,7 +166,11 @@ def rollout(
 
 
 def relevance(
-    model: VisionTransformer, params: Any, images: Float[Array, "b H W c"], target: Int[Array, " b"] | None = None
+    model: VisionTransformer,
+    params: Any,
+    images: Float[Array, "b H W c"],
+    target: Int[Array, " b"] | None = None,
+    score: Score | None = None,
 ) -> tuple[Float[Array, "b n"], Attention]:
     """How much every token contributes to the logit of a class, and the attention that it was computed from.
 
@@ -166,17 +179,19 @@ def relevance(
 
     Args:
       target: the class of every image; the one with the largest logit where it is below 0, and if None.
+      score: scores the classes, where that is not the model's own head, and calls the model.
     """
-    if not model.num_classes:
+    if not (score or model.num_classes):
         raise UserError("this model has no head, and so no classes to explain: use mean or rollout")
-    _, weights = jax.eval_shape(lambda: _run(model, params, images))
+    score = score or _own_score(model, params, images)
+    _, weights = jax.eval_shape(lambda: _run(score))
     zeros = tuple(jnp.zeros(w.shape, w.dtype) for w in weights)
 
-    def score(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, tuple[Array, ...]]]:
-        logits, weights = _run(model, params, images, offsets)
+    def chosen_logits(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, tuple[Array, ...]]]:
+        logits, weights = _run(score, offsets)
         return jnp.take_along_axis(logits, _chosen(logits, target)[:, None], axis=1).sum(), (logits, weights)
 
-    gradients, (logits, weights) = jax.grad(score, has_aux=True)(zeros)
+    gradients, (logits, weights) = jax.grad(chosen_logits, has_aux=True)(zeros)
     found = _collected(model, images, logits, weights)
     useful = [jax.nn.relu(g * w).mean(axis=1) for g, w in zip(gradients, weights, strict=True)]  # (b, n, m) each
     reads = reading(model.classifier, found) if found.pooling is None else useful.pop()[:, 0]
@@ -193,16 +208,17 @@ def maps(
     target: Int[Array, " b"] | None = None,
     fuse: str = "mean",
     discard: float = 0.0,
+    score: Score | None = None,
 ) -> dict[str, Array]:
-    """All that can be shown, by image.
+    """All that can be shown, by image; `score` as in `relevance`.
 
     Returns:
       heads: (b, l, k, h, w), see `heads`; mean: (b, h, w), of its last layer, the heads fused; rollout: (b, h, w);
-      relevance: (b, h, w) for the class `target`, (b,), and logits: (b, classes), all three of a model with a head only.
+      relevance: (b, h, w) for the class `target`, (b,), and logits: (b, classes), all three only where there are classes.
     """
     tokens = {}
-    if model.num_classes:
-        tokens["relevance"], found = relevance(model, params, images, target)
+    if has_classes := bool(score or model.num_classes):
+        tokens["relevance"], found = relevance(model, params, images, target, score)
     else:
         found = attention(model, params, images)
     reads = reading(model.classifier, found, fuse=fuse)
@@ -210,7 +226,7 @@ def maps(
     outputs = {name: of_patches(x, found.grid) for name, x in tokens.items()}
     of_heads = jnp.moveaxis(heads(model.classifier, found), 0, 1)
     outputs |= {"heads": of_heads, "mean": _fused(fuse, of_heads[:, -1], axis=1)}
-    if model.num_classes:
+    if has_classes:
         outputs |= {"target": _chosen(found.logits, target), "logits": found.logits}
     return outputs
 

@@ -124,7 +124,7 @@ def position_picture(similarity: Float[np.ndarray, "h w h w"]) -> Image.Image:
     h, w = similarity.shape[:2]
     cell = max(1, 900 // (w * (w + 1)))
     tile_height, tile_width, gap = h * cell, w * cell, max(3, cell // 2)
-    canvas = Image.new("RGB", (w * (tile_width + gap) - gap, h * (tile_height + gap) - gap), "white")
+    canvas = Image.new("RGB", (w * (tile_width + gap) - gap, h * (tile_height + gap) - gap), "dimgray")
     for i in range(h):
         for j in range(w):
             tile = pictures.coloured(similarity[i, j], diverging=True).resize(

@@ -28,8 +28,8 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 Outputs = dict[str, np.ndarray]
 ATTENTION = ("mean", "rollout", "relevance")
 KINDS = {"cls": ("cls",), "patches": ("patches",), "both": ("cls", "patches")}
-TEXTS = 64
-"""Texts computed at a time."""
+TEXTS = 1, 8, 64
+"""How many texts are computed at a time, with what fills them up: a program is compiled for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Predictor:
         """The embeddings of texts, each of length 1. UserError for a text without words, and as `tokenizer` raises it."""
         if empty := [i for i, text in enumerate(texts, 1) if not text.strip()]:
             raise UserError(f"text {empty[0]} of {len(texts)} is empty: give words")
-        tokens, size = self.tokenizer(texts), min(TEXTS, len(texts))
+        tokens, size = self.tokenizer(texts), next((size for size in TEXTS if size >= len(texts)), TEXTS[-1])
         parts = []
         for i in range(0, len(tokens), size):
             part = list(tokens[i : i + size])
@@ -169,13 +169,10 @@ class Predictor:
         check_outputs({"ztxt": outputs}, self.source)
         return outputs
 
-    def with_labels(self, labels: Sequence[str], *, templates: Sequence[str] = (prompts.PLACE,)) -> "Predictor":
-        """A model of images and texts as a classifier of images by any words; each label is put into all the templates.
-
-        The probabilities are those of a softmax over the labels, or a sigmoid of each, as the model was trained.
-        UserError for a model that reads no texts, labels that are empty or given twice, and templates without `{}`.
-        """
-        labels = tuple(label.strip() for label in labels)
+    def embed_labels(
+        self, labels: Sequence[str], *, templates: Sequence[str] = (prompts.PLACE,)
+    ) -> Float[np.ndarray, "labels d"]:
+        """The embeddings of what `with_labels` compares images with; it raises the same UserErrors."""
         prompts.check_labels(labels)
         prompts.check_templates(templates)
         if len(labels) == 1 and self.description.head == "softmax":
@@ -183,7 +180,16 @@ class Predictor:
                 f"{printable(labels[0])!r} is the only label, and of a softmax the probability of one alone is always 1: "
                 "give two or more, such as 'a cat,something else'"
             )
-        ztxt = prompts.embed_labels(self.embed_texts, labels, templates)
+        return prompts.embed_labels(self.embed_texts, labels, templates)
+
+    def with_labels(self, labels: Sequence[str], *, templates: Sequence[str] = (prompts.PLACE,)) -> "Predictor":
+        """A model of images and texts as a classifier of images by any words; each label is put into all the templates.
+
+        The probabilities are those of a softmax over the labels, or a sigmoid of each, as the model was trained.
+        UserError for a model that reads no texts, labels that are empty or given twice, and templates without `{}`.
+        """
+        labels = tuple(label.strip() for label in labels)
+        ztxt = self.embed_labels(labels, templates=templates)
         return dataclasses.replace(
             self,
             task=prompts.make_classifier(self.task, ztxt, labels, head=self.description.head),

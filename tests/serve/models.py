@@ -4,6 +4,7 @@ import io
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from vit_jax import tasks
@@ -24,7 +25,9 @@ def predictor(**description) -> Predictor:
     description = Description(**PIXELS | {"class_names": CLASSES} | description)
     task = tasks.of_description(description)
     rng, shapes = np.random.default_rng(0), jax.eval_shape(task.init, jax.random.key(0))
-    return Predictor(task, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes), description)
+    flat = {name: rng.normal(0, 0.3, x.shape).astype(np.float32) for name, x in flatten_dict(shapes, sep="/").items()}
+    positive = {name: np.abs(x) for name, x in flat.items() if name.endswith("var")}
+    return Predictor(task, unflatten_dict(flat | positive, sep="/"), description)
 
 
 def classifier(**description) -> Predictor:
@@ -36,6 +39,12 @@ def detector() -> Predictor:
     """Of 24 boxes."""
     fields = {"body": {"vit": VIT}, "num_classes": len(CLASSES)}
     return predictor(model_type="TokenDetector", model=fields, task={"type": "detect"})
+
+
+def segmenter() -> Predictor:
+    """Of a class for every pixel."""
+    fields = {"body": {"vit": VIT}, "num_classes": len(CLASSES), "places": 1}
+    return predictor(model_type="LinearSegmenter", model=fields, task={"type": "segment"})
 
 
 def photo(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 30)) -> bytes:

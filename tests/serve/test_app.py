@@ -13,12 +13,15 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from tests import towers
 from tests.serve import malformed, models
 from vit_jax.data.host.inputs import read_images
 from vit_jax.errors import UserError
+from vit_jax.predictor import load
 from vit_jax.serve import __main__ as command
 from vit_jax.serve.app import make_app
 from vit_jax.serve.limits import Limits
+from vit_jax.serve.model import Model
 from vit_jax.serve.service import Service
 
 LIMITS = Limits(batch=4, max_bytes=400_000, max_pixels=2000)
@@ -31,7 +34,7 @@ CUT_OFF = malformed.multipart(('name="image"; filename="a.png"', models.photo(0)
 def served():
     """(a service, its client)."""
     service = Service(dataclasses.replace(models.classifier(), batch_size=4), LIMITS)
-    service.compile()
+    service.model.compile()
     with TestClient(make_app(service)) as client:
         yield service, client
 
@@ -59,7 +62,7 @@ def test_probabilities_are_those_of_predict_in_batches_of_any_size(served):
     service, client = served
     kinds = ("PNG", "JPEG", "WEBP", "BMP") * 3
     images = [*(models.photo(i, kind, (12 + i, 30)) for i, kind in enumerate(kinds)), turned_photo()]
-    expected = service.predictor(read_images(images))["probabilities"]
+    expected = service.model.predictor(read_images(images))["probabilities"]
     for count in (1, 3, len(images)):
         results = post(client, *images[:count], top=5).json()["results"]
         np.testing.assert_allclose([probabilities(x) for x in results], expected[:count], atol=1e-6, rtol=0)
@@ -74,7 +77,7 @@ def test_probabilities_are_those_of_predict_in_batches_of_any_size(served):
 def test_clients_at_the_same_time_share_batches_and_get_their_own_answers(served):
     service, client = served
     images = [models.photo(i) for i in range(12)]
-    expected = service.predictor(read_images(images))["probabilities"]
+    expected = service.model.predictor(read_images(images))["probabilities"]
     with ThreadPoolExecutor(12) as threads:
         answers = list(threads.map(lambda image: post(client, image).json()["results"][0], images))
     np.testing.assert_allclose([probabilities(x) for x in answers], expected, atol=1e-6, rtol=0)
@@ -86,13 +89,29 @@ def test_attention_is_that_of_the_predictor_and_says_where_it_lies(served):
     service, client = served
     image = models.photo(3, size=(40, 30))
     result = client.post("/v1/predict", files={"image": ("a.png", image)}, data={"attention": "true"}).json()["results"][0]
-    (expected,) = service.predictor.attention(read_images(image))
+    (expected,) = service.model.predictor.attention(read_images(image))
     np.testing.assert_allclose(result["attention"]["map"], expected, rtol=1e-5)
     assert result["attention"]["box"] == [0, 0, 30, 40] and "attention" not in post(client, image).json()["results"][0]
-    cropped = dataclasses.replace(service.predictor.description, preprocessing={"resize_to": 20})
-    service = Service(models.predictor(**vars(cropped)), LIMITS)
-    box = service._attention(service._read("a.png", image))["box"]
+    cropped = dataclasses.replace(service.model.predictor.description, preprocessing={"resize_to": 20})
+    model = Model(models.predictor(**vars(cropped)), 1)
+    box = model.attention(model.read("a.png", image, 2000))["box"]
     assert box == [3, 12, 27, 28]  # resized to cover 20 x 30, of which the middle 16 x 24 are seen
+
+
+def test_labels_that_are_typed_are_scored_as_predict_does(tmp_path):
+    towers.write(tmp_path, head="sigmoid")
+    predictor, labels = load(tmp_path, batch_size=1), ["red cat", "small dog", "the photo"]
+    service, images = Service(predictor, Limits(batch=1)), [models.photo(i) for i in range(2)]
+    service.model.compile()
+    expected = predictor.with_labels(labels)(read_images(images))["probabilities"]
+    with TestClient(make_app(service)) as client:
+        assert client.get("/v1/model").json()["options"] == {"attention": False, "labels": [], "top": 5}
+        results = post(client, *images, labels=labels).json()["results"]
+        np.testing.assert_allclose([probabilities(x) for x in results], expected, atol=1e-6, rtol=0)
+        assert len(post(client, images[0], labels=labels, top=1).json()["results"][0]["predictions"]) == 1
+        assert len(post(client, images[0]).json()["results"][0]["embedding"]) == 8
+        for fields, words in (({"labels": ["a", "a"]}, "more than once"), ({"top": 1}, "option top means nothing")):
+            assert words in post(client, images[0], **fields).json()["error"]
 
 
 def test_a_detector_gives_boxes_above_the_threshold_in_pixels():
@@ -103,6 +122,22 @@ def test_a_detector_gives_boxes_above_the_threshold_in_pixels():
     pixels = read_images(models.photo(1))
     shown = predictor.show({"threshold": 0.2})({name: x[0] for name, x in predictor(pixels).items()}, pixels[0].shape[:2])
     assert result["objects"] == shown.json["objects"] and len(result["objects"]) > 3
+
+
+def test_a_segmenter_gives_shares_and_the_class_of_every_pixel():
+    predictor = dataclasses.replace(models.segmenter(), batch_size=1)
+    service = Service(predictor, Limits(batch=1))
+    service.model.compile()
+    with TestClient(make_app(service)) as client:
+        assert client.get("/v1/model").json()["options"] == {"maps": False}
+        (result,) = post(client, models.photo(1), maps=True).json()["results"]
+        assert post(client, models.photo(1)).json()["results"][0].keys() == result.keys() - {"maps"}
+    pixels = read_images(models.photo(1))
+    shown = predictor.show({})({name: x[0] for name, x in predictor(pixels).items()}, pixels[0].shape[:2])
+    assert result["areas"] == shown.json["areas"]
+    given = Image.open(io.BytesIO(base64.b64decode(result["maps"]["classes"])))
+    assert given.mode == "P" and given.size == (30, 20)
+    np.testing.assert_array_equal(given, shown.maps["classes"])
 
 
 def test_the_pages_describe_themselves_and_ask_for_nothing_elsewhere(served):
@@ -159,7 +194,7 @@ def test_malformed_requests_are_refused_and_leave_nothing_behind(served):
 def test_a_full_queue_and_late_answers_have_their_status():
     limits = dataclasses.replace(LIMITS, queue=2, batch=1, timeout=0.3)
     service, gate = Service(models.classifier(), limits), threading.Event()
-    service.compile()
+    service.model.compile()
     compute = service._compute
     service._compute = lambda examples: (gate.wait(5), compute(examples))[1]
     with TestClient(make_app(service)) as client, ThreadPoolExecutor(6) as threads:
@@ -192,7 +227,7 @@ def test_a_model_that_gives_no_numbers_is_not_served():
     broken = models.classifier()
     broken.params["head"]["bias"][:] = np.nan
     with pytest.raises(UserError, match="NaN or infinity"):
-        Service(broken, LIMITS).compile()
+        Service(broken, LIMITS).model.compile()
 
 
 def test_what_is_missing_is_named_with_its_installation(monkeypatch):

@@ -86,7 +86,7 @@ def _serve(loaded: predictor.Predictor, limits: Limits, listener: socket.socket)
     from vit_jax.serve.service import Service
 
     service = Service(loaded, limits)
-    service.compile()
+    service.model.compile()
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -17,11 +17,15 @@ ERRORS = {
 }
 NUMBER, TEXT = {"type": "number"}, {"type": "string"}
 BOX = {"type": "array", "items": NUMBER, "description": "left, top, right, bottom in pixels"}
-ATTENTION = {
-    "type": "object",
-    "description": "Where the model looks, if it was asked for: rows of patches, and the part of the image that they cover.",
-    "properties": {"map": {"type": "array", "items": {"type": "array", "items": NUMBER}}, "box": BOX},
+WISHES = {
+    "attention": {
+        "type": "object",
+        "description": "Where the model looks: rows of patches, and the part of the image that they cover.",
+        "properties": {"map": {"type": "array", "items": {"type": "array", "items": NUMBER}}, "box": BOX},
+    },
+    "maps": {"type": "object", "description": "Pictures by name, as PNG.", "additionalProperties": TEXT | {"format": "byte"}},
 }
+"""What is in a result if the option of its name is true."""
 RESULTS = {
     "classify": {
         "predictions": {
@@ -45,6 +49,20 @@ RESULTS = {
             },
         }
     },
+    "segment": {
+        "areas": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "label": TEXT,
+                    "index": {"type": "integer"},
+                    "pixels": {"type": "integer"},
+                    "share": NUMBER,
+                },
+            },
+        }
+    },
     "contrast": {"embedding": {"type": "array", "items": NUMBER}},
 }
 
@@ -55,8 +73,7 @@ def specification(model: Mapping[str, Any]) -> dict[str, Any]:
     json_body = _object({"images": {"type": "array", "items": TEXT | {"format": "byte"}}, **options}, ["images"])
     form_body = _object({"image": {"type": "array", "items": TEXT | {"format": "binary"}}, **options}, ["image"])
     size = {name: {"type": "integer"} for name in ("width", "height")}
-    if "attention" in options:
-        size |= {"attention": ATTENTION}
+    size |= {name: schema for name, schema in WISHES.items() if name in options}
     result = _object({"image": TEXT, **size, **RESULTS.get(model["task"], {})})
     predict = {
         "summary": "Predictions for one or several images",

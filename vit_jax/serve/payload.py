@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import inspect
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -95,19 +96,25 @@ def _from_base64(text: Any, index: int) -> bytes:
         raise UserError(f"image {index} is no base64: {e}; paths, addresses and data: are not read") from e
 
 
-def options(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def options(given: Mapping[str, Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """What was given of the options that there are, as numbers, true or false, and lists of texts.
 
     Args:
-      known: default values by name, which tell the kind: 5, 0.5, False, ().
+      offered: default values by name, which tell the kind: 5, 0.5, False, ().
 
     Raises:
       UserError: for others, and for values of another kind or beyond their range.
     """
     for name in given:
-        if name not in known:
-            raise unknown("option", printable(name), known) if known else UserError(f"unknown option {printable(name)!r}")
-    return {name: _READERS[type(known[name])](name, value) for name, value in given.items()}
+        if name not in offered:
+            raise unknown("option", printable(name), offered) if offered else UserError(f"unknown option {printable(name)!r}")
+    return {name: _READERS[type(offered[name])](name, value) for name, value in given.items()}
+
+
+def known(signature: inspect.Signature) -> dict[str, Any]:
+    """The options of a `Task.show` by their default values, as far as they can be given here."""
+    given = {name: parameter.default for name, parameter in list(signature.parameters.items())[2:]}
+    return {name: default for name, default in given.items() if type(default) in _READERS}
 
 
 def _whole(name: str, value: Any) -> int:

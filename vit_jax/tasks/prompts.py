@@ -132,6 +132,15 @@ def embed_labels(
     return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
 
 
+def score(
+    task: Task, params: Params, zimg: Float[Array, "b d"], ztxt: Float[np.ndarray, "labels d"], *, head: str
+) -> dict[str, Array]:
+    """`logits` and `probabilities` (b, labels) of embedded images, see `make_classifier`."""
+    _, _, out = task.model.module.apply({"params": params})
+    logits = two_towers.scores(zimg, ztxt, out)
+    return {"logits": logits, "probabilities": classify.PROBABILITIES[head](logits)}
+
+
 def make_classifier(task: Task, ztxt: Float[np.ndarray, "labels d"], labels: Sequence[str], *, head: str) -> Task:
     """The task of images and texts, which also gives `logits` and `probabilities` of labels that `embed_labels` has embedded.
 
@@ -141,11 +150,7 @@ def make_classifier(task: Task, ztxt: Float[np.ndarray, "labels d"], labels: Seq
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
         outputs = task.predict(params, batch)
-        if "zimg" not in outputs:
-            return outputs
-        _, _, out = task.model.module.apply({"params": params})
-        logits = two_towers.scores(outputs["zimg"], ztxt, out)
-        return outputs | {"logits": logits, "probabilities": classify.PROBABILITIES[head](logits)}
+        return outputs | (score(task, params, outputs["zimg"], ztxt, head=head) if "zimg" in outputs else {})
 
     return dataclasses.replace(task, needs=("image", "label"), predict=predict, show=classify.make_show(labels))
 

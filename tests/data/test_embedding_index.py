@@ -129,6 +129,11 @@ def test_files_that_are_no_index_are_refused(folder, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read"):
             embedding_index.load(path, model="m")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="it is no file"):
+        embedding_index.load(path, model="m")
+    path.unlink()
     for change in ({"stamps": arrays["stamps"][:3]}, {"embeddings": arrays["embeddings"] * np.nan}, {"names": np.array("a")}):
         np.savez(path, **arrays | change)
         with pytest.raises(UserError, match="cannot be read"):

@@ -36,13 +36,14 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
         elif parallel.is_main():
             checkpoint.save(tree, target)
             describe.write(target, description(experiment, step, metrics))
-            for file in experiment.task.files:
-                content = file.read_bytes()
-                write_atomically(target.with_name(file.name), lambda f, content=content: f.write(content))
+        for file in experiment.task.files if parallel.is_main() else ():
+            content = file.read_bytes()
+            write_atomically(target.with_name(file.name), lambda f, content=content: f.write(content))
         if path.stem == "model":
             log.info("wrote    %s", target)
     if path.stem == "model":
-        log.info("use it   python -m vit_jax.predict --model=%s IMAGE…", path.parent)
+        labels = "" if experiment.task.tokenize is None else " --labels='a LABEL,another'"
+        log.info("use it   python -m vit_jax.predict --model=%s%s IMAGE…", path.parent, labels)
 
 
 def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any, described: Description) -> None:

@@ -22,6 +22,7 @@ from vit_jax.serve import __main__ as command
 from vit_jax.serve.app import make_app
 from vit_jax.serve.limits import Limits
 from vit_jax.serve.model import Model
+from vit_jax.serve.payload import Hold, Refused
 from vit_jax.serve.service import Service
 
 LIMITS = Limits(batch=4, max_bytes=400_000, max_pixels=2000)
@@ -203,6 +204,18 @@ def test_a_full_queue_and_late_answers_have_their_status():
         assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 503} == {"1"}
         gate.set()
         assert post(client, models.photo(0)).status_code == 200
+
+
+def test_the_bytes_of_all_requests_are_counted_until_they_are_answered():
+    hold = Hold(10, 15)
+    with hold.counting() as first, hold.counting() as second:
+        first(10)
+        for count, arrived, status in ((first, 1, 413), (second, 5, 503)):
+            with pytest.raises(Refused) as refused:
+                count(arrived)
+            assert refused.value.status == status
+    with hold.counting() as third:
+        third(10)
 
 
 def test_a_request_that_does_not_arrive_is_given_up():

@@ -5,6 +5,7 @@ python -m vit_jax.serve --model=hf://google/vit-base-patch16-224 --port=8080 --b
 """
 
 import argparse
+import errno
 import importlib.util
 import logging
 import socket
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _bound(args.host, args.port) as listener:
         runtime.set_up()
         size = args.size and predictor.parse_size(args.size)
-        how = {"model_name": args.model_name, "batch_size": 1, **pixels.pixel_options(args)}
+        how = {"model_name": args.model_name, "vocab": args.vocab, "batch_size": 1, **pixels.pixel_options(args)}
         _serve(predictor.load(args.model, size=size, **how), limits, listener)
     return 0
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for an answer (default 30)")
     parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
     parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
+    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
     pixels.add_pixel_arguments(parser)
     return parser
 
@@ -55,8 +57,9 @@ def _limits(args: argparse.Namespace) -> Limits:
     for name in ("batch", "queue", "max_megabytes", "max_megapixels", "timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             raise UserError(f"--{name}={getattr(args, name)} must be more than 0")
-    if not 0 <= args.wait <= 1e4 or not 0 <= args.port < 1 << 16:
-        raise UserError(f"--wait={args.wait:g} must be from 0 to 10000, --port={args.port} from 0 to 65535")
+    for name, most in (("wait", 10_000), ("port", 65_535)):
+        if not 0 <= getattr(args, name) <= most:
+            raise UserError(f"--{name}={getattr(args, name):g} must be from 0 to {most}")
     return Limits(
         batch=args.batch,
         wait=args.wait / 1e3,
@@ -75,7 +78,8 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as e:
-        raise UserError(f"cannot listen on --host={host} --port={port}: {e.strerror}; --port=0 takes any that is free") from e
+        hint = "; --port=0 takes any that is free" if e.errno == errno.EADDRINUSE else ""
+        raise UserError(f"cannot listen on --host={host} --port={port}: {e.strerror}{hint}") from e
     return listener
 
 

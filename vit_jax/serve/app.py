@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -16,7 +16,7 @@ from starlette.routing import Route
 from vit_jax.errors import UserError
 from vit_jax.files import json_text
 from vit_jax.serve import openapi, payload
-from vit_jax.serve.payload import Refused
+from vit_jax.serve.payload import Hold, Refused
 from vit_jax.serve.service import Service
 
 log = logging.getLogger("vit_jax")
@@ -35,14 +35,15 @@ UNREAD = {"Connection": "close"}
 
 def make_app(service: Service) -> Starlette:
     """The application of a service, which it starts and stops."""
-    requests = 0
+    requests, hold = 0, Hold(service.limits.max_bytes, service.limits.max_held * service.limits.max_bytes)
 
     async def predict(request: Request) -> Response:
         nonlocal requests
         start = time.monotonic()
         requests += 1
         try:
-            response = await _predict(service, request, busy=requests > service.limits.queue)
+            with hold.counting() as count:
+                response = await _predict(service, request, count, busy=requests > service.limits.queue)
         finally:
             requests -= 1
         service.metrics.request(response.status_code, time.monotonic() - start)
@@ -72,14 +73,14 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
 
 
-async def _predict(service: Service, request: Request, *, busy: bool) -> Response:
+async def _predict(service: Service, request: Request, count: Callable[[int], None], *, busy: bool) -> Response:
     limits = service.limits
     try:
         if busy:
             raise Refused(503, "too many requests at a time: try again in a second")
         late = Refused(408, f"the request did not arrive within {limits.timeout:g} seconds")
         async with _deadline(limits.timeout, late):
-            asked = await payload.read(request, max_bytes=limits.max_bytes, max_images=limits.queue)
+            asked = await payload.read(request, count, max_bytes=limits.max_bytes, max_images=limits.queue)
         late = Refused(504, f"there was no answer within {limits.timeout:g} seconds")
         async with _deadline(limits.timeout, late):
             results = await service.answer(asked)

@@ -2,9 +2,10 @@
 
 import base64
 import binascii
+import contextlib
 import inspect
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +34,42 @@ class Asked:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-async def read(request: Request, *, max_bytes: int, max_images: int) -> Asked:
-    """The content of a request. Refused for one that is too large, UserError for one that is not as it should be."""
+class Hold:
+    """Counts the bytes of requests until they are answered; `most` of a request, and `room` of all."""
+
+    def __init__(self, most: int, room: int):
+        self.most, self._room, self._held = most, room, 0
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that is told of bytes that arrive for one request, and raises Refused if they are too many."""
+        own = 0
+
+        def count(arrived: int) -> None:
+            nonlocal own
+            own += arrived
+            self._held += arrived
+            if own > self.most:
+                raise Refused(413, f"the request has more than {self.most:,} bytes, which are allowed")
+            if self._held > self._room:
+                raise Refused(503, "too many bytes arrive at a time: try again in a second")
+
+        try:
+            yield count
+        finally:
+            self._held -= own
+
+
+async def read(request: Request, count: Callable[[int], None], *, max_bytes: int, max_images: int) -> Asked:
+    """The content of a request, whose bytes are counted, see `Hold`.
+
+    Raises Refused for one that is too large, UserError for one that is not as it should be.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     readers = {"multipart/form-data": _read_multipart, "application/json": _read_json}
     if kind not in readers:
         raise Refused(415, f"content type {printable(kind)!r}: send multipart/form-data or application/json")
-    asked = await readers[kind](request, _limited(request, max_bytes), max_images)
+    asked = await readers[kind](request, _limited(request, count, max_bytes), max_images)
     if not asked.images:
         raise UserError("there are no images: send files in the field 'image', or base64 in the list 'images'")
     if len(asked.images) > max_images:
@@ -47,15 +77,12 @@ async def read(request: Request, *, max_bytes: int, max_images: int) -> Asked:
     return asked
 
 
-async def _limited(request: Request, most: int) -> AsyncIterator[bytes]:
+async def _limited(request: Request, count: Callable[[int], None], most: int) -> AsyncIterator[bytes]:
     said = request.headers.get("content-length", "0")
-    arrived = 0
     if not said.isdecimal() or int(said[:20]) > most:
         raise Refused(413, f"the request has {printable(said)} bytes, allowed are {most:,}")
     async for chunk in request.stream():
-        arrived += len(chunk)
-        if arrived > most:
-            raise Refused(413, f"the request has more than {most:,} bytes, which are allowed")
+        count(len(chunk))
         yield chunk
 
 

@@ -137,12 +137,6 @@ def test_templates_and_models_that_are_refused(models, photos, tmp_path):
         predictor.load(workdir).embed_texts([" "])
 
 
-def test_labels_are_no_classes_whose_relevance_in_an_image_is_known(models, photos):
-    labelled = vit_jax.load(models["softmax"][0]).with_labels(LABELS)
-    with pytest.raises(UserError, match="has no head, and so no classes to explain"):
-        labelled.attention(photos[0] / "0.png", method="relevance")
-
-
 def test_names_of_datasets_become_words():
     assert [len(prompts.read_labels(name)) for name in ("imagenet", "cifar10", "cifar100")] == [1000, 10, 100]
     for name in prompts.LABELS:

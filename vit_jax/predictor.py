@@ -116,8 +116,7 @@ class Predictor:
 
     def _attention_with(self, names: Sequence[str], target: int | str | None = None, **how: Any) -> Callable:
         attention_maps.image_tower(self.task.model.module, self.params)
-        has_head = self.description.class_names and self.description.model_type != "TwoTowers"
-        if ("relevance" in names or target is not None) and not has_head:
+        if ("relevance" in names or target is not None) and not self.description.class_names:
             raise UserError(f"{self.source} has no head, and so no classes to explain: use mean or rollout")
         chosen = np.int32(-1 if target is None else self._class_number(target))
         return functools.partial(self._attention, target=chosen, names=tuple(names), **how)

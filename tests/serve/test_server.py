@@ -25,7 +25,7 @@ def server(tmp_path_factory):
     made, folder = models.classifier(), tmp_path_factory.mktemp("served")
     flat = {name: np.asarray(x) for name, x in flatten_dict(made.params, sep="/").items()}
     write_checkpoint(Opened(folder, "ours", flat, made.description), folder, "npz")
-    command = [sys.executable, "-m", "vit_jax.serve", f"--model={folder}", "--port=0", "--batch=2", "--wait=500"]
+    command = [sys.executable, "-m", "vit_jax.serve", f"--model={folder}", "--port=0", "--batch=2", "--wait=1000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
@@ -68,11 +68,16 @@ def test_the_page_names_photos_by_mouse_and_keyboard_on_any_width(server, tmp_pa
 
 def test_at_the_end_what_was_asked_is_answered(server):
     process, address = server
-    body = malformed.multipart(('name="image"; filename="a.png"', models.photo(0)))
-    request = urllib.request.Request(f"{address}/v1/predict", body, malformed.FORM)
+
+    def ask(count: int) -> bytes:
+        body = malformed.multipart(*[('name="image"; filename="a.png"', models.photo(0))] * count)
+        request = urllib.request.Request(f"{address}/v1/predict", body, malformed.FORM)
+        return urllib.request.urlopen(request, timeout=20).read()
+
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(lambda: urllib.request.urlopen(request, timeout=20).read())
-        while b"waiting_images 1" not in urllib.request.urlopen(f"{address}/metrics").read():  # its batch gathers half a second
+        ask(2)
+        answer = thread.submit(ask, 1)  # it waits a second for one more, as two came at a time before
+        while b"waiting_images 1" not in urllib.request.urlopen(f"{address}/metrics").read():
             assert not answer.done()
         process.send_signal(signal.SIGTERM)
         assert b"predictions" in answer.result()

@@ -8,6 +8,8 @@ from PIL import Image
 
 import vit_jax
 from tests import towers
+from tests.checkpoint import test_image_text, test_texts
+from tests.checkpoint.peers import randomise, torch_peer
 from tests.test_predict import write_model
 from vit_jax import predict, predictor, zeroshot
 from vit_jax.errors import UserError
@@ -60,6 +62,37 @@ def test_probabilities_are_those_of_numpy(head, templates, models, photos):
     together = classifier.embed_images(sorted(folder.iterdir())) @ classifier.embed_texts(LABELS).T
     assert together.shape == (5, 3) and abs(together).max() < 1
     np.testing.assert_allclose(found, expected(params, images, head, templates), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("CLIP", 9), ("Siglip", 12)])
+def test_a_folder_of_transformers_is_scored_as_there(kind, length, tmp_path):
+    """Model, tokenizer and image processor, each saved by its own class."""
+    torch_peer("transformers")
+    import torch
+    import transformers
+
+    tokenizer = (test_texts.clip if kind == "CLIP" else test_texts.siglip)(tmp_path)
+    image, words = (test_image_text.CASES[f"{kind}Model"][name] for name in ("vision_config", "text_config"))
+    fields = {"vision_config": image, "text_config": words | {"vocab_size": len(tokenizer), "max_position_embeddings": length}}
+    if kind == "CLIP":
+        fields["text_config"]["eos_token_id"] = tokenizer.eos_token_id
+    cls = getattr(transformers, f"{kind}Model")
+    model = randomise(cls(cls.config_class(**fields)))
+    size = {"height": image["image_size"], "width": image["image_size"]}
+    options = {"size": size, "crop_size": size, "do_convert_rgb": True}
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 21, 21, 3), np.uint8))
+    labels = ["a cat", "a photo of the snow", "a dog"]
+    inputs = tokenizer(labels, padding="max_length", truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+    pixels = processor([Image.fromarray(x) for x in pictures], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(input_ids=inputs, pixel_values=pixels).logits_per_image
+    probabilities = (logits.softmax(dim=-1) if kind == "CLIP" else logits.sigmoid()).numpy()
+    found = vit_jax.load(tmp_path).with_labels(labels).probabilities(pictures)
+    assert probabilities.std(axis=1).min() > 1e-4
+    np.testing.assert_allclose(found, probabilities, rtol=1e-5, atol=1e-6)
 
 
 def test_predict_and_zeroshot_are_the_same_command(models, photos, capsys, tmp_path):

@@ -121,7 +121,12 @@ def test_labels_that_are_typed_are_scored_as_predict_does(tmp_path):
         np.testing.assert_allclose([probabilities(x) for x in results], expected, atol=1e-6, rtol=0)
         assert len(post(client, images[0], labels=labels, top=1).json()["results"][0]["predictions"]) == 1
         assert len(post(client, images[0]).json()["results"][0]["embedding"]) == 8
-        for fields, words in (({"labels": ["a", "a"]}, "more than once"), ({"top": 1}, "option top means nothing")):
+        wrong = (
+            ({"labels": ["a", " a"]}, "more than once"),
+            ({"labels": ["a", "b" * 501]}, "500 characters"),
+            ({"top": 1}, "option top means nothing"),
+        )
+        for fields, words in wrong:
             assert words in post(client, images[0], **fields).json()["error"]
 
 

@@ -23,7 +23,7 @@ from vit_jax.tasks import classify, prompts
 from vit_jax.tasks.task import Example, Shown
 from vit_jax.tools import look
 
-MOST_LABELS = 1000
+MOST_LABELS, LONGEST_LABEL = 1000, 500
 
 
 class Picture(NamedTuple):
@@ -42,7 +42,7 @@ class Model:
     def __init__(self, predictor: Predictor, batch: int):
         self.predictor, self._sizes = predictor, batching.sizes(batch)
         self.options = payload.known(inspect.signature(predictor.task.show))
-        self.embed = functools.lru_cache(64)(self._embed)
+        self.embed = functools.lru_cache(16)(self._embed)
         self._score = jax.jit(functools.partial(prompts.score, predictor.task, head=predictor.description.head))
 
     def compile(self) -> None:
@@ -91,14 +91,15 @@ class Model:
 
     def _embed(self, labels: tuple[str, ...]) -> Float[np.ndarray, "labels d"]:
         """Labels that were typed, as embeddings, of which the last are remembered."""
-        if len(labels) > MOST_LABELS:
-            raise UserError(f"there are {len(labels)} labels, allowed are {MOST_LABELS}")
+        if len(labels) > MOST_LABELS or max(map(len, labels)) > LONGEST_LABEL:
+            raise UserError(f"there may be {MOST_LABELS} labels, of {LONGEST_LABEL} characters each")
         return self.predictor.embed_labels(labels)
 
     def shows(self, options: dict[str, Any], labels: tuple[str, ...] = ()) -> Callable[..., Shown]:
         """(outputs, (h, w)) → Shown. UserError for options that mean nothing here."""
         if not labels:
             return self.predictor.show(options)
+        labels = tuple(label.strip() for label in labels)
         predictor, ztxt, show = self.predictor, self.embed(labels), classify.make_show(labels)
 
         def shown(outputs: Outputs, size: tuple[int, int]) -> Shown:

@@ -41,7 +41,7 @@ def make_evaluator(
 def recalls(
     zimg: Float[np.ndarray, "n d"], ztxt: Float[np.ndarray, "m d"], pairs: Int[np.ndarray, "p 2"], ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Recall at k, both ways; a k that no fewer than all candidates fill is left out.
+    """Recall at k, both ways; a k for which all candidates would be found is left out.
 
     `image_to_text_k` is the share of images for which one of their sentences is among the k nearest; `text_to_image_k` the
     share of sentences, counted once for every image that has them, for which one of their images is. A wrong candidate that

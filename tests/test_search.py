@@ -1,6 +1,8 @@
 """The command that finds photos: its order against NumPy, sentence and image, the index beside the photos, the sheet."""
 
+import functools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,12 @@ def model(tmp_path_factory):
     """(workdir, parameters)"""
     workdir = tmp_path_factory.mktemp("model")
     return workdir, towers.write(workdir)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_model_is_loaded_once():
+    with mock.patch.object(predictor, "load", functools.cache(predictor.load)):
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What a process finds of an earlier one's compilations, what it does about a bad folder, and whose flags count."""
 
+import io
+import logging
 import os
 import resource
 import subprocess
@@ -140,3 +142,15 @@ def test_the_files_that_may_be_open_are_as_many_as_allowed_and_too_few_are_an_er
     limits[:] = 16, 16
     with pytest.raises(UserError, match="may open 16 files at a time, at least 64 are needed: try `ulimit"):
         runtime.allow_files()
+
+
+def test_warnings_are_plain_and_those_of_others_as_they_were(monkeypatch):
+    root, said = logging.getLogger(), io.StringIO()
+    handler = logging.StreamHandler(said)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    monkeypatch.setattr(root, "handlers", [*root.handlers, handler])
+    for _ in range(2):
+        runtime.plain_warnings()
+    logging.getLogger("vit_jax").warning("text     %d are cut", 3)
+    logging.getLogger("other").warning("loud")
+    assert said.getvalue() == "text     3 are cut\nWARNING:other:loud\n"

@@ -44,6 +44,25 @@ def set_up(cache: str | None = COMPILED_PROGRAMS) -> None:
     set_xla_flags()
     keep_compiled(cache)
     return_memory()
+    plain_warnings()
+
+
+class _Plain(logging.Formatter):
+    """Leaves this package's messages as they are, and formats those of others as another formatter does."""
+
+    def __init__(self, others: logging.Formatter):
+        super().__init__()
+        self.others = others
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.name == log.name else self.others.format(record)
+
+
+def plain_warnings() -> None:
+    """Warnings of commands without a log file come in plain lines, although Orbax sets up logging as it is imported."""
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler and not isinstance(handler.formatter, _Plain):
+            handler.setFormatter(_Plain(handler.formatter or logging.Formatter()))
 
 
 def allow_files() -> None:

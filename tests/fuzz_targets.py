@@ -21,9 +21,10 @@ from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import captions, detection, shards
+from vit_jax.data import captions, detection, embedding_index, shards
 from vit_jax.data.host import decode, view
 from vit_jax.optimize import trainable
+from vit_jax.tasks import prompts
 
 SIDE = 8
 NAMES = ("ape", "bear", "cat")
@@ -157,6 +158,30 @@ def _index() -> Target:
         return None if name.startswith("B_16-") else f"chose {name!r}"
 
     return Target({"index.csv": rows.encode()}, ("index.csv",), read)
+
+
+# What is kept of photos, and lists of words.
+
+
+def _photo_index() -> Target:
+    z = np.eye(3, 5, dtype=np.float32)
+    index = embedding_index.Index(("a.jpg", "b/c.png", "d.png"), np.ones((3, 2), int), np.zeros((3, 16), np.uint8), z)
+
+    def read(folder: Path) -> str | None:
+        found = embedding_index.load(folder / "index.npz", model="m").nearest(z[1], 2)
+        return None if len(found) == 2 and all(np.isfinite(score) for _, score in found) else f"found {found}"
+
+    with tempfile.TemporaryDirectory() as folder:
+        embedding_index.save(index, Path(folder) / "index.npz", model="m")
+        return Target({"index.npz": (Path(folder) / "index.npz").read_bytes()}, ("index.npz",), read)
+
+
+def _labels() -> Target:
+    def read(folder: Path) -> str | None:
+        labels = prompts.read_labels(str(folder / "labels.txt"))
+        return None if all(label.strip() for label in labels) else f"an empty label in {labels}"
+
+    return Target({"labels.txt": "a cat\nein Dach\na dog\ncafé\n".encode()}, ("labels.txt",), read)
 
 
 # Annotations of boxes.
@@ -294,6 +319,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
 }
 ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
 ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"shards": _tar_files}
+ANNOTATIONS |= {"photo index": _photo_index, "labels": _labels}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}
 CHECKPOINTS = PARAMETERS | DESCRIPTIONS | ANNOTATIONS  # all that tells of models or data

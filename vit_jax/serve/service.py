@@ -63,9 +63,10 @@ class Service:
             outputs = await self.batcher.submit([picture.example for picture in pictures])
         except batching.Full as e:
             raise Refused(503, "too many images wait: try again in a second") from e
-        results = []
+        results, slow = [], labels or "maps" in model.options  # of others to change the thread would take longer
         for (name, _), picture, of_image in zip(asked.images, pictures, outputs, strict=True):
-            results.append({"image": name, **await _run(pool, answer, show, of_image, picture.size, bool(maps))})
+            wish = show, of_image, picture.size, bool(maps)
+            results.append({"image": name, **(await _run(pool, answer, *wish) if slow else answer(*wish))})
             if attention:
                 results[-1]["attention"] = await _run(one, model.attention, picture)
         return results

@@ -1,6 +1,6 @@
 """What `vit-jax serve` answers a second, and how long a client waits, with batches and without; then it is sent nonsense.
 
-    python -m benchmarks.serve [--models=tiny,ViT-Ti_16] [--clients=1,8,32] [--seconds=3] [--rounds=2] [--malformed=500]
+    python -m benchmarks.serve [--models=tiny,ViT-Ti_16] [--clients=1,8,32] [--seconds=3] [--rounds=3] [--malformed=500]
 
 Every client sends one photo (JPEG, as large as the model sees it), waits for the answer, and sends the next. The server with
 batches of 8 and the one with batches of 1 are processes on one machine that take turns; the clients are a third one beside
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--models", default="tiny,ViT-Ti_16")
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--seconds", type=float, default=3, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--malformed", type=int, default=500, help="malformed requests")
     parser.add_argument("--name", default="serve_cpu", help="of the files in benchmarks/results")
     args = parser.parse_args()
@@ -60,8 +60,8 @@ def main() -> int:
             size = write_model(name, Path(folder))
             servers = {way: stack.enter_context(server(Path(folder), options)) for way, options in WAYS.items()}
             for clients in map(int, args.clients.split(",")):
-                times = measure(servers, photo_request(size), clients, args.seconds, args.rounds)
-                rate = {way: len(found) / (args.seconds * args.rounds) for way, found in times.items()}
+                times, lasted = measure(servers, photo_request(size), clients, args.seconds, args.rounds)
+                rate = {way: len(found) / lasted[way] for way, found in times.items()}
                 for way, found in times.items():
                     points = [1e3 * x for x in quantiles(found)]
                     ratio = f"{rate[way] / rate['one by one']:.2f}"
@@ -112,14 +112,18 @@ def raw(headers: dict[str, str | bytes], body: bytes) -> bytes:
     return b"\r\n".join([b"POST /v1/predict HTTP/1.1", *lines, b"", body])
 
 
-def measure(servers: dict, request: bytes, clients: int, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Seconds from each request to its answer, by way, of so many turns of each."""
-    times = {way: [] for way in servers}
+def measure(
+    servers: dict[str, tuple[int, int]], request: bytes, clients: int, seconds: float, rounds: int
+) -> tuple[dict[str, list[float]], Counter[str]]:
+    """By way, of so many turns of each: the seconds from each request to its answer, and how long the turns lasted in all."""
+    times, lasted = {way: [] for way in servers}, Counter()
     for i in range(rounds):
         for way in list(servers)[:: 1 if i % 2 else -1]:
             asyncio.run(load(servers[way][1], request, clients, 0.3))
+            start = time.perf_counter()
             times[way] += asyncio.run(load(servers[way][1], request, clients, seconds))
-    return times
+            lasted[way] += time.perf_counter() - start
+    return times, lasted
 
 
 async def load(port: int, request: bytes, clients: int, seconds: float) -> list[float]:

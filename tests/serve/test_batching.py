@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -48,6 +49,28 @@ def test_one_alone_does_not_wait_and_many_wait_for_as_many_as_last_time():
             await asyncio.gather(queue.submit([8]), late)
             assert loop.time() - start > 0.2
         assert [len(batch) for batch in log] == [1, 1, 1, 8, 3, 2]
+
+    asyncio.run(run())
+
+
+def test_clients_that_are_answered_apart_come_together():
+    async def run():
+        log = []
+
+        def slowly(items):
+            time.sleep(0.04)
+            log.append(items)
+            return items
+
+        async def client(i):
+            for _ in range(4):
+                assert await queue.submit([i]) == [i]
+
+        async with Batcher(slowly, most=8, wait=0, room=8) as queue:
+            first = asyncio.create_task(client(0))
+            await asyncio.sleep(0.01)  # it is computed alone
+            await asyncio.gather(first, *(client(i) for i in range(1, 4)))
+        assert [len(batch) for batch in log].count(4) >= 2, log  # 1, 3, 4, 4, 4: not 1 and 3 in turns
 
     asyncio.run(run())
 

@@ -25,9 +25,10 @@ class _Entry(NamedTuple):
 class Batcher(Generic[Item, Result]):
     """Computes items in batches of at most `most`.
 
-    While a batch is computed the next one gathers. It goes when as many wait as the last one had, or the first of them has
-    waited for `wait` seconds: one client alone never waits, and of many the answers come at a time, so that they come back
-    at a time. All methods are called in one event loop, within `async with batcher`; its end waits for what was accepted.
+    While a batch is computed the next one gathers. It goes when as many wait as the last one had: clients that were answered
+    at a time come back at a time, and one alone never waits. If they do not come it goes after `wait` seconds, or a quarter
+    of what the last one took, if that is longer. All methods are called in one event loop, within `async with batcher`; its
+    end waits for what was accepted.
     """
 
     def __init__(self, compute: Callable[[list[Item]], Sequence[Result]], *, most: int, wait: float, room: int):
@@ -38,7 +39,7 @@ class Batcher(Generic[Item, Result]):
         """
         self._compute, self._most, self._wait, self._room = compute, most, wait, room
         self._waiting: deque[_Entry] = deque()
-        self._expected = 1
+        self._expected, self._free, self._patience = 1, 0.0, wait
         self._changed = asyncio.Event()
         self._closing = False
         self.thread = ThreadPoolExecutor(1, "compute")
@@ -73,6 +74,7 @@ class Batcher(Generic[Item, Result]):
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while batch := await self._next():
+            start = time.monotonic()
             try:
                 results = await loop.run_in_executor(self.thread, self._compute, [entry.item for entry in batch])
             except Exception as e:
@@ -83,13 +85,15 @@ class Batcher(Generic[Item, Result]):
                 for entry, result in zip(batch, results, strict=True):
                     if not entry.result.done():  # whoever asked may have gone
                         entry.result.set_result(result)
+            self._free = time.monotonic()
+            self._patience = max(self._wait, (self._free - start) / 4)
 
     async def _next(self) -> list[_Entry]:
         """The next batch, never empty before the end."""
         while True:
             for entry in [entry for entry in self._waiting if entry.result.cancelled()]:
                 self._waiting.remove(entry)
-            left = self._waiting[0].arrived + self._wait - time.monotonic() if self._waiting else None
+            left = max(self._waiting[0].arrived, self._free) + self._patience - time.monotonic() if self._waiting else None
             if self._closing or len(self._waiting) >= self._expected or (left is not None and left <= 0):
                 self._expected = max(1, min(self._most, len(self._waiting)))
                 return [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]

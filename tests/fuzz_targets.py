@@ -16,12 +16,12 @@ import safetensors.numpy
 from PIL import Image
 
 import vit_jax
-from tests.data import test_captions, test_detection, test_shards
+from tests.data import test_captions, test_detection, test_segmentation, test_shards
 from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import captions, detection, embedding_index, shards
+from vit_jax.data import captions, detection, embedding_index, segmentation, shards
 from vit_jax.data.host import decode, view
 from vit_jax.optimize import trainable
 from vit_jax.tasks import prompts
@@ -206,6 +206,29 @@ def _annotations(kind: str) -> Callable[[], Target]:
     return make
 
 
+# Masks.
+
+
+def _masks(kind: str) -> Callable[[], Target]:
+    def make() -> Target:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "data"
+            root.mkdir()
+            getattr(test_segmentation, kind)(root)
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        return Target(files, tuple(sorted(name for name in files if not name.endswith(".jpg"))), read)
+
+    def read(folder: Path) -> str | None:
+        source = segmentation.open_folder(str(folder), "train")
+        if source is None:
+            return None
+        allowed = {*range(source.num_classes), 255}
+        found = {int(n) for i in range(len(source)) for n in np.unique(source[i]["segmentation"])}
+        return None if found <= allowed else "classes that have no name"
+
+    return make
+
+
 # Sentences.
 
 
@@ -319,6 +342,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
 }
 ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
 ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"shards": _tar_files}
+ANNOTATIONS |= {f"{kind} masks": _masks(kind) for kind in ("split", "ade20k")}
 ANNOTATIONS |= {"photo index": _photo_index, "labels": _labels}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}

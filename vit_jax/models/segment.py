@@ -47,9 +47,10 @@ class Backbone(nn.Module):
 class LinearSegmenter(nn.Module):
     """Backbone → BatchNorm → a linear map: DINOv2's segmentation head, of the last 1 or 4 layers.
 
-    The statistics of the BatchNorm are parameters without a gradient: a published head brings its own. A head that is
-    trained here keeps a mean of 0 and a variance of 1, because its tokens come out of a LayerNorm; so a loss stays a sum
-    over examples, equal on any number of devices and micro-batches, and training sees what prediction sees.
+    The BatchNorm is frozen: its statistics, scale and bias are parameters without a gradient. A published head brings its
+    own. A head that is trained here keeps mean 0 and variance 1, because its tokens come out of a LayerNorm, and the linear
+    map expresses any scale and bias. So the loss stays a sum over examples, equal on any number of devices and
+    micro-batches, and training sees what prediction sees.
 
     Attributes:
       body: {"vit": fields of `VisionTransformer`}.

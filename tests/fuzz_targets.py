@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import vit_jax
 from tests.data import test_captions, test_detection, test_segmentation, test_shards
 from tests.fuzz import Files, Target
 from tests.models import small
-from vit_jax import checkpoint, convert, finite
+from vit_jax import checkpoint, convert, finite, models
 from vit_jax.checkpoint import describe, fit, lora_file
 from vit_jax.data import captions, detection, embedding_index, segmentation, shards
 from vit_jax.data.host import decode, view
@@ -61,6 +62,33 @@ def written(to: str, **overrides) -> Files:
         checkpoint.save(params, path)
         describe.write(path, description)
         checkpoint.write_checkpoint(checkpoint.open_checkpoint(path), Path(folder) / "out", to)
+        return {file.name: file.read_bytes() for file in (Path(folder) / "out").iterdir()}
+
+
+def towers(to: str) -> Files:
+    """A tiny CLIP, with the vocabulary's configuration beside it."""
+    image = {"hidden_size": 16, "patches": {"size": (4, 4)}, "patch_bias": False, "head_bias": False}
+    encoder = {"num_layers": 1, "mlp_dim": 32, "num_heads": 2, "norm_pre": True, "activation": "gelu", "norm_eps": 1e-5}
+    text = {"width": 12, "num_layers": 1, "mlp_dim": 20, "num_heads": 2, "vocab_size": 30, "max_len": 16, "norm_eps": 1e-5}
+    text |= {"activation": "gelu", "causal": True, "pool": "end", "head_bias": False}
+    fields = {"image": image | {"transformer": encoder}, "text": text, "out_dim": (6, 6)}
+    inputs = {"images": np.zeros((1, SIDE, SIDE, 3)), "tokens": np.zeros((1, 16), int)}
+    init = functools.partial(models.build("TwoTowers", fields).init, **inputs)
+    described = describe.Description(
+        model_type="TwoTowers",
+        model=fields,
+        image_size=(SIDE, SIDE),
+        grid=(2, 2),
+        mean=(127.5,) * 3,
+        std=(127.5,) * 3,
+        class_names=(),
+        text={"tokenizer": "clip", "vocab": "tokenizer.json", "max_len": 16},
+        task={"type": "contrast", "max_len": 16},
+    )
+    flat = flatten_dict(small.random_values(jax.eval_shape(init, jax.random.key(0))["params"]), sep="/")
+    with tempfile.TemporaryDirectory() as folder:
+        opened = checkpoint.Opened(Path(folder), "", flat, described)
+        checkpoint.write_checkpoint(opened, Path(folder) / "out", to)
         return {file.name: file.read_bytes() for file in (Path(folder) / "out").iterdir()}
 
 
@@ -337,6 +365,8 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
     "torch": (_torch, "model.pth"),
     "dinov2": (lambda: written("dinov2", **DINOV2), ""),
     "hf dinov2": (lambda: written("hf", **DINOV2), ""),
+    "clip": (lambda: towers("hf"), ""),
+    "openclip": (lambda: towers("openclip"), ""),
     "shards": (_shards, ""),
     "adapter": (adapter, "adapter.npz"),
 }

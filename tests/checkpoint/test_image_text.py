@@ -153,5 +153,9 @@ def test_openclip(tmp_path):
     assert arrays.keys() == written.keys()
     assert all(written[name].shape == x.shape and (written[name] == x).all() for name, x in arrays.items())
     assert as_json(checkpoint.open_checkpoint(tmp_path / "again")) == as_json(opened)
+    alone = {name: np.ascontiguousarray(x) for name, x in arrays.items() if name.startswith("visual.")}
+    save_file(alone, tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match=r"has visual.conv1.weight, but not both towers"):
+        checkpoint.open_checkpoint(tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match="timm has no layout for a TwoTowers here"):
         checkpoint.write_checkpoint(opened, tmp_path / "x", "timm")

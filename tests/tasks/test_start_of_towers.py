@@ -69,6 +69,18 @@ def test_a_tower_of_two_or_a_vit_starts_one_tower_and_the_other_is_new(folder):
     assert mixed["img/Transformer/posembed_input/pos_embedding"].shape == (1, 5, 16)  # 3x3 patches became 2x2
 
 
+def test_a_classifier_starts_from_the_image_tower_of_two(folder):
+    both = dict(np.load(folder / "both" / "model.npz"))
+    c = tiny.config(total_steps=1, eval_every=1, pp_crop=8, pretrained=str(folder / "both"))
+    c.model = config(folder).model.image.to_dict()
+    experiment, params = begun(c)
+    assert experiment.origin.model_type == "ViT" and experiment.task.model.type == "ViT"
+    inside = {name for name in params if not name.startswith("head/")}
+    assert {name.removeprefix("img/") for name in both if name.startswith("img/") and "/head/" not in name} == inside
+    assert equal(params, both, "img/") >= inside
+    assert not params["head/kernel"].any() and "head/bias" in params
+
+
 def test_a_string_is_the_whole_model_or_the_image_tower(folder):
     both = dict(np.load(folder / "both" / "model.npz"))
     _, whole = begun(config(folder, pretrained=str(folder / "both")))

@@ -47,8 +47,8 @@ def load_pretrained(
     dropped with its position, one that the file lacks starts anew. Anything else that differs is an error.
 
     Args:
-      pretrained_path: whatever `open_checkpoint` reads, or what it returned. The description beside the file tells its
-        grid; without one it is square.
+      pretrained_path: whatever `open_checkpoint` reads, or what it returned; of two towers that of images is taken.
+        The description beside the file tells its grid; without one it is square.
       init_params: nested dict of arrays, not modified.
       model_config: the model's fields; `representation_size` is read.
       grid: (h, w) of the model's patches; None for a square grid.
@@ -58,6 +58,8 @@ def load_pretrained(
       UserError: with a -/+ list of names and shapes when the file does not fit.
     """
     opened = pretrained_path if isinstance(pretrained_path, Opened) else open_checkpoint(pretrained_path)
+    if "img" not in init_params:
+        opened = opened.image_tower()
     pretrained_path = opened.path
     loaded = flatten_dict(opened.params, sep="/")
     in_file = describe.summary(loaded)

@@ -12,7 +12,7 @@ from vit_jax.checkpoint.family import HALF, POSITIONS, count_blocks, square_side
 from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 log = logging.getLogger("vit_jax")
 
@@ -31,6 +31,7 @@ RESIZE = {
 }
 """How each project resamples position embeddings."""
 _OPENAI = ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305))
+_OF_ONE_TOWER = ("vision_model.embeddings.", "text_model.embeddings.", "visual.conv1.")
 LEGACY_END = 2  # what CLIP's first files on Hugging Face call the end: there it is the highest token of a text
 TOKENS = {CLIP.name: "clip", SIGLIP.name: "siglip", SIGLIP2.name: "siglip2", OPENCLIP.name: "openclip"}
 
@@ -49,6 +50,8 @@ def open_image_text(path: Path, arrays: Flat) -> Opened | None:
     """The two towers in a file's arrays, with the config.json beside it; None for other models. Raises UserError."""
     layout = image_text.layout_of(arrays)
     if layout is None:
+        if alone := next((name for name in arrays if name.startswith(_OF_ONE_TOWER)), None):
+            raise UserError(f"{path} has {printable(alone)}, but not both towers of a CLIP or SigLIP: give the file of both")
         return None
     folder = path if path.is_dir() else path.parent
     theirs = {name: x for name, x in arrays.items() if not name.endswith(("position_ids", "attn_mask"))}

@@ -28,10 +28,11 @@ class Opened:
     description: Description
 
     def image_tower(self) -> "Opened":
-        """The image tower of two as a model of its own; any other model as it is."""
+        """The image tower of two as a model of its own, whose head may have a bias; any other model as it is."""
         if self.description.model_type != "TwoTowers":
             return self
-        fields = {"model_type": "ViT", "model": self.description.model["image"], "text": {}, "task": {"type": "classify"}}
+        model = {name: value for name, value in self.description.model["image"].items() if name != "head_bias"}
+        fields = {"model_type": "ViT", "model": model, "text": {}, "head": "softmax", "task": {"type": "classify"}}
         return dataclasses.replace(self, flat=self.under("img/"), description=dataclasses.replace(self.description, **fields))
 
     def under(self, prefix: str) -> Flat:

@@ -35,7 +35,8 @@ def find_origin(settings: Settings, directory: Path | None = None) -> checkpoint
         return None
     with _errors_name(source):
         opened = checkpoint.open_checkpoint(find_npz(settings.sources[source]))
-    return opened.image_tower().description if source else opened.description
+    of_images = source or settings.task.get("type") != "contrast"  # who has no texts trains the image tower alone
+    return opened.image_tower().description if of_images else opened.description
 
 
 def pretrained_paths(settings: Settings) -> dict[str, str | Path]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fuzz_targets
 from tests.checkpoint import peers
 from tests.models import small
 from vit_jax import checkpoint, convert, models, predict
@@ -54,6 +55,19 @@ def test_convert_tells_what_it_read_and_checks_what_it_wrote(capsys, tmp_path, w
     assert list(again.description.class_names) == peers.NAMES
     for name, x in np.load(workdir / "model.npz").items():
         np.testing.assert_array_equal(again.flat[name], x)
+
+
+def test_convert_takes_both_towers_to_another_project(capsys, tmp_path):
+    for name, content in fuzz_targets.towers("hf").items():
+        (tmp_path / name).write_bytes(content)
+    told = run(capsys, tmp_path, tmp_path / "out", "--to=openclip").out
+    lines = dict(line.split(maxsplit=1) for line in told.splitlines() if not line.startswith(" "))
+    assert lines["family"] == "Hugging Face CLIP" and lines["model"] == "TwoTowers: out_dim=[6, 6]"
+    assert lines["images"].startswith("ViT: classifier=token") and "causal=True" in told
+    assert lines["tokens"] == "clip by tokenizer.json, max_len=16"
+    assert lines["classes"] == "none: images are compared with texts"
+    assert float(lines["checked"].split()[-1]) == 0
+    assert checkpoint.open_checkpoint(tmp_path / "out").family == "OpenCLIP"
 
 
 def test_a_file_that_came_out_as_another_model_is_an_error(capsys, monkeypatch, tmp_path, workdir):

@@ -1,6 +1,8 @@
 """CLIP, SigLIP, SigLIP 2 and OpenCLIP: the numbers of transformers, and files that come back as they were."""
 
+import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -54,7 +56,7 @@ def theirs(model, images, tokens) -> list[np.ndarray]:
     import torch
 
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    inputs = {"pixel_values": pixels}
+    inputs = {"pixel_values": pixels, "interpolate_pos_encoding": True}
     if type(model).__name__ == "Siglip2Model":
         b, h, w, _ = images.shape
         patches = images.reshape(b, h // 7, 7, w // 7, 7, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, 147)
@@ -74,6 +76,15 @@ def ours(opened, images, tokens) -> list[np.ndarray]:
         run = jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
         zimg, ztxt, out = run({"params": opened.params}, images=images, tokens=tokens)
     return jax.device_get([zimg, ztxt, scores(zimg, ztxt, out)])
+
+
+def at_size(opened, grid):
+    """The checkpoint for another grid of patches."""
+    d, name = opened.description, "img/Transformer/posembed_input/pos_embedding"
+    first = int("img/cls" in opened.flat)
+    how = {"old_grid": d.grid, "grid": grid, "rule": d.resize}
+    table = checkpoint.interpolate_posembed(opened.flat[name], math.prod(grid) + first, bool(first), **how)
+    return dataclasses.replace(opened, flat=opened.flat | {name: table})
 
 
 def as_json(opened) -> dict:
@@ -102,7 +113,14 @@ def test_it_is_transformers_and_comes_back_as_it_was(tmp_path, case):
     images = small.random_images(21, 21, batch=2)
     for tokens in (TOKENS, np.pad(TOKENS, ((0, 0), (0, 2)))):
         assert_same(ours(opened, images, tokens), theirs(model, images, tokens))
+    wide = small.random_images(28, 35, batch=2)
+    assert_same(ours(at_size(opened, (4, 5)), wide, TOKENS), theirs(model, wide, TOKENS))
 
+    if case == "SiglipModel":
+        told = {"size": {"height": 21, "width": 21}, "resample": 2, "image_processor_type": "SiglipImageProcessor"}
+        (tmp_path / "theirs" / "processor_config.json").write_text(json.dumps({"image_processor": told}))
+        opened = checkpoint.open_checkpoint(tmp_path / "theirs")
+        assert opened.description.preprocessing["interpolation"] == "bilinear"
     checkpoint.write_checkpoint(opened, tmp_path / "model.npz", "npz")
     again = checkpoint.open_checkpoint(tmp_path / "model.npz")
     written = checkpoint.write_checkpoint(again, tmp_path / "ours", "hf")

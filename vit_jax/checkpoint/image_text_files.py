@@ -195,6 +195,8 @@ def _pixels(layout: Layout, folder: Path, native: tuple[int, int]) -> dict[str, 
             "preprocessing": preprocessing,
         }
     preprocessor = read_object(folder / "preprocessor_config.json")
+    if not preprocessor.content:  # transformers 5 writes that of images into that of both
+        preprocessor = read_object(folder / "processor_config.json").object("image_processor", {})
     kind = "clip" if layout is CLIP else "siglip"
     content = dict(preprocessor.content)
     if layout is SIGLIP2:  # its processor keeps an image's shape: here all are of one

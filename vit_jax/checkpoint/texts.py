@@ -50,5 +50,8 @@ def _find(path: Path, file: str) -> Path:
     if not beside.is_file() and Path(file).stem in zoo.LIT:
         return fetch(f"{zoo.LIT_BUCKET}/{file}")
     if not beside.is_file():
-        raise UserError(f"{path} needs the vocabulary that its text tower was trained with: put it beside it, as {beside}")
+        raise UserError(
+            f"{path} needs the vocabulary that its text tower was trained with: put it beside it, as {beside}, or name it "
+            "(--vocab)"
+        )
     return beside

@@ -80,13 +80,13 @@ def write(opened: Opened, folder: Path, kind: str) -> None:
     text = opened.description.text
     if not text:
         return
-    copy_vocabulary(opened, folder)
     source = opened.path if opened.path.is_dir() else opened.path.parent
     if text["tokenizer"] == "sentencepiece" and text["vocab"].endswith(".model"):
         kind, name = ("siglip", "spiece.model") if text.get("strip_punctuation") else ("siglip2", "tokenizer.model")
         _copy(source / text["vocab"], folder / name)
-    elif text["tokenizer"] == "sentencepiece":
-        kind = "siglip2"
+    else:
+        kind = "siglip2" if text["tokenizer"] == "sentencepiece" else kind
+        copy_vocabulary(opened, folder)
     if kind not in _CLASSES:
         return
     config = {"tokenizer_class": _CLASSES[kind], "model_max_length": text["max_len"]}
@@ -104,7 +104,7 @@ def write(opened: Opened, folder: Path, kind: str) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     if not source.is_file():
-        log.warning("no %s lies beside the checkpoint: texts cannot be read until it lies in %s", source.name, target.parent)
+        log.warning("no %s lies beside the checkpoint: texts cannot be read until %s is there", source.name, target)
     elif not (target.exists() and target.samefile(source)):
         content = read_regular(source)
         write_atomically(target, lambda f: f.write(content))

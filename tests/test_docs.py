@@ -49,7 +49,7 @@ def stand_ins(tmp_path_factory):
     """A folder with photos, and two tiny models: `published` stands for those at addresses, `runs/words` knows texts."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
-    names = ["cat.jpg", "dog.png", "new_photo.jpg", "more_photos/1.jpg"]
+    names = ["cat.jpg", "dog.png", "digit.png", "new_photo.jpg", "more_photos/1.jpg"]
     names += [f"photos/{kind}/{i}.png" for kind in ("beach", "forest") for i in range(8)]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,7 @@
     python -m vit_jax.main --workdir=runs/mine --config=configs/dinov2.py:photos,FOLDER --config.pretrained=FILE
     python -m vit_jax.main --workdir=runs/dino --config=configs/dinov2.py:vitl16_short
 
-`:MODEL,DATASET` is for small images, with patches of 4x4 pixels; what `micro4` reaches on `digit_canvas` stands in
-docs/self_supervision.md.
+`:MODEL,DATASET` is for small images, with patches of 4x4 pixels. What `micro4` reaches was not measured.
 
 `:photos,FOLDER` takes every image below a folder, however sorted, and goes on from the ViT in `--config.pretrained`: DINOv2's,
 AugReg's or any other with a class token. Nobody has measured it here.

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from vit_jax.serve.batching import Batcher, Full, sizes
@@ -92,6 +93,27 @@ def test_a_full_queue_refuses_and_who_has_gone_is_not_computed():
         assert log == [[0], [2, 3]] and len(queue) == 0
 
     asyncio.run(run())
+
+
+def test_who_has_gone_behind_others_stops_nobody_whatever_the_items_are():
+    async def run():
+        gate = threading.Event()
+
+        def compute(items):
+            assert gate.wait(5)
+            return [item["x"].sum() for item in items]
+
+        async with Batcher(compute, most=2, wait=0, room=4) as queue:
+            first = asyncio.create_task(queue.submit([{"x": np.ones(2)}]))
+            await asyncio.sleep(0.02)  # it is being computed
+            kept, gone = (asyncio.create_task(queue.submit([{"x": np.full(2, i)}])) for i in (2, 3))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.sleep(0)
+            gate.set()
+            assert (await first, await kept) == ([2], [4])
+
+    asyncio.run(asyncio.wait_for(run(), 5))
 
 
 def test_an_error_reaches_its_batch_alone_and_the_end_answers_what_was_accepted():

@@ -91,8 +91,7 @@ class Batcher(Generic[Item, Result]):
     async def _next(self) -> list[_Entry]:
         """The next batch, never empty before the end."""
         while True:
-            for entry in [entry for entry in self._waiting if entry.result.cancelled()]:
-                self._waiting.remove(entry)
+            self._waiting = deque(entry for entry in self._waiting if not entry.result.cancelled())
             left = max(self._waiting[0].arrived, self._free) + self._patience - time.monotonic() if self._waiting else None
             if self._closing or len(self._waiting) >= self._expected or (left is not None and left <= 0):
                 self._expected = max(1, min(self._most, len(self._waiting)))

@@ -60,7 +60,7 @@ class Model:
         if predictor.task.show({name: x[0] for name, x in outputs.items()}, size).maps:
             self.options["maps"] = False
         with contextlib.suppress(UserError):  # a model that reads nothing
-            for n in TEXTS[1:]:
+            for n in TEXTS if predictor.description.head == "sigmoid" else TEXTS[1:]:  # a softmax has two labels or more
                 predictor.embed_texts(["a"] * n)
             self.options |= {"labels": (), **payload.known(inspect.signature(classify.make_show(())))}
 
@@ -103,9 +103,7 @@ class Model:
         predictor, ztxt, show = self.predictor, self.embed(labels), classify.make_show(labels)
 
         def shown(outputs: Outputs, size: tuple[int, int]) -> Shown:
-            found = prompts.score(
-                predictor.task, predictor.params, outputs["zimg"][None], ztxt, head=predictor.description.head
-            )
+            found = self._score(predictor.params, outputs["zimg"][None], ztxt)
             return show({name: np.asarray(x[0]) for name, x in found.items()}, size, **options)
 
         return shown

@@ -43,6 +43,15 @@ def test_schedule_has_the_published_figures(decay_type, step, rate):
     np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), rate, rtol=1e-5, atol=1e-9)
 
 
+def test_weight_decay_may_follow_a_schedule():
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    optimizer = optax.chain(*optim.OPTIMIZERS["adamw"](lambda step: 0.1 * step, jnp.float32))
+    state, still = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    for step in range(3):
+        updates, state = optimizer.update(still, state, params)
+        chex.assert_trees_all_close(updates, {"kernel": jnp.full((2, 2), 0.3 * step), "bias": jnp.zeros(2)}, rtol=1e-6)
+
+
 def test_steps_divide_the_rate_by_ten():
     schedule = optim.make_schedule(1.0, 100, decay_type="step", decay_steps=(60, 90))
     np.testing.assert_allclose([schedule(s) for s in (0, 59, 60, 89, 90, 100)], [1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)

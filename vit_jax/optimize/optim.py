@@ -127,7 +127,7 @@ def _sgd(weight_decay: Decay, dtype: Any, *, momentum: float = 0.9) -> Steps:
 
 def _adamw(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Steps:
     """https://arxiv.org/abs/1711.05101"""
-    return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), _decay(weight_decay)]
+    return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), optax.add_decayed_weights(weight_decay, matrices)]
 
 
 def _adafactor(
@@ -155,7 +155,8 @@ def _adafactor(
     ]
     if clipping_threshold:
         steps.append(optax.clip_by_block_rms(clipping_threshold))
-    return [*steps, optax.ema(momentum, debias=False, accumulator_dtype=dtype), _decay(weight_decay)]
+    steps.append(optax.ema(momentum, debias=False, accumulator_dtype=dtype))
+    return [*steps, optax.add_decayed_weights(weight_decay, matrices)]
 
 
 def _lamb(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> Steps:
@@ -165,12 +166,12 @@ def _lamb(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.999
     φ(z) = z the head, which starts at 0, could only grow by a factor of 1 + rate a step.
     """
     trust = optax.masked(optax.scale_by_trust_ratio(min_norm=1.0), matrices)
-    return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), _decay(weight_decay), trust]
+    return [optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype), optax.add_decayed_weights(weight_decay, matrices), trust]
 
 
 def _lion(weight_decay: Decay, dtype: Any, *, b1: float = 0.9, b2: float = 0.99) -> Steps:
     """The sign of b1·m + (1 − b1)·g, then m ← b2·m + (1 − b2)·g (https://arxiv.org/abs/2302.06675)."""
-    return [optax.scale_by_lion(b1, b2, mu_dtype=dtype), _decay(weight_decay)]
+    return [optax.scale_by_lion(b1, b2, mu_dtype=dtype), optax.add_decayed_weights(weight_decay, matrices)]
 
 
 def _muon(
@@ -187,7 +188,7 @@ def _muon(
         optax.stateless(_scale_by_size),
     )
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype)
-    return [optax.partition({"muon": muon, "adam": adam}, _muon_or_adam), _decay(weight_decay)]
+    return [optax.partition({"muon": muon, "adam": adam}, _muon_or_adam), optax.add_decayed_weights(weight_decay, matrices)]
 
 
 OPTIMIZERS: dict[str, Callable[..., Steps]] = {
@@ -198,18 +199,6 @@ OPTIMIZERS: dict[str, Callable[..., Steps]] = {
     "lion": _lion,
     "muon": _muon,
 }
-
-
-def _decay(weight_decay: Decay) -> optax.GradientTransformation:
-    if not callable(weight_decay):
-        return optax.add_decayed_weights(weight_decay, matrices)
-
-    def update(updates: Tree, state: optax.ScaleByScheduleState, params: Tree) -> tuple[Tree, optax.ScaleByScheduleState]:
-        decay = weight_decay(state.count)
-        updates = jax.tree.map(lambda u, x, decays: u + decay * x if decays else u, updates, params, matrices(params))
-        return updates, optax.ScaleByScheduleState(state.count + 1)
-
-    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 # Names of parameters: which are matrices, and which of those Muon's

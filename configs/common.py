@@ -57,6 +57,34 @@ def use_captions(config: ml_collections.ConfigDict, dataset: str) -> None:
     config.checkpoint_every = 2_500
 
 
+def use_scenes(config: ml_collections.ConfigDict) -> None:
+    """Scenes of 64 px to learn from nothing on two CPU cores, with AdamW: set the ViT by `scene_vit`."""
+    config.pretrained_dir = ""
+    config.pp.update({"train": "train", "test": "test", "crop": 64, "flip": False})
+    config.optimizer = "adamw"
+    config.weight_decay = 1e-4
+    config.grad_norm_clip = 1.0
+    config.batch = 32
+    config.batch_eval = 100
+    config.accum_steps = 1
+    config.total_steps = 2_500
+    config.warmup_steps = 200
+    config.eval_every = 500
+    config.progress_every = 50
+
+
+def scene_vit() -> dict:
+    """The fields of a small ViT on the stem of a ResNet, of which every token is of use."""
+    transformer = {"num_layers": 4, "mlp_dim": 256, "num_heads": 4, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    return {
+        "patches": {"size": (2, 2)},
+        "hidden_size": 128,
+        "resnet": {"num_layers": (), "width_factor": 1},
+        "classifier": "unpooled",
+        "transformer": transformer,
+    }
+
+
 def steps(config: ml_collections.ConfigDict, epochs: float) -> int:
     """How many steps of `config.batch` make up so many epochs of `config.pp.train` of a dataset in `SIZES`."""
     _, part = split_range(config.pp.train, SIZES[config.dataset])

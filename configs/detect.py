@@ -16,32 +16,10 @@ from configs import common
 def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = common.get_config()
-    config.pretrained_dir = ""
+    common.use_scenes(config)
     config.dataset = "digit_scenes"
     config.task = {"type": "detect", "max_boxes": 8}
     config.model_type = "TokenDetector"
-    config.model = {"body": {"vit": _vit()}}
-    config.pp.update({"train": "train", "test": "test", "crop": 64, "flip": False})
-    config.optimizer = "adamw"
+    config.model = {"body": {"vit": common.scene_vit()}}
     config.base_lr = 1e-3
-    config.weight_decay = 1e-4
-    config.grad_norm_clip = 1.0
-    config.batch = 32
-    config.batch_eval = 100
-    config.accum_steps = 1
-    config.total_steps = 2_500
-    config.warmup_steps = 200
-    config.eval_every = 500
-    config.progress_every = 50
     return config
-
-
-def _vit() -> dict:
-    transformer = {"num_layers": 4, "mlp_dim": 256, "num_heads": 4, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
-    return {
-        "patches": {"size": (2, 2)},
-        "hidden_size": 128,
-        "resnet": {"num_layers": (), "width_factor": 1},
-        "classifier": "unpooled",
-        "transformer": transformer,
-    }

@@ -16,19 +16,11 @@ from vit_jax.tasks import classify
 LOWER_IS_BETTER = ("loss",)
 
 
-def make_evaluator(
-    experiment: Experiment, *, split: str | None = None, dataset: str | None = None
-) -> Callable[[Any], dict[str, float]]:
-    """parameters → `accuracy` and `loss`, of `config.pp.test` of `config.dataset` if not said otherwise.
+def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
+    """parameters → (`accuracy` and `loss`, images per second and device).
 
     For a dataset with several labels an image see `multi_label_sums`.
     """
-    score = make_score(experiment, passes.open_split(experiment, split, dataset))
-    return lambda params: score(params)[0]
-
-
-def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
-    """parameters → (`accuracy` and `loss`, images per second and device)."""
     source = passes.with_classes_of(experiment.train_source, source)
     predict, loss = experiment.task.predict, experiment.settings.loss
 
@@ -47,6 +39,9 @@ def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any]
         return {name: float(sums[of] / sums["count"]) for name, of in (("accuracy", "correct"), ("loss", "loss"))}, rate
 
     return score
+
+
+make_evaluator = passes.of_split(make_score)
 
 
 def one_label_sums(

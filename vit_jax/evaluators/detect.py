@@ -15,16 +15,8 @@ from vit_jax.run.experiment import Experiment
 from vit_jax.tasks.detect import in_pixels
 
 
-def make_evaluator(
-    experiment: Experiment, *, split: str | None = None, dataset: str | None = None
-) -> Callable[[Any], dict[str, float]]:
-    """parameters → the twelve numbers of `average_precision.NAMES`, of `config.pp.test` of `config.dataset` by default."""
-    score = make_score(experiment, passes.open_split(experiment, split, dataset))
-    return lambda params: score(params)[0]
-
-
 def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
-    """parameters → (average precision by name, images per second and device).
+    """parameters → (the twelve numbers of `average_precision.NAMES`, images per second and device).
 
     Boxes are measured in pixels of the upright image, at most 100 an image; what there are no objects for is left out.
     """
@@ -46,6 +38,9 @@ def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any]
         return {name: value for name, value in metrics.items() if not np.isnan(value)}, rate
 
     return score
+
+
+make_evaluator = passes.of_split(make_score)
 
 
 def _truths(source: sources.Source) -> tuple[list[average_precision.Truth], list[tuple[int, int]]]:

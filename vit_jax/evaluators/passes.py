@@ -34,6 +34,19 @@ def open_split(experiment: Experiment, split: str | None, dataset: str | None) -
     return sources.get_source(dataset or settings.dataset, split or settings.pp.test, needs=needs, **where)
 
 
+def of_split(make_score: Callable[..., Callable]) -> Callable[..., Callable[[Any], dict[str, float]]]:
+    """`make_evaluator` of a module whose `make_score(experiment, source)` gives parameters → (metrics, images per second)."""
+
+    def make_evaluator(
+        experiment: Experiment, *, split: str | None = None, dataset: str | None = None
+    ) -> Callable[[Any], dict[str, float]]:
+        """parameters → metrics of a split, of `config.pp.test` of `config.dataset` if not said otherwise."""
+        score = make_score(experiment, open_split(experiment, split, dataset))
+        return lambda params: score(params)[0]
+
+    return make_evaluator
+
+
 def open_pair(
     experiment: Experiment, train: str | None, test: str | None, dataset: str | None
 ) -> tuple[sources.Source, sources.Source]:

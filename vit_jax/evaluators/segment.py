@@ -15,14 +15,6 @@ from vit_jax.run.experiment import Experiment
 from vit_jax.tasks.segment import at_pixels
 
 
-def make_evaluator(
-    experiment: Experiment, *, split: str | None = None, dataset: str | None = None
-) -> Callable[[Any], dict[str, float]]:
-    """parameters → `scores` of a split, of `config.pp.test` of `config.dataset` by default."""
-    score = make_score(experiment, passes.open_split(experiment, split, dataset))
-    return lambda params: score(params)[0]
-
-
 def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:
     """parameters → (`scores`, images per second and device). Every image counts once, by the pixels of its view."""
     if "segmentation" not in source.features:
@@ -42,6 +34,9 @@ def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any]
         return scores(sums["confusion"], source.class_names), rate
 
     return score
+
+
+make_evaluator = passes.of_split(make_score)
 
 
 def confusion(

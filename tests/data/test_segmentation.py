@@ -132,7 +132,9 @@ def test_a_mask_that_does_not_belong_is_named(tmp_path):
     with pytest.raises(UserError, match=r"images/a.jpg: the class map is 20 x 31 \(h x w\), .* 20 x 30"):
         loader.load(source, 0, example)
     Image.fromarray(np.full((20, 30), 7, np.uint8)).save(tmp_path / "masks" / "a.png")
-    with pytest.raises(UserError, match=r"600 pixels of class 7 in .*masks/a.png, and only classes 0 to 2 have a name"):
+    with pytest.raises(
+        UserError, match=r"images/a.jpg has 600 pixels of class 7 in .*masks/a.png, and only classes 0 to 2 have a name"
+    ):
         source[0]
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(UserError, match="masks/a.png: is a PNG of mode RGB: a mask is a PNG of 8 bits"):
@@ -164,6 +166,7 @@ def segment_settings():
         ("classes.json", b'{"names": ["a", ""]}', "is no table of classes"),
         ("classes.json", b'{"names": ["a"], "colors": [[1, 2, 300]]}', "is no table of classes"),
         ("classes.json", b"[" * 100_000, "is no table of classes"),
+        ("classes.json", b"\xff", "is no text in UTF-8"),
         (None, b"", "has no classes.txt: write one, a name a line"),
     ],
 )

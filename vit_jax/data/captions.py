@@ -16,9 +16,8 @@ from typing import Any
 from vit_jax.data import listing
 from vit_jax.data.features import Image, Source, Text, digest
 from vit_jax.data.listing import shown
-from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.splits import TEST_NAMES, meant, split_range
 from vit_jax.errors import UserError, printable
-from vit_jax.files import read_regular
 
 OFFERS = "text"
 """What such a folder has beside images."""
@@ -42,13 +41,7 @@ class CaptionSource(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, texts = self._captions[index]
-        try:
-            return {"image": read_regular(path), "text": texts}
-        except OSError as error:
-            message = f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?"
-            raise UserError(message) from error
-        except UserError as error:
-            raise UserError(f"{self.where(index)} cannot be read: {error}") from error
+        return {"image": listing.read_file(path, listing.MOVED), "text": texts}
 
     def texts(self, index: int) -> tuple[str, ...]:
         return self._captions[index][1]
@@ -77,8 +70,7 @@ def open_folder(path: str, split: str) -> CaptionSource | None:
     if not splits:
         return None
     asked = split.partition("[")[0]
-    names = (asked, *(TEST_NAMES if asked in TEST_NAMES else ()))
-    name = next((n for like in names for n in splits if n.startswith(like) and (n == like or n[len(like) :].isdigit())), None)
+    name = meant(asked, splits)
     if name is None:
         offered = ", ".join(f"{n!r}" for n in splits)
         raise UserError(
@@ -135,11 +127,7 @@ class _Captions:
 
     def add(self, path: Path, text: str, where: str, image: str) -> None:
         """Adds a pair. Raises UserError with `where` for an image that is not there, and a text without words."""
-        try:
-            exists = path in self.by_image or path.is_file()
-        except OSError:  # a name that is too long
-            exists = False
-        if not exists:
+        if path not in self.by_image and not listing.is_file(path):
             raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the caption")
         if not text.strip():
             raise UserError(f"{where}: the caption of {printable(image)} is empty: write one, or remove the pair")
@@ -161,8 +149,9 @@ def _read(folder: Path) -> dict[Path, list[str]]:
 
 def _read_coco(file: Path, folder: Path) -> dict[Path, list[str]]:
     """The sentences of each image in COCO's JSON, in the order of its images."""
+    text = _text_of(file)
     try:
-        content = json.loads(_text_of(file))
+        content = json.loads(text)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(pair.get("id"), pair["image_id"], pair["caption"]) for pair in content["annotations"]]
         by_name: dict[str, list[tuple[str, str]]] = {name + "": [] for name in names.values()}
@@ -236,12 +225,4 @@ def _beside(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _text_of(file: Path) -> str:
-    """A text file as UTF-8, with or without the mark at its start that spreadsheets leave."""
-    try:
-        return read_regular(file).decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e
-    except OSError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e.strerror}") from e
-    except UserError as e:
-        raise UserError(f"{shown(file)}: {e}") from e
+    return listing.read_text(file).replace("\r\n", "\n")

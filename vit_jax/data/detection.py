@@ -17,10 +17,9 @@ import yaml
 
 from vit_jax.data.features import Boxes, Image, Source, digest
 from vit_jax.data.host import view
-from vit_jax.data.listing import list_images, shown
-from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
+from vit_jax.data.splits import TEST_NAMES, meant, split_range
 from vit_jax.errors import UserError, printable, unknown
-from vit_jax.files import read_regular
 
 OFFERS = "boxes"
 """What such a folder has beside images."""
@@ -75,7 +74,7 @@ class DetectionSource(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture = self._pictures[index]
-        image = _read(picture.path)
+        image = read_file(picture.path)
         boxes = np.array(picture.corners, np.float32).reshape(-1, 4)
         if picture.relative and len(boxes):
             height, width = view.Picture.read(image, exif_rotated=True).size
@@ -122,38 +121,15 @@ def open_folder(path: str, split: str) -> DetectionSource | None:
 
 
 def _which(asked: str, found: Mapping[str, Any], root: Path) -> str:
-    """The split that is meant by a name: itself, the same with a year, or for testing any that is not for training."""
-    names = [asked, *(TEST_NAMES if asked in TEST_NAMES else ())]
-    for name in names:
-        if matches := [n for n in found if n == name or n.removeprefix(name).isdigit() and n.startswith(name)]:
-            return matches[0]
-    raise unknown(f"split of {shown(root)}", asked, map(printable, found))
+    name = meant(asked, found)
+    if name is None:
+        raise unknown(f"split of {shown(root)}", asked, map(printable, found))
+    return name
 
 
 def _check_image(path: Path, where: str) -> None:
-    try:
-        exists = path.is_file()
-    except OSError:  # a name that is too long
-        exists = False
-    if not exists:
+    if not is_file(path):
         raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the annotation")
-
-
-def _read(file: Path) -> bytes:
-    """The content of a regular file. UserError with its name for anything else."""
-    try:
-        return read_regular(file)
-    except OSError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e.strerror}") from e
-    except UserError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e}") from e
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return _read(file).decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e
 
 
 def _check_names(names: Sequence[Any], file: Path) -> list[str]:
@@ -178,15 +154,14 @@ def _coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:
 def _read_coco(root: Path, found: Mapping[str, tuple[Path, Path]], name: str) -> tuple[list[Picture], list[str]]:
     """Classes are the categories by their numbers, which may have holes."""
     file, folder = found[name]
+    text = read_text(file)
     try:
-        content = json.loads(_read_text(file))
+        content = json.loads(text)
         categories = {c["id"]: c.get("name", "") for c in content["categories"]}
         records = {image["id"]: image for image in content["images"]}
         annotations = [dict(annotation) for annotation in content["annotations"]]
         order = sorted(categories)
         pictures = {number: Picture(folder / image["file_name"]) for number, image in records.items()}
-    except UserError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         why = printable(repr(e))
         raise UserError(f"{shown(file)} is no COCO file of images, annotations and categories: {why}") from e
@@ -242,10 +217,9 @@ def _yolo_splits(root: Path) -> dict[str, list[Path]]:
 
 
 def _yaml(file: Path) -> dict[str, Any]:
+    text = read_text(file)
     try:
-        content = yaml.safe_load(_read_text(file))
-    except UserError:
-        raise
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise UserError(f"{shown(file)} is no valid YAML: {printable(' '.join(str(e).split()))}") from e
     if not isinstance(content, dict) or not isinstance(content.get("names"), list | dict) or not content["names"]:
@@ -267,7 +241,7 @@ def _read_yolo(root: Path, found: Mapping[str, list[Path]], name: str) -> tuple[
         i = len(parts) - 1 - parts[::-1].index("images")
         file = Path(*parts[:i], "labels", *parts[i + 1 :]).with_suffix(".txt")
         pictures.append(picture := Picture(image, relative=True))
-        lines = _read_text(file).split("\n") if file.exists() else ()
+        lines = read_text(file).split("\n") if file.exists() else ()
         for number, line in enumerate(lines, 1):
             if line.strip():
                 _add_yolo_line(picture, line, names, f"{shown(file)}, line {number}")
@@ -296,7 +270,7 @@ def _voc_splits(root: Path) -> dict[str, list[str]]:
     """{split: the names of its images}."""
     if not (root / "Annotations").is_dir():
         return {}
-    lists = {p.stem: _read_text(p).split() for p in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in p.stem}
+    lists = {p.stem: read_text(p).split() for p in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in p.stem}
     if not lists:
         raise UserError(
             f"{shown(root)} has Annotations but no ImageSets/Main/train.txt and val.txt with the names of the images"
@@ -343,7 +317,7 @@ def _read_voc(root: Path, found: Mapping[str, list[str]], name: str) -> tuple[li
 
 def _xml(file: Path) -> ElementTree.Element:
     try:
-        return ElementTree.fromstring(_read(file))
+        return ElementTree.fromstring(read_file(file))
     except ElementTree.ParseError as e:
         raise UserError(f"{shown(file)} is no valid XML: {e}") from e
     except UserError as e:

@@ -8,34 +8,28 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vit_jax.data.digits import DigitsSource
-from vit_jax.data.features import Image, Label, Source
-from vit_jax.data.splits import split_range
+from vit_jax.data.digits import DrawnDigits
+from vit_jax.data.features import Image, Label
 
 SIDE = 32
 COUNTS = {"train": 10_000, "test": 1_000}
 _SIZES = 14, 25
 
 
-class DigitCanvasSource(Source):
+class DigitCanvasSource(DrawnDigits):
     """Images of 32x32 pixels with one digit of 14 to 24 pixels and its class: 10,000 to train on, 1,000 to test.
 
-    Test images are made of other digits than those for training. An image depends on its number alone.
+    See `DrawnDigits`.
     """
 
-    exif_rotated = False
+    name, counts = "digit_canvas", COUNTS
 
     def __init__(self, split: str):
-        self._split, self._part = split_range(split, COUNTS)
-        self._digits = DigitsSource("digits", self._split)
+        super().__init__(split)
         self.features = {"image": Image(), "label": Label(self._digits.class_names)}
 
-    def __len__(self) -> int:
-        return len(self._part)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = self._part[index]
-        rng = np.random.default_rng([number, list(COUNTS).index(self._split)])
+        number, rng = self._number_and_rng(index)
         digit = self._digits[number % len(self._digits)]
         side = int(rng.integers(*_SIZES))
         top, left = rng.integers(0, SIDE - side, 2, endpoint=True)
@@ -44,12 +38,6 @@ class DigitCanvasSource(Source):
         ink[top : top + side, left : left + side, 0] = resized.clip(0, 1)
         paper, color = _two_colors(rng)
         return {"image": (paper + (color - paper) * ink).round().astype(np.uint8), "label": digit["label"]}
-
-    def where(self, index: int) -> str:
-        return f"digit_canvas {self._split}, example {self._part[index]}"
-
-    def fingerprint(self) -> dict[str, str | int]:
-        return super().fingerprint() | {"split": self._split, "first": self._part.start}
 
 
 def _two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from vit_jax.data.digits import DigitsSource
-from vit_jax.data.features import Boxes, Image, Segmentation, Source
-from vit_jax.data.splits import split_range
+from vit_jax.data.digits import DrawnDigits
+from vit_jax.data.features import Boxes, Image, Segmentation
 
 SIDE = 64
 COUNTS = {"train": 20_000, "test": 500}
@@ -23,31 +22,25 @@ _OF_TEST = 0.7
 """The share of a photo's width from which on it is for testing."""
 
 
-class DigitScenesSource(Source):
+class DigitScenesSource(DrawnDigits):
     """Scenes of 64x64 pixels with 1 to 5 digits that do not overlap, 14 to 29 pixels high: 20,000 to train on, 500 to test.
 
-    Test scenes are made of other digits and other parts of the photos than those for training. A scene depends on its
-    number alone. `boxes` are (left, top, right, bottom) of the ink, `box_labels` the digits.
+    See `DrawnDigits`; of the photos, too, the test scenes have other parts. `boxes` are (left, top, right, bottom) of the
+    ink, `box_labels` the digits.
     """
 
-    exif_rotated = False
-    _name = "digit_scenes"
+    name, counts = "digit_scenes", COUNTS
 
     def __init__(self, split: str):
-        self._split, self._part = split_range(split, COUNTS)
-        self._digits = DigitsSource("digits", self._split)
+        super().__init__(split)
         self.features = {"image": Image(), "boxes": Boxes(self._digits.class_names)}
-
-    def __len__(self) -> int:
-        return len(self._part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: x for name, x in self._scene(index).items() if name != "segmentation"}
 
     def _scene(self, index: int) -> dict[str, Any]:
         """`image`, what belongs to `boxes`, and `segmentation`: 0 without ink, d + 1 where that of digit d is."""
-        number = self._part[index]
-        rng = np.random.default_rng([number, list(COUNTS).index(self._split)])
+        _, rng = self._number_and_rng(index)
         scene = 0.6 * _background(rng, self._split).astype(np.float32)
         classes = np.zeros((SIDE, SIDE), np.uint8)
         boxes: list[tuple[int, int, int, int]] = []
@@ -72,17 +65,11 @@ class DigitScenesSource(Source):
             "segmentation": classes,
         }
 
-    def where(self, index: int) -> str:
-        return f"{self._name} {self._split}, example {self._part[index]}"
-
-    def fingerprint(self) -> dict[str, str | int]:
-        return super().fingerprint() | {"split": self._split, "first": self._part.start}
-
 
 class DigitMasksSource(DigitScenesSource):
     """The same scenes with masks for boxes: the class "background" and the ten digits, at every pixel."""
 
-    _name = "digit_masks"
+    name = "digit_masks"
 
     def __init__(self, split: str):
         super().__init__(split)

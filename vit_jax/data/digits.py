@@ -1,5 +1,6 @@
 """The handwritten digits that come with scikit-learn."""
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -38,6 +39,34 @@ class DigitsSource(Source):
 
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"labels": digest(self._labels)}
+
+
+class DrawnDigits(Source):
+    """Images that are drawn with the bundled digits when they are asked for: a kind has a `name` and, by split, `counts`.
+
+    An image depends on its number and split alone, and those of the test split are made of other digits.
+    """
+
+    exif_rotated = False
+    name: str
+    counts: Mapping[str, int]
+
+    def __init__(self, split: str):
+        self._split, self._part = split_range(split, self.counts)
+        self._digits = DigitsSource("digits", self._split)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def _number_and_rng(self, index: int) -> tuple[int, np.random.Generator]:
+        number = self._part[index]
+        return number, np.random.default_rng([number, list(self.counts).index(self._split)])
+
+    def where(self, index: int) -> str:
+        return f"{self.name} {self._split}, example {self._part[index]}"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return super().fingerprint() | {"split": self._split, "first": self._part.start}
 
 
 @cache

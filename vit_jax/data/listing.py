@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vit_jax.data.host import decode
 from vit_jax.errors import UserError, printable
+from vit_jax.files import read_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 TEXTS = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html"}  # notes and labels: nobody takes them for photos
@@ -17,6 +18,8 @@ NOT_PHOTOS = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
+MOVED = ". Was it moved after the start?"
+"""Advice of `read_file` for what was there when it was listed."""
 
 
 @dataclass
@@ -95,10 +98,15 @@ def is_folder(entry: os.DirEntry) -> bool:
     return _answer(entry.is_dir)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is that of a file; a name that is too long is none."""
+    return _answer(path.is_file)
+
+
 def _answer(question: Callable[[], bool]) -> bool:
     try:
         return question()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link that leads to itself, a name that is too long
         return False
 
 
@@ -131,3 +139,21 @@ def shown(path: str | os.PathLike) -> str:
 def some(names: Sequence[str], most: int = 10) -> str:
     """The names in a line, of many only the first."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def read_file(file: str | os.PathLike, advice: str = "") -> bytes:
+    """The content of a regular file. UserError with its name for anything else, and with advice where it is not there."""
+    try:
+        return read_regular(file)
+    except OSError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e.strerror}{advice}") from e
+    except UserError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e}") from e
+
+
+def read_text(file: Path) -> str:
+    """A text in UTF-8, with or without the mark at its start that spreadsheets leave. UserError for anything else."""
+    try:
+        return read_file(file).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e

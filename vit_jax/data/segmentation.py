@@ -16,11 +16,9 @@ from jaxtyping import UInt8
 from vit_jax.data.features import Image, Segmentation, Source, digest
 from vit_jax.data.host.decode import decode_indices
 from vit_jax.data.host.view import IGNORED
-from vit_jax.data.listing import list_images, shown
-from vit_jax.data.loader import ExampleError
+from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
 from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError, printable, unknown
-from vit_jax.files import read_regular
 
 OFFERS = "segmentation"
 """What such a folder has beside images."""
@@ -63,7 +61,7 @@ class SegmentationSource(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, mask = self._pairs[index]
-        return {"image": _read(image), "segmentation": self._indices(mask)}
+        return {"image": read_file(image), "segmentation": self._indices(mask, self.where(index))}
 
     def where(self, index: int) -> str:
         return shown(self._pairs[index][0])
@@ -71,9 +69,10 @@ class SegmentationSource(Source):
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"names": digest(image.name for image, _ in self._pairs)}
 
-    def _indices(self, mask: Path) -> UInt8[np.ndarray, "h w"]:
+    def _indices(self, mask: Path, where: str) -> UInt8[np.ndarray, "h w"]:
+        data = read_file(mask)
         try:
-            indices = decode_indices(_read(mask))
+            indices = decode_indices(data)
         except UserError as e:
             raise type(e)(f"{shown(mask)}: {e}") from e
         if self._classes.reduce_zero_label:
@@ -81,8 +80,8 @@ class SegmentationSource(Source):
         counts = np.bincount(indices.ravel(), minlength=256)
         if beyond := np.flatnonzero(counts[len(self._classes.names) : IGNORED]).tolist():
             number = beyond[0] + len(self._classes.names)
-            raise ExampleError(
-                f"has {counts[number]:,} pixels of class {number} in its mask {shown(mask)}, and only classes 0 to "
+            raise UserError(
+                f"{where} has {counts[number]:,} pixels of class {number} in its mask {shown(mask)}, and only classes 0 to "
                 f"{len(self._classes.names) - 1} have a name (255 is ignored): name it in the table of classes"
             )
         return indices
@@ -106,7 +105,7 @@ def open_folder(path: str, split: str) -> SegmentationSource | None:
     asked = split.partition("[")[0]
     if is_voc:
         lists = {file.stem: file for file in sorted((root / "ImageSets" / "Segmentation").glob("*.txt"))}
-        names = _text(lists[_which(asked, lists, root)]).split()
+        names = read_text(lists[_which(asked, lists, root)]).split()
         pairs = [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in names]
     else:
         masks = next((root / name for name in MASKS if (root / "images").is_dir() and _has_masks(root / name)), None)
@@ -114,9 +113,9 @@ def open_folder(path: str, split: str) -> SegmentationSource | None:
             return None
         pairs = _of_folders(root / "images", masks, asked)
     for image, mask in pairs:
-        if not image.is_file():
+        if not is_file(image):
             raise UserError(f"{shown(image)} does not exist: add it, or take its name out of the list")
-        if not mask.is_file():
+        if not is_file(mask):
             raise UserError(f"{shown(image)} has no mask: add {shown(mask)}, or remove the image")
     _, part = split_range(split, {asked: len(pairs)})
     return SegmentationSource(pairs[part.start : part.stop], _classes(root, is_voc))
@@ -159,9 +158,9 @@ def _classes(root: Path, is_voc: bool) -> Classes:
     if file.suffix == ".json":
         table = _json(file)
     elif file.name == "classes.txt":
-        table = Classes(tuple(line.strip() for line in _text(file).split("\n") if line.strip()))
+        table = Classes(tuple(line.strip() for line in read_text(file).split("\n") if line.strip()))
     else:  # a heading, then a row a class, whose last column is its name
-        rows = [line for line in _text(file).split("\n")[1:] if line.strip()]
+        rows = [line for line in read_text(file).split("\n")[1:] if line.strip()]
         table = Classes(tuple(row.split("\t")[-1].strip() for row in rows), reduce_zero_label=True)
     if not 1 <= len(table.names) <= IGNORED:
         raise UserError(f"{shown(file)} names {len(table.names)} classes, allowed are 1 to {IGNORED}, as masks have 8 bits")
@@ -169,8 +168,9 @@ def _classes(root: Path, is_voc: bool) -> Classes:
 
 
 def _json(file: Path) -> Classes:
+    text = read_text(file)
     try:
-        content = json.loads(_text(file))
+        content = json.loads(text)
         names, colors = content["names"], tuple(tuple(color) for color in content.get("colors", ()))
         reduced = content.get("reduce_zero_label", False)
         fine = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
@@ -182,19 +182,3 @@ def _json(file: Path) -> Classes:
         example = '{"names": ["road", "sky"], "colors": [[128, 64, 128], [70, 130, 180]], "reduce_zero_label": false}'
         raise UserError(f"{shown(file)} is no table of classes such as {example}; colors and reduce_zero_label may be left out")
     return Classes(tuple(names), colors, reduced)
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return read_regular(file)
-    except OSError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e.strerror}") from e
-    except UserError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e}") from e
-
-
-def _text(file: Path) -> str:
-    try:
-        return _read(file).decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{shown(file)} is no text in UTF-8: {e}") from e

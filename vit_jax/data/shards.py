@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import tarfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data.features import Image, Source, Text, digest
-from vit_jax.data.listing import IMAGE_SUFFIXES, shown
-from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.listing import IMAGE_SUFFIXES, MOVED, shown
+from vit_jax.data.splits import TEST_NAMES, meant, split_range
 from vit_jax.errors import UserError, printable
 from vit_jax.files import open_regular, write_atomically
 
@@ -61,13 +60,11 @@ class ShardSource(Source):
         return len(self._part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard, i = self._place(index)
-        return {"image": self._member(index, *self._indices[shard].images[i]), "text": self.texts(index)}
+        image, text = self._members(index, "images", "texts")
+        return {"image": image, "text": self._said(index, text)}
 
     def texts(self, index: int) -> tuple[str, ...]:
-        shard, i = self._place(index)
-        text = self._member(index, *self._indices[shard].texts[i])
-        return _sentences(text, bool(self._indices[shard].is_json[i]), self.where(index))
+        return self._said(index, *self._members(index, "texts"))
 
     def where(self, index: int) -> str:
         shard, i = self._place(index)
@@ -79,13 +76,18 @@ class ShardSource(Source):
         parts = {"names": digest(keys), "sizes": digest(sizes), "first": self._part.start}
         return super().fingerprint() | parts
 
-    def _member(self, index: int, offset: int, size: int) -> bytes:
-        shard, _ = self._place(index)
+    def _said(self, index: int, text: bytes) -> tuple[str, ...]:
+        shard, i = self._place(index)
+        return _sentences(text, bool(self._indices[shard].is_json[i]), self.where(index))
+
+    def _members(self, index: int, *kinds: str) -> list[bytes]:
+        """What the shard holds of an example, by the names of the places in its index."""
+        shard, i = self._place(index)
         try:
             with open_regular(self._shards[shard]) as f:
-                return _read(f, offset, size)
+                return [_read(f, *getattr(self._indices[shard], kind)[i]) for kind in kinds]
         except OSError as error:
-            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?") from error
+            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}{MOVED}") from error
 
     def _place(self, index: int) -> tuple[int, int]:
         """(number of the shard, number within it) of an example."""
@@ -125,7 +127,7 @@ def open_folder(path: str, split: str) -> ShardSource | None:
     found = {name: shards for name, shards in found.items() if shards}
     if "train" not in found:
         return None
-    name = next((n for n in (asked, *(TEST_NAMES if asked in TEST_NAMES else ())) if n in found), None)
+    name = meant(asked, found)
     if name is None:
         raise UserError(
             f"{shown(root)} has shards for {', '.join(found)}, not for {asked!r}: name parts, such as 'train[99%:]'"
@@ -185,15 +187,7 @@ def _kept(path: Path, of_file: np.ndarray) -> Index | None:
             arrays = dict(np.load(f, allow_pickle=False))
         if np.array_equal(arrays.pop("of_file"), of_file):
             return Index(**arrays)
-    except (
-        OSError,
-        UserError,
-        ValueError,
-        LookupError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-    ):  # none, or one that is damaged: it is made anew
+    except Exception:  # of zipfile's, zlib's and NumPy's many kinds: there is none, or it is damaged and made anew
         pass
     return None
 

@@ -16,11 +16,10 @@ from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
 from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
-from vit_jax.data.listing import IMAGE_SUFFIXES, Listing, shown
+from vit_jax.data.listing import IMAGE_SUFFIXES, MOVED, Listing, read_file, shown
 from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.data.unlabelled import PREFIX, UnlabelledSource
 from vit_jax.errors import UserError
-from vit_jax.files import read_regular
 
 log = logging.getLogger("vit_jax")
 
@@ -127,13 +126,7 @@ class FolderSource(Source):
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
-        try:
-            return {"image": read_regular(self.path(index)), "label": int(self._labels[index])}
-        except OSError as error:
-            message = f"{self.where(index)} cannot be read: {error.strerror}. Was it moved after the start?"
-            raise UserError(message) from error
-        except UserError as error:
-            raise UserError(f"{self.where(index)} cannot be read: {error}") from error
+        return {"image": read_file(self.path(index), MOVED), "label": int(self._labels[index])}
 
     def where(self, index: int) -> str:
         return shown(self.path(index))

@@ -1,12 +1,19 @@
 """Splits of a dataset and parts of them, in tfds' syntax."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from vit_jax.errors import UserError
 
 TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
+
+
+def meant(asked: str, offered: Iterable[str]) -> str | None:
+    """The split that is meant by a name: itself, the same with a year, or for testing any that is; None for none."""
+    names = (asked, *(TEST_NAMES if asked in TEST_NAMES else ()))
+    matches = (n for name in names for n in offered if n == name or n.startswith(name) and n.removeprefix(name).isdigit())
+    return next(matches, None)
 
 
 def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:

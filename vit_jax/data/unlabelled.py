@@ -8,7 +8,6 @@ from vit_jax.data import listing
 from vit_jax.data.features import Image, Source, digest
 from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError
-from vit_jax.files import read_regular
 
 PREFIX = "unlabelled:"
 HELD_OUT = 0.1
@@ -43,10 +42,7 @@ class UnlabelledSource(Source):
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return {"image": read_regular(os.path.join(self._root, self._names[index]))}
-        except (OSError, UserError) as error:
-            raise UserError(f"{self.where(index)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return {"image": listing.read_file(os.path.join(self._root, self._names[index]))}
 
     def where(self, index: int) -> str:
         return listing.shown(os.path.join(self._root, self._names[index]))

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 from PIL import Image
 
 from vit_jax import predictor, recipes
-from vit_jax.data.host.inputs import read_images
+from vit_jax.data.host.inputs import is_one, read_images
 from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Params
 
@@ -148,9 +148,3 @@ def fine_tune(
     workdir = Path(workdir or Path("runs", Path(data).resolve().name))
     train_and_evaluate(config, workdir)
     return load(workdir)
-
-
-def is_one(images: Any) -> bool:
-    """Whether this is one image, not several."""
-    axes = getattr(images, "ndim", None)
-    return isinstance(images, str | os.PathLike | bytes | Image.Image) or axes in (2, 3)

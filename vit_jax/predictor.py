@@ -158,13 +158,13 @@ class Predictor:
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """The embeddings of texts, each of length 1. UserError for a text without words, and as `tokenizer` raises it."""
+        if isinstance(texts, str) or not len(texts):
+            raise UserError("texts are given as a list, of one or more")
         if empty := [i for i, text in enumerate(texts, 1) if not text.strip()]:
             raise UserError(f"text {empty[0]} of {len(texts)} is empty: give words")
-        tokens, size = self.tokenizer(texts), next((size for size in TEXTS if size >= len(texts)), TEXTS[-1])
-        parts = []
-        for i in range(0, len(tokens), size):
-            part = list(tokens[i : i + size])
-            parts.append(jax.device_get(self._predict(self.params, {"tokens": _padded(part, size)}))["ztxt"][: len(part)])
+        examples = [{"tokens": tokens} for tokens in self.tokenizer(texts)]
+        size = next((size for size in TEXTS if size >= len(examples)), TEXTS[-1])
+        parts = [self.predict_examples(examples[i : i + size], size)["ztxt"] for i in range(0, len(examples), size)]
         outputs = np.concatenate(parts)
         check_outputs({"ztxt": outputs}, self.source)
         return outputs

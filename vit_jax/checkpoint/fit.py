@@ -83,6 +83,13 @@ def load_pretrained(
     return unflatten_dict({name: np.asarray(loaded[name], wanted[name].dtype) for name in wanted}, sep="/")
 
 
+def check_shape(name: str, given: Any, wanted: Any, path: str | os.PathLike) -> None:
+    """Raises UserError unless what `path` has under a name, None for nothing, has the shape of `wanted`."""
+    if given is None or given.shape != wanted.shape:
+        has = "lacks it" if given is None else f"has it as {given.shape}"
+        raise UserError(f"{path} does not fit: {name} must be {wanted.shape}, and the file {has}")
+
+
 def check_fit(params: Mapping[str, Any], wanted: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Raises UserError with a -/+ list unless `params`, read from `path`, have the names and shapes of `wanted`."""
     flat = flatten_dict(dict(params), sep="/")

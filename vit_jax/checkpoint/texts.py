@@ -34,13 +34,17 @@ def open_tokenizer(opened: Opened, *, vocab: str | os.PathLike | None = None) ->
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any]) -> None:
-    """Raises UserError for a tokenizer with more tokens than the text tower of a model with these fields knows."""
+def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any], *, or_set: str = "") -> None:
+    """Raises UserError for a tokenizer with more tokens than the text tower of a model with these fields knows.
+
+    `or_set` is the field that makes room for them, of a model that is not trained yet.
+    """
     known = model["text"].get("vocab_size")
     if known is not None and tokenizer.vocab_size > known:
+        more = f"set {or_set}={tokenizer.vocab_size}, or " if or_set else ""
         raise UserError(
             f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, the text tower knows {known:,}: "
-            "give the vocabulary that the model was trained with"
+            f"{more}give the vocabulary that the model was trained with"
         )
 
 

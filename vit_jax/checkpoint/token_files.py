@@ -72,7 +72,7 @@ def copy_vocabulary(opened: Opened, folder: Path) -> None:
     source = opened.path if opened.path.is_dir() else opened.path.parent
     vocab = opened.description.text.get("vocab")
     for name in (vocab, "merges.txt") if vocab == "vocab.json" else (vocab,) if vocab else ():
-        _copy(source / name, folder / name)
+        copy(source / name, folder / name)
 
 
 def write(opened: Opened, folder: Path, kind: str) -> None:
@@ -83,7 +83,7 @@ def write(opened: Opened, folder: Path, kind: str) -> None:
     source = opened.path if opened.path.is_dir() else opened.path.parent
     if text["tokenizer"] == "sentencepiece" and text["vocab"].endswith(".model"):
         kind, name = ("siglip", "spiece.model") if text.get("strip_punctuation") else ("siglip2", "tokenizer.model")
-        _copy(source / text["vocab"], folder / name)
+        copy(source / text["vocab"], folder / name)
     else:
         kind = "siglip2" if text["tokenizer"] == "sentencepiece" else kind
         copy_vocabulary(opened, folder)
@@ -102,7 +102,8 @@ def write(opened: Opened, folder: Path, kind: str) -> None:
     write_atomically(folder / "tokenizer_config.json", lambda f: f.write(content.encode()))
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path) -> None:
+    """Copies the file of a vocabulary, unless it is there already; one that is missing is a warning."""
     if not source.is_file():
         log.warning("no %s lies beside the checkpoint: texts cannot be read until %s is there", source.name, target)
     elif not (target.exists() and target.samefile(source)):

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import checkpoint
-from vit_jax.checkpoint import describe, lora_file
+from vit_jax.checkpoint import describe, lora_file, token_files
 from vit_jax.checkpoint.describe import Description
-from vit_jax.files import write_atomically
 from vit_jax.optimize import parallel, trainable
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment
@@ -36,11 +35,10 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
         elif parallel.is_main():
             checkpoint.save(tree, target)
             describe.write(target, description(experiment, step, metrics))
-        for file in experiment.task.files if parallel.is_main() else ():
-            content = file.read_bytes()
-            write_atomically(target.with_name(file.name), lambda f, content=content: f.write(content))
         if path.stem == "model":
             log.info("wrote    %s", target)
+    for file in experiment.task.files if parallel.is_main() else ():
+        token_files.copy(file, path.with_name(file.name))
     if path.stem == "model":
         labels = "" if experiment.task.tokenize is None else " --labels='a LABEL,another'"
         log.info("use it   python -m vit_jax.predict --model=%s%s IMAGE…", path.parent, labels)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from vit_jax import checkpoint
+from vit_jax import checkpoint, tasks
 from vit_jax.checkpoint import lora_file
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.checkpoint.state import Checkpointer
@@ -35,7 +35,7 @@ def find_origin(settings: Settings, directory: Path | None = None) -> checkpoint
         return None
     with _errors_name(source):
         opened = checkpoint.open_checkpoint(find_npz(settings.sources[source]))
-    of_images = source or settings.task.get("type") != "contrast"  # who has no texts trains the image tower alone
+    of_images = source or not tasks.towers(settings)  # who has no texts trains the image tower alone
     return opened.image_tower().description if of_images else opened.description
 
 

@@ -41,6 +41,11 @@ def needs(settings: Settings) -> tuple[str, ...]:
     return getattr(TYPES.get(chosen(settings)["type"]), "NEEDS", ())
 
 
+def towers(settings: Settings) -> tuple[str, ...]:
+    """The parts of the model that the task of a recipe trains, see `Task.towers`."""
+    return getattr(TYPES.get(chosen(settings)["type"]), "TOWERS", ())
+
+
 def make(setup: Setup) -> Task:
     """The task of a recipe. UserError for options that it does not have, and data that lacks what it needs."""
     task_options = chosen(setup.settings)

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float
 
 from vit_jax.checkpoint.family import POSITION_RULES
 from vit_jax.checkpoint.resize import weights
 from vit_jax.data.device import augment
 from vit_jax.tasks import classify, images
 from vit_jax.tasks.setup import Setup
-from vit_jax.tasks.task import Batch, Loss, Model, Params, Shown, Task
+from vit_jax.tasks.task import Batch, Loss, Model, Params, Task
 
 
 def features_task(setup: Setup, model: Model, kind: str) -> Task:
@@ -30,7 +30,7 @@ def features_task(setup: Setup, model: Model, kind: str) -> Task:
         return {"features": images.image_features(model.module, params, augment.normalize(batch["image"], mean, std))["cls"]}
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
-        return pixels(batch["image"]), [""] * len(batch["image"])
+        return images.pixels(batch["image"]), [""] * len(batch["image"])
 
     return Task(
         model=model,
@@ -42,16 +42,10 @@ def features_task(setup: Setup, model: Model, kind: str) -> Task:
         predict=predict,
         evaluators=(),
         describe=lambda: {"class_names": (), "task": {"type": kind}},
-        show=show,
+        show=images.make_show_vector("features", "features"),
         preview=preview,
         load=images.make_load(model, setup.settings.image_size),
     )
-
-
-def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
-    """The features of an image: the first numbers as text, all of them as JSON."""
-    x = outputs["features"]
-    return Shown(["features " + " ".join(f"{v:.3f}" for v in x[:6]) + " …"], {"features": [float(v) for v in x]})
 
 
 def at_grid(params: Params, grid: tuple[int, int], new: tuple[int, int], rule: str) -> Params:
@@ -73,6 +67,11 @@ def position_rule(setup: Setup, model: Model) -> str:
     return POSITION_RULES["DINOv2 with registers" if model.fields.get("num_registers") else "DINOv2"]
 
 
-def pixels(x: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
-    """Rounded, to be looked at."""
-    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+def cover(
+    pictures: Float[np.ndarray, "b H W 3"], hidden: Bool[np.ndarray, "b h w"], patch: tuple[int, int]
+) -> Float[np.ndarray, "b H W 3"]:
+    """The pictures with grey in place of hidden patches."""
+    covered = np.array(pictures)
+    where = hidden.repeat(patch[0], axis=1).repeat(patch[1], axis=2)
+    covered[:, : where.shape[1], : where.shape[2]][where] = 127
+    return covered

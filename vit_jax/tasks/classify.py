@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from vit_jax.checkpoint import Description
 from vit_jax.data.device import augment
@@ -147,10 +147,10 @@ def make_preview(
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
         if key is None:
-            return _pixels(batch["image"]), [names[label] for label in batch["label"]]
+            return images.pixels(batch["image"]), [names[label] for label in batch["label"]]
         inputs, targets = prepare(batch, key)
         captions = [caption(target, names, floor) for target in np.asarray(targets)]
-        return _pixels(np.asarray(inputs) * std + mean), captions
+        return images.pixels(np.asarray(inputs) * std + mean), captions
 
     return preview
 
@@ -159,10 +159,6 @@ def caption(target: Float[np.ndarray, " classes"], names: Sequence[str], floor: 
     """'cat 0.72, dog 0.24': the two largest targets, as far as they are above `floor`."""
     largest = np.argsort(-target, kind="stable")[:2]
     return ", ".join(f"{names[i]} {target[i]:.2f}" for i in largest if target[i] > floor + 0.005)
-
-
-def _pixels(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
-    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
 
 def _checked_label(label: int, num_classes: int) -> np.int32:

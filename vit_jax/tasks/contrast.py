@@ -16,13 +16,14 @@ from jaxtyping import Array
 from vit_jax.checkpoint import Description, check_fit, load_pretrained
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
+from vit_jax.checkpoint.texts import check_vocabulary
 from vit_jax.data.device import augment
 from vit_jax.data.host import text
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import two_towers
 from vit_jax.tasks import images, pairs
 from vit_jax.tasks.setup import Setup
-from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
+from vit_jax.tasks.task import Batch, Model, Params, Task, of_whole_batch
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 NEEDS = ("image", "text")
@@ -57,7 +58,9 @@ def make_task(
     vocab = fetch(vocab) if vocab else getattr(setup.features.get("text"), "vocab", None)
     if not vocab and settings.trainer == "train":
         raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")
-    tokenize = _tokenize(model, text.make(tokenizer, vocab, max_len, **tokenizer_options)) if vocab else None
+    tokenize = text.make(tokenizer, vocab, max_len, **tokenizer_options) if vocab else None
+    if tokenize:
+        check_vocabulary(tokenize, model.fields, or_set="config.model.text.vocab_size")
     mean, std = setup.normalisation
     embed, loss_of = pairs.make_embed(model.module, mean, std), pairs.make_loss_of(model.module, loss=loss)
     described = {"tokenizer": tokenizer, "vocab": vocab.name, "max_len": max_len, **tokenizer_options} if vocab else {}
@@ -67,7 +70,7 @@ def make_task(
         train_example=make_train_example(images.train_image(settings), tokenize),
         eval_example=make_eval_example(images.eval_image(settings), tokenize),
         init=make_init(model.module, settings.image_size, max_len),
-        loss=make_loss(embed, loss_of),
+        loss=of_whole_batch(embed, loss_of),
         whole_batch=True,
         embed=embed,
         loss_of=loss_of,
@@ -80,8 +83,8 @@ def make_task(
             "task": {"type": "contrast", "loss": loss, "max_len": max_len},
         },
         tokenize=tokenize,
-        files=(vocab,) if vocab else (),
-        show=show,
+        files=tokenize.files if tokenize else (),
+        show=images.make_show_vector("zimg", "embedding"),
         preview=preview,
         load=make_load(model, settings.image_size),
         towers=TOWERS,
@@ -129,15 +132,6 @@ def make_eval_example(eval_image: Callable, tokenize: Tokenize | None) -> Callab
     return eval_example
 
 
-def make_loss(embed: Callable, loss_of: Callable) -> Callable[[Params, Context, Batch, jax.Array], Loss]:
-    """The loss of the whole batch at once."""
-
-    def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
-        return loss_of(params, context, embed(params, context, batch, key))
-
-    return loss
-
-
 def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Params, Batch], dict[str, Array]]:
     """(parameters, evaluation batch) → `zimg` of its images and `ztxt` of its tokens, (b, d) of length 1, of what there is."""
 
@@ -149,17 +143,10 @@ def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     return predict
 
 
-def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
-    """The embedding of an image: its first numbers as text, all of them as JSON."""
-    z = outputs["zimg"]
-    return Shown(["embedding " + " ".join(f"{x:.3f}" for x in z[:6]) + " …"], {"embedding": [float(x) for x in z]})
-
-
 def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
     """See `Task.preview`: the images, and the tokens of their sentences without what fills them up."""
-    pixels = np.clip(np.rint(batch["image"]), 0, 255).astype(np.uint8)
     ends = [tokens[: len(tokens) - np.argmax(tokens[::-1] != tokens[-1])] for tokens in batch["tokens"]]
-    return pixels, [" ".join(map(str, tokens)) for tokens in ends]
+    return images.pixels(batch["image"]), [" ".join(map(str, tokens)) for tokens in ends]
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
@@ -209,14 +196,3 @@ def _has_head_of(tower: Params, source: Mapping[str, np.ndarray]) -> bool:
     """Whether a tower has a head that fits one of the flat parameters of a source."""
     kernel = source.get("head/kernel")
     return kernel is not None and "head" in tower and tower["head"]["kernel"].shape == kernel.shape
-
-
-def _tokenize(model: Model, tokenizer: Any) -> Tokenize:
-    """The tokenizer. UserError for one with more tokens than the text tower knows."""
-    known = model.fields["text"].get("vocab_size")
-    if known is not None and tokenizer.vocab_size > known:
-        raise UserError(
-            f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, the text tower knows {known:,}: "
-            f"set config.model.text.vocab_size={tokenizer.vocab_size}, or give the vocabulary that the model was trained with"
-        )
-    return tokenizer

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax.checkpoint import Description, load_pretrained
 from vit_jax.checkpoint.classes import match_classes
+from vit_jax.checkpoint.fit import check_shape
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.data.device import augment
 from vit_jax.data.host.resize import Box
@@ -254,9 +255,7 @@ def _with_head(opened: Opened, fresh: dict[str, Array], classes: Sequence[str] |
         given |= {name: given[name][..., chosen] for name in last}
     wanted = {name: x for name, x in fresh.items() if classes is not None or name not in last}
     for name, x in wanted.items():
-        if name not in given or given[name].shape != x.shape:
-            has = f"has it as {given[name].shape}" if name in given else "lacks it"
-            raise UserError(f"{opened.path} does not fit: {name} must be {x.shape}, and the file {has}")
+        check_shape(name, given.get(name), x, opened.path)
     return unflatten_dict(fresh | {name: given[name] for name in wanted}, sep="/")
 
 
@@ -287,7 +286,7 @@ def draw(image: Image.Image, found: Sequence[Mapping[str, Any]], names: Sequence
         color = COLORS[list(names).index(one["label"]) % len(COLORS)]
         canvas.rectangle(one["box"], outline=color, width=thick)
         text = f"{one['label']}: {one['score']:.0%}" if "score" in one else one["label"]
-        left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+        _, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
         x, y = max(0, min(one["box"][0], image.width - right - 3)), max(0, one["box"][1] - bottom - 2)
         canvas.rectangle((x, y, x + right + 2, y + bottom + 2), fill=color)
         canvas.text((x + 1, y), text, fill="black", font=font)

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from vit_jax import checkpoint, models
 from vit_jax.checkpoint.classes import match_classes
@@ -15,7 +16,7 @@ from vit_jax.data.device import augment, mix
 from vit_jax.data.host import view
 from vit_jax.data.host.decode import decode
 from vit_jax.settings import Settings
-from vit_jax.tasks.task import Batch, Model, Params
+from vit_jax.tasks.task import Batch, Model, Params, Shown
 
 Numbers = Sequence[float]
 Prepare = Callable[[Batch, jax.Array], tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]]
@@ -149,3 +150,18 @@ def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"
     patches = outputs["map"].astype(jnp.float32)
     cls = patches.mean(axis=(1, 2)) if outputs["cls"] is None else outputs["cls"].astype(jnp.float32)
     return {"cls": cls, "patches": patches}
+
+
+def pixels(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
+    """Rounded, to be looked at."""
+    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
+
+
+def make_show_vector(output: str, name: str) -> Callable[..., Shown]:
+    """(outputs, size) → a vector that the task gives as `output`: the first numbers as text, all of them as JSON, as `name`."""
+
+    def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
+        x = outputs[output]
+        return Shown([f"{name} " + " ".join(f"{v:.3f}" for v in x[:6]) + " …"], {name: [float(v) for v in x]})
+
+    return show

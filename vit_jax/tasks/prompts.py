@@ -14,9 +14,8 @@ from jaxtyping import Array, Float
 
 from vit_jax.checkpoint import describe
 from vit_jax.checkpoint.classes import listed
-from vit_jax.data.listing import shown
+from vit_jax.data.listing import read_text, shown
 from vit_jax.errors import UserError, near, printable, unknown
-from vit_jax.files import read_regular
 from vit_jax.models import two_towers
 from vit_jax.tasks import classify
 from vit_jax.tasks.task import Batch, Params, Task
@@ -172,12 +171,5 @@ def _file(given: str, option: str, names: Sequence[str]) -> Path | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text in UTF-8, without the empty ones at its end."""
-    try:
-        return [line.strip() for line in read_regular(path).decode("utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError as e:
-        raise UserError(f"{shown(path)} is no text in UTF-8: {e}") from e
-    except OSError as e:
-        raise UserError(f"{shown(path)} cannot be read: {e.strerror}") from e
-    except UserError as e:
-        raise UserError(f"{shown(path)}: {e}") from e
+    """The lines of a text, without the empty ones at its end."""
+    return [line.strip() for line in read_text(path).rstrip().splitlines()]

@@ -188,10 +188,10 @@ def make_show(patch: tuple[int, int]) -> Callable[..., Shown]:
 
     def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
         true, drawn = outputs["image"], outputs["reconstruction"]
-        covered = cover(true[None], outputs["hidden"][None], patch)[0]
+        covered = backbone.cover(true[None], outputs["hidden"][None], patch)[0]
         of_pixels = outputs["hidden"].repeat(patch[0], axis=0).repeat(patch[1], axis=1)
         error = float(np.sqrt(np.square(true - drawn)[of_pixels].mean()))
-        triptych = np.concatenate(list(backbone.pixels(np.stack([covered, drawn, true]))), axis=1)
+        triptych = np.concatenate(list(images.pixels(np.stack([covered, drawn, true]))), axis=1)
         text = [f"{outputs['hidden'].mean():.0%} hidden, drawn to ±{error:.1f} of 255"]
         shown = {"hidden": outputs["hidden"].tolist(), "rms_error": error, "features": outputs["features"].tolist()}
         return Shown(text, shown, lambda image: Image.fromarray(triptych))
@@ -199,24 +199,16 @@ def make_show(patch: tuple[int, int]) -> Callable[..., Shown]:
     return show
 
 
-def cover(pictures: Float[np.ndarray, "b H W 3"], hidden: Bool[np.ndarray, "b h w"], patch: tuple[int, int]) -> np.ndarray:
-    """The pictures with grey in place of what is hidden."""
-    covered = np.array(pictures)
-    where = hidden.repeat(patch[0], axis=1).repeat(patch[1], axis=2)
-    covered[:, : where.shape[1], : where.shape[2]][where] = 127
-    return covered
-
-
 def make_preview(recolor: Callable, grid: tuple[int, int], patch: tuple[int, int], count: int) -> Callable:
     """See `Task.preview`: the images with grey in place of what is hidden."""
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
         if key is None:
-            return backbone.pixels(batch["image"]), ["image"] * len(batch["image"])
+            return images.pixels(batch["image"]), ["image"] * len(batch["image"])
         _, hidden = shuffled(noise_of(batch["seed"], grid[0] * grid[1]), count)
         hidden = np.asarray(hidden).reshape(-1, *grid)
-        pictures = cover(np.asarray(recolor(batch["image"], batch["seed"])), hidden, patch)
-        return backbone.pixels(pictures), [f"{x.mean():.0%} hidden" for x in hidden]
+        pictures = backbone.cover(np.asarray(recolor(batch["image"], batch["seed"])), hidden, patch)
+        return images.pixels(pictures), [f"{x.mean():.0%} hidden" for x in hidden]
 
     return preview
 

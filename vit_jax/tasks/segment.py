@@ -20,6 +20,7 @@ from PIL import Image
 
 from vit_jax.checkpoint import Description, load_pretrained
 from vit_jax.checkpoint.classes import match_classes
+from vit_jax.checkpoint.fit import check_shape
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.segmenters import backbone_of
 from vit_jax.data.device import augment
@@ -29,6 +30,7 @@ from vit_jax.data.host.view import IGNORED, Picture, View
 from vit_jax.errors import UserError, printable
 from vit_jax.models import vit
 from vit_jax.settings import Settings
+from vit_jax.tasks import images
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
@@ -270,9 +272,7 @@ def _head(opened: Opened, fresh: dict[str, Array], classes: Sequence[str] | None
         if axis is not None and given is not None:
             more = range(len(opened.description.class_names), given.shape[axis])
             given = x if columns is None else np.take(given, [*columns, *more], axis)
-        if given is None or given.shape != x.shape:
-            has = "lacks it" if given is None else f"has it as {given.shape}"
-            raise UserError(f"{opened.path} does not fit: {name} must be {x.shape}, and the file {has}")
+        check_shape(name, given, x, opened.path)
         head[name] = given
     return unflatten_dict(head, sep="/")
 
@@ -331,8 +331,7 @@ def make_preview(
     recolor = jax.jit(recolor)
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
-        images = batch["image"] if key is None else np.asarray(recolor(batch["image"], batch["seed"]))
-        pixels = np.clip(np.rint(images), 0, 255).astype(np.uint8)
+        pixels = images.pixels(batch["image"] if key is None else np.asarray(recolor(batch["image"], batch["seed"])))
         drawn = [
             np.asarray(draw(Image.fromarray(x), labels, colors))
             for x, labels in zip(pixels, batch["segmentation"], strict=True)

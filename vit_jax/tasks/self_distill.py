@@ -26,7 +26,7 @@ from vit_jax.tasks.dino import dino_loss
 from vit_jax.tasks.ibot import ibot_loss
 from vit_jax.tasks.koleo import koleo_loss
 from vit_jax.tasks.setup import Setup
-from vit_jax.tasks.task import Batch, Context, Loss, Metrics, Model, Params, Task, TrainingFailed, Tree
+from vit_jax.tasks.task import Batch, Context, Loss, Metrics, Model, Params, Task, TrainingFailed, Tree, of_whole_batch
 
 COLLAPSED = 0.01
 """The spread of the teacher's features, of at most 1, below which they say the same of every image."""
@@ -119,16 +119,12 @@ def make_task(
     rule = backbone.position_rule(setup, model)
     embed = make_embed(model, prepare, settings.image_size, views, rule)
     loss_of = make_loss_of(heads, terms)
-
-    def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
-        return loss_of(params, context, embed(params, context, batch, key))
-
     return Task(
         **vars(features)
         | {
             "train_example": make_train_example(setup, model, views),
             "init": make_init(model, heads, settings.image_size),
-            "loss": loss,
+            "loss": of_whole_batch(embed, loss_of),
             "whole_batch": True,
             "embed": embed,
             "loss_of": loss_of,
@@ -136,7 +132,7 @@ def make_task(
             "leaves": lambda params: {"": backbone_of(params["_ema"])},
             "check": make_check(max(settings.warmup_steps, freeze_last_layer)),
             "describe": lambda: {"class_names": (), "task": {"type": "self_distill"}, "resize": rule},
-            "preview": make_preview(recolor, model, settings.image_size),
+            "preview": make_preview(recolor, tuple(model.fields["patches"]["size"])),
             "load": make_load(model, settings.image_size),
         }
     )
@@ -356,22 +352,19 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
     return load
 
 
-def make_preview(recolor: Sequence[Callable], model: Model, image_size: tuple[int, int]) -> Callable:
+def make_preview(recolor: Sequence[Callable], patch: tuple[int, int]) -> Callable:
     """See `Task.preview`: the first global view of each image, with the patches that are hidden in grey, or the image."""
     prepare = jax.jit(make_prepare(recolor, [0.0] * 3, [1.0] * 3))
-    grid = images.patch_grid(model, image_size)
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
         if key is None:
-            return backbone.pixels(batch["image"]), ["image"] * len(batch["image"])
-        seen = np.array(prepare(batch)[0])
+            return images.pixels(batch["image"]), ["image"] * len(batch["image"])
+        seen = np.asarray(prepare(batch)[0])
         which = batch["hidden"].any(axis=(2, 3)).argmax(axis=1)
         rows = np.arange(len(seen))
-        p, q = (side // n for side, n in zip(image_size, grid, strict=True))
-        hidden = batch["hidden"][rows, which].repeat(p, axis=1).repeat(q, axis=2)
-        pictures = seen[rows, which]
-        pictures[:, : hidden.shape[1], : hidden.shape[2]][hidden] = 127
-        return backbone.pixels(pictures), [f"view {i + 1}, {x.mean():.0%} hidden" for i, x in zip(which, hidden, strict=True)]
+        hidden = batch["hidden"][rows, which]
+        pictures = backbone.cover(seen[rows, which], hidden, patch)
+        return images.pixels(pictures), [f"view {i + 1}, {x.mean():.0%} hidden" for i, x in zip(which, hidden, strict=True)]
 
     return preview
 

@@ -147,3 +147,12 @@ class Task:
     loss_of: Callable[[Params, Context, Tree], Loss] | None = None
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "n l"]] | None = None
     files: tuple[Path, ...] = ()
+
+
+def of_whole_batch(embed: Callable[..., Tree], loss_of: Callable[..., Loss]) -> Callable[..., Loss]:
+    """`Task.loss` of a task that compares the examples of a batch: `loss_of` what `embed` makes of all of it at once."""
+
+    def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
+        return loss_of(params, context, embed(params, context, batch, key))
+
+    return loss

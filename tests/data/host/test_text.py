@@ -89,6 +89,11 @@ def clip_vocabulary(tmp_path_factory) -> Path:
     return folder / "vocab.json"
 
 
+def test_a_vocabulary_tells_all_its_files(vocabulary, clip_vocabulary):
+    assert text.make("bert", vocabulary, 8).files == (vocabulary,)
+    assert text.make("clip", clip_vocabulary, 8).files == (clip_vocabulary, clip_vocabulary.with_name("merges.txt"))
+
+
 def test_wordpiece_is_tensorflows(vocabulary):
     tokenizer = preprocess.get_tokenizer("bert")(vocab_path=vocabulary, max_len=128)
     for (given, expected), row in zip(TENSORFLOW.items(), tokenizer(list(TENSORFLOW)), strict=True):

@@ -20,7 +20,7 @@ def read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
     An image is the path of a file, encoded bytes, a PIL image, or an array of 0..255: (h w), (h w 1), (h w 3) or (h w 4),
     whose alpha is dropped; an array of four axes is several images. Raises UserError for anything else, and for none.
     """
-    if isinstance(images, str | os.PathLike | bytes | Image.Image) or _axes(images) in (2, 3):
+    if is_one(images):
         images = [images]
     if not isinstance(images, Iterable):
         raise UserError(f"{_kind(images)} is no image: give paths, bytes, PIL images or uint8 arrays (h w 3)")
@@ -28,6 +28,11 @@ def read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
     if not pixels:
         raise UserError("there are no images: the list is empty")
     return pixels
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is one image, not several."""
+    return isinstance(images, str | os.PathLike | bytes | Image.Image) or _axes(images) in (2, 3)
 
 
 def _read(image: Any, index: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -94,6 +94,11 @@ class Tokenizer:
         return result
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """What it was read from."""
+        return (Path(self.vocab_path),)
+
+    @property
     def vocab_size(self) -> int:
         """How many tokens there are: a model needs an embedding for each."""
         return self._state["size"]
@@ -209,6 +214,11 @@ class ClipTokenizer(Tokenizer):
     @property
     def eot_token(self) -> int:
         return self._state["end"]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        path = Path(self.vocab_path)
+        return (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,)
 
     def _read(self, path: Path) -> None:
         if path.name.endswith((".txt", ".gz")):

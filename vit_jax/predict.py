@@ -15,15 +15,16 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vit_jax import arguments, predictor, report
+from vit_jax import arguments, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
 from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
-from vit_jax.files import json_text, read_regular, write_atomically
+from vit_jax.files import json_text, read_regular
 from vit_jax.run import runtime
 from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Shown
+from vit_jax.tools import pictures
 
 
 def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bool = False) -> int:
@@ -51,20 +52,23 @@ def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bo
     given = {"top": args.top, "threshold": args.threshold}
     show = loaded.show({name: value for name, value in given.items() if value is not None})
     class_names = loaded.description.class_names
-    truth = report.known_labels(found, loaded.task, class_names) if args.errors else {}
-    answers: dict[Path, np.ndarray] = {}
+    truth, answers = {}, {}
+    if args.errors:
+        from vit_jax import report  # with all that training needs
+
+        truth = report.known_labels(found, loaded.task, class_names)
     width, count = max(len(shown(path)) for path in paths), 0
     for path, image, outputs in _predicted(loaded, paths):
         prediction = show(outputs, image.shape[:2])
         _print(path, prediction.json if args.json else prediction.text, width=width)
         if args.draw:
-            _draw(Path(args.draw), f"{count}_{path.stem}", image, prediction)
+            _draw(Path(args.draw).expanduser(), f"{count}_{path.stem}", image, prediction)
         if truth:
             answers[path] = outputs["probabilities"]
         count += 1
     if answers:
         about = {"model": args.model, "images": " ".join(map(shown, args.images))}
-        written = report.of_predictions(answers, truth, class_names, Path(args.errors), about)
+        written = report.of_predictions(answers, truth, class_names, Path(args.errors).expanduser(), about)
         print(f"wrote {shown(written)}", file=sys.stderr)
     if failures := len(paths) - count:
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
@@ -126,9 +130,9 @@ def _predicted(
 def _draw(folder: Path, name: str, image: UInt8[np.ndarray, "h w 3"], prediction: Shown) -> None:
     if prediction.draw is None:
         raise UserError("--draw: the task of this model has nothing to draw")
-    pictures = {"": prediction.draw(Image.fromarray(image))} | {f"_{end}": x for end, x in prediction.maps.items()}
-    for end, picture in pictures.items():
-        write_atomically(folder / f"{name}{end}.png", lambda f, picture=picture: picture.save(f, "PNG"))
+    drawn = {"": prediction.draw(Image.fromarray(image))} | {f"_{end}": x for end, x in prediction.maps.items()}
+    for end, picture in drawn.items():
+        pictures.write(picture, folder / f"{name}{end}.png")
 
 
 def _print(path: Path, prediction: dict[str, Any] | list[str], *, width: int) -> None:

@@ -26,3 +26,10 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # for processes that tests start
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def full_precision():
+    """Products in full float32, for tests that compare with torch."""
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -1,5 +1,7 @@
 """A tiny model of images and texts with random parameters, for tests of what uses one."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,13 @@ def write(folder: Path, *, head: str = "softmax", seed: int = 0) -> Any:
 
 def embeddings(params: Any, *, images: np.ndarray | None = None, tokens: np.ndarray | None = None) -> np.ndarray:
     """Those of normalised images, or of tokens, in one piece."""
-    fields = FIELDS | ({"bias_init": 0.0} if "b" in params else {})
-    zimg, ztxt, _ = jax.jit(models.build("TwoTowers", fields).apply)({"params": params}, images=images, tokens=tokens)
+    zimg, ztxt, _ = _apply("b" in params)({"params": params}, images=images, tokens=tokens)
     return np.asarray(zimg if ztxt is None else ztxt)
+
+
+@functools.cache
+def _apply(has_bias: bool) -> Callable:
+    return jax.jit(models.build("TwoTowers", FIELDS | ({"bias_init": 0.0} if has_bias else {})).apply)
 
 
 def tokens(texts: list[str]) -> np.ndarray:

@@ -17,10 +17,7 @@ from vit_jax.models.segment import Backbone
 WIDTH, CLASSES, SIDE = 128, 5, 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 class Block(nn.Module):

@@ -19,7 +19,6 @@ from vit_jax.data.host import text
 from vit_jax.errors import UserError
 
 BERT = {"config": {"hidden_size": 64, "mlp_dim": 40, "num_layers": 1, "num_heads": 1}, "vocab_size": 30, "max_len": 20}
-TEXT = {"width": 24, "num_layers": 1, "mlp_dim": 40, "num_heads": 3, "vocab_size": 30}
 IMAGE = {"hidden_size": 32, "patches": {"size": (8, 8)}, "transformer": small.ENCODER}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat"]
 

@@ -50,10 +50,7 @@ def sources():
     return np.where(valid, rng.integers(1, 22, (3, 11)), PAD), valid
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 @functools.partial(jax.jit, static_argnums=0)

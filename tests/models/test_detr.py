@@ -19,10 +19,7 @@ from vit_jax.models.vit import VisionTransformer
 SIZES = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 3), ("ffn_dim", 40))}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,7 @@ from vit_jax.tasks.segment import labels_at
 SIDE, CLASSES = 32, 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 @pytest.fixture(scope="module")

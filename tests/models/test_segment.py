@@ -18,10 +18,7 @@ HEADS = {"width": 20, "num_heads": 2, "mlp_dim": 28}
 CLASSES = 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def pictures():

@@ -7,7 +7,7 @@ import json
 import os
 import string
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -77,6 +77,11 @@ class Content:
     pictures: Mapping[int, Picture] = field(default_factory=dict)
     samples: Sequence[Sequence[Picture]] = ()
     throughput: Mapping[str, str] = field(default_factory=dict)
+
+
+def pictures(findings: collect.Findings, picture_of: Callable[[int], Picture]) -> dict[int, Picture]:
+    """The pictures of the examples that are to be shown, by their numbers."""
+    return {i: picture_of(i) for i in map(int, [*findings.mistakes, *findings.hits])}
 
 
 def write(content: Content, folder: Path) -> Path:

@@ -66,10 +66,12 @@ def of_predictions(
     p = np.stack([answers[path] for path in paths])
     label = np.array([labels[path] for path in paths])
     findings = collect.find(label, p.argmax(axis=1), p.max(axis=1), class_names)
-    pictures = {}
-    for i in map(int, [*findings.mistakes, *findings.hits]):
+
+    def picture(i: int) -> page.Picture:
         pixels = decode(read_regular(paths[i]), exif_rotated=True)
-        pictures[i] = page.Picture(*draw.thumbnail(pixels), shown(paths[i]), page.link(paths[i], folder))
+        return page.Picture(*draw.thumbnail(pixels), shown(paths[i]), page.link(paths[i], folder))
+
+    pictures = page.pictures(findings, picture)
     try:
         return page.write(page.Content(title="predictions", about=about, findings=findings, pictures=pictures), folder)
     except OSError as e:

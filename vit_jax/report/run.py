@@ -119,11 +119,12 @@ def _throughput(series: Mapping[str, Any], settings: Settings) -> dict[str, str]
 
 def pictures(findings: collect.Findings, source: sources.Source, folder: Path) -> dict[int, page.Picture]:
     """By number of an example that is to be shown, its picture, and where it is, for a page in `folder`."""
-    shown = {}
-    for i in map(int, [*findings.mistakes, *findings.hits]):
+
+    def picture(i: int) -> page.Picture:
         pixels = decode(source[i]["image"], exif_rotated=source.exif_rotated)
-        shown[i] = page.Picture(*draw.thumbnail(pixels), source.where(i), page.link(source.path(i), folder))
-    return shown
+        return page.Picture(*draw.thumbnail(pixels), source.where(i), page.link(source.path(i), folder))
+
+    return page.pictures(findings, picture)
 
 
 def _samples(task: Task, source: sources.Source, settings: Settings) -> list[list[page.Picture]]:

@@ -24,7 +24,7 @@ COMMANDS = {  # name: (module with a function `cli`, what it does)
     "inspect": ("vit_jax.tools.inspection", "list what is inside a checkpoint"),
     "plan": ("vit_jax.tools.plan", "tell what memory and time a recipe takes before it is run"),
     "preview": ("vit_jax.tools.preview", "draw what a recipe makes of its training images"),
-    "demo": ("vit_jax.tools.demo", "pretrain, fine-tune and predict on handwritten digits, in about three minutes"),
+    "demo": ("vit_jax.tools.demo", "pretrain, fine-tune and predict on handwritten digits, in about two minutes"),
     "recipes": ("vit_jax.recipes", "list the recipes, or tell all about one"),
     "models": ("vit_jax.tools.model_table", "list the models: size, where they run, where to get them"),
     "inference-time": ("vit_jax.inference_time", "measure how many images a second a model classifies"),

@@ -14,10 +14,12 @@ from tests.tasks import test_contract
 from vit_jax import predict
 from vit_jax.checkpoint import Description
 from vit_jax.checkpoint.opened import Opened
+from vit_jax.data.features import Segmentation
 from vit_jax.errors import UserError
 from vit_jax.run import experiment as experiments
 from vit_jax.settings import Settings
 from vit_jax.tasks import segment
+from vit_jax.tasks.setup import Setup
 from vit_jax.train import train_and_evaluate
 
 
@@ -131,6 +133,14 @@ def test_a_vit_becomes_a_backbone_and_classes_are_matched_by_name(tmp_path):
     loaded = e.task.load({"": given}, fresh)
     assert all(np.array_equal(x, flat[name]) for name, x in flatten_dict(loaded["backbone"], sep="/").items())
     assert all(np.array_equal(x, fresh["conv_seg"][name]) for name, x in loaded["conv_seg"].items())
+
+    # It computes with the numerics of its own checkpoint, and tells the size that its positions are for.
+    numerics = {"activation": "gelu", "norm_eps": 1e-12}
+    origin = dataclasses.replace(given.description, model=body | {"transformer": body["transformer"] | numerics})
+    built = Setup(e.settings, {"segmentation": Segmentation(("a", "b"))}, origin).build_model(num_classes=2)
+    assert built.fields["body"]["vit"]["transformer"].items() >= numerics.items() and "transformer" not in built.fields
+    described = Description(model_type=built.type, model=built.fields, class_names=(), **common | {"grid": (4, 4)})
+    assert described.native_size == tuple(4 * p for p in body["patches"]["size"])
 
     # A segmenter with its classes in another order keeps its head, but for other data.
     names = e.train_source.class_names

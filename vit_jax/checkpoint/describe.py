@@ -74,7 +74,7 @@ class Description:
                     f"{path_beside(where)}: model.{printable(name)} is {size:,}, and the parameters of {where} leave room for "
                     f"at most {most:,}: this is the description of another file"
                 )
-        image = self.model.get("image", self.model)
+        image = models.architecture_of(self.model_type).vit_fields(self.model)
         pairs = [tuple(image.get("patches", {}).get("size") or (1, 1)), self.image_size or (1, 1)]
         if (
             "patches" in image
@@ -89,7 +89,7 @@ class Description:
         architecture = models.architecture_of(self.model_type)
         if self.grid is None or tuple(architecture.grid(self.model, self.image_size)) == self.grid:
             return self.image_size
-        patch = self.model.get("image", self.model)["patches"]["size"]
+        patch = architecture.vit_fields(self.model)["patches"]["size"]
         return tuple(p * n for p, n in zip(patch, self.grid, strict=True))
 
     def to_json(self) -> dict[str, Any]:
@@ -143,6 +143,8 @@ def _model_fields(entries: Entries, architecture: models.Architecture) -> dict[s
         entries.object("patches").size("size", None)
     if architecture.cls is TwoTowers:
         return dict(entries.content) | _towers(entries)
+    if architecture.backbone.startswith("body.") and "vit" in (body := entries.object("body")):
+        _model_fields(body.object("vit"), models.architecture_of("ViT"))
     width, heads = entries.get("hidden_size"), nested["transformer"].get("num_heads") if "transformer" in nested else None
     if width and heads and width % heads:
         raise nested["transformer"].wrong("num_heads", f"a divisor of hidden_size={width}")

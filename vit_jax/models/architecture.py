@@ -90,6 +90,12 @@ class Architecture:
         self.check(fields)
         return self.cls(**fields)
 
+    def vit_fields(self, fields: Fields) -> Fields:
+        """The keywords of the ViT that sees the images: those at `backbone`, or the model's own. {} for another backbone."""
+        for key in self.backbone.split(".") if self.backbone else ():
+            fields = fields.get(key) or {}
+        return fields
+
     def with_memory_options(self, fields: Fields, *, dtype: Any, **of_blocks: Any) -> dict[str, Any]:
         """Fields with what does not change the model: `dtype`, and of its blocks `remat`, `scan` and `constrain`.
 

@@ -21,7 +21,6 @@ from vit_jax.models.batchnorm_resnet import FrozenBatchNorm
 from vit_jax.models.layers import ACTIVATIONS, EncoderBlock
 from vit_jax.models.linear import Linear
 
-Map = Float[Array, "b h w d"]
 Logits = Float[Array, "b h*p w*p classes"]
 
 
@@ -155,6 +154,7 @@ def architecture(cls: type[nn.Module], first: str, last: str) -> Architecture:
         last=last,
         cut=lambda fields: vit.ARCHITECTURE.cut(fields["body"]["vit"]),
         grid=lambda fields, size: vit.ARCHITECTURE.grid(fields["body"]["vit"], size),
+        backbone="body.vit",
         choices={"activation": ACTIVATIONS},
         check=_check,
     )

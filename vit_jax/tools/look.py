@@ -46,8 +46,7 @@ def share(loaded: predictor.Predictor, grid: tuple[int, int]) -> tuple[float, fl
 
 def _fields(loaded: predictor.Predictor) -> dict[str, Any]:
     """Those of the model that sees the images, perhaps one of two towers."""
-    fields = loaded.description.model
-    return fields.get("image", fields)
+    return models.architecture_of(loaded.description.model_type).vit_fields(loaded.description.model)
 
 
 def attention_sheet(

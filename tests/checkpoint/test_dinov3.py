@@ -1,5 +1,6 @@
 """DINOv3 against transformers' `DINOv3ViTModel` on odd sizes, and its files in and out, to the bit."""
 
+import dataclasses
 import json
 
 import jax
@@ -56,6 +57,16 @@ def test_blocks_in_a_loop_turn_as_well(opened):
         model = models.build("ViT", fields | {"transformer": {**fields["transformer"], "scan": scan}})
         outputs.append(model.apply({"params": opened.params}, pixels, method="features")["patches"])
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+
+
+def test_a_model_without_registers_comes_back(opened, tmp_path):
+    model = {**opened.description.model, "num_registers": 0}
+    flat = {name: x for name, x in opened.flat.items() if name != "register_tokens"}
+    bare = dataclasses.replace(opened, flat=flat, description=dataclasses.replace(opened.description, model=model))
+    again = checkpoint.open_checkpoint(checkpoint.write_checkpoint(bare, tmp_path, "hf"))
+    assert again.flat.keys() == flat.keys() and all(np.array_equal(again.flat[name], x) for name, x in flat.items())
+    theirs = transformers.DINOv3ViTModel.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(theirs.state_dict()["norm.weight"].numpy(), flat["Transformer/encoder_norm/scale"])
 
 
 def test_files_come_back_in_the_same_bits(peer, opened, tmp_path):

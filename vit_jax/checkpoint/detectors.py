@@ -11,6 +11,7 @@ from safetensors.numpy import save as to_safetensors
 from vit_jax import models
 from vit_jax.checkpoint import detr
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.entries import folder_of
 from vit_jax.checkpoint.family import IMAGENET
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
@@ -31,7 +32,7 @@ def open_detector(path: Path, arrays: Flat) -> Opened | None:
     """The detector in a file's arrays, with the `config.json` beside it; None for other models. Raises UserError."""
     if detr.layout(arrays) is None:
         return None
-    config = _config(path if path.is_dir() else path.parent)
+    config = _config(folder_of(path))
     kind, fields, flat = detr.read(arrays, config, where=str(path))
     model_type = "YOLOS" if kind == "yolos" else "DETR"
     size = fields["image_size"] if kind == "yolos" else (_LONG, _LONG)

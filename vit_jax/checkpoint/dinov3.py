@@ -49,12 +49,13 @@ def _facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
     swiglu = "layer.0.mlp.gate_proj.weight" in flat
     activation = config.text("hidden_act", "gelu", ("silu",) if swiglu else ("gelu",))
     d, _, p, q = flat["embeddings.patch_embeddings.weight"].shape
+    registers = flat["embeddings.register_tokens"].shape[1] if "embeddings.register_tokens" in flat else 0
     model = vit_fields(
         num_classes=None,
         hidden_size=d,
         patches={"size": (p, q)},
         classifier="token",
-        num_registers=flat["embeddings.register_tokens"].shape[1],
+        num_registers=registers,
         position_embedding="none",
         transformer={
             "num_layers": count_blocks(flat, "layer."),
@@ -85,8 +86,7 @@ def _without_zeros(ours: Flat) -> Flat:
     biases = [name for name in ours if name.endswith("/key/bias")]
     left_out = () if any(ours[name].any() for name in biases) else biases
     mask = {"extras/mask_token": np.zeros((1, ours["cls"].shape[-1]), np.float32)}
-    registers = {"register_tokens": np.zeros((1, 0, ours["cls"].shape[-1]), np.float32)}
-    return mask | registers | {name: x for name, x in ours.items() if name not in left_out}
+    return mask | {name: x for name, x in ours.items() if name not in left_out}
 
 
 def _export(description: Description, ours: Flat) -> dict[str, Any]:

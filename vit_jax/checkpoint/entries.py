@@ -16,6 +16,11 @@ _LARGEST = 10**7
 REQUIRED = object()
 
 
+def folder_of(path: Path) -> Path:
+    """The folder that a checkpoint is, or lies in."""
+    return path if path.is_dir() else path.parent
+
+
 def parse_json(path: str | os.PathLike) -> Any:
     """What a JSON file holds. ValueError for what is none or is nested too deep; UserError for a pipe or too large a file."""
     try:

@@ -7,8 +7,8 @@ import numpy as np
 
 from vit_jax.checkpoint import rules
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.entries import read_object
-from vit_jax.checkpoint.family import ATTENTION, BLOCK, IMAGENET, POSITIONS, count_blocks
+from vit_jax.checkpoint.entries import folder_of, read_object
+from vit_jax.checkpoint.family import ATTENTION, BLOCK, IMAGENET, POSITIONS, count_blocks, square_side
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, Rule, Transform, rule
 from vit_jax.errors import UserError
@@ -66,7 +66,7 @@ def open_eomt(path: Path, arrays: Flat) -> Opened | None:
     """The EoMT in a file's arrays, with the `config.json` beside it; None for other models. Raises UserError."""
     if not {"query.weight", "class_predictor.weight", "mask_head.fc1.weight"} <= arrays.keys():
         return None
-    config = read_object((path if path.is_dir() else path.parent) / "config.json")
+    config = read_object(folder_of(path) / "config.json")
     if np.any(arrays.get(_SWITCH, 0)):
         raise UserError(
             f"{path}: {_SWITCH} are above 0, so that attention is masked as in the midst of training; "
@@ -80,7 +80,7 @@ def open_eomt(path: Path, arrays: Flat) -> Opened | None:
     classes = arrays["class_predictor.weight"].shape[0] - 1
     theirs = {name: x for name, x in arrays.items() if name not in (_SWITCH, _LOSS)}
     flat = rules.read(_rules(doublings), theirs, blocks=layers, heads=heads, where=str(path))
-    side = round(len(arrays["embeddings.position_embeddings.weight"]) ** 0.5)
+    side = square_side(len(arrays["embeddings.position_embeddings.weight"]), str(path))
     transformer = {
         "num_layers": layers,
         "num_heads": heads,

@@ -58,17 +58,17 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         return path
     if to == "hf" and opened.description.model_type in ("DETR", "YOLOS"):
         return detectors.write_detector(opened, destination)
+    if opened.description.image_size is None:
+        raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
     if to in ("hf", "timm") and opened.description.model_type == "MAE":
         theirs, files = mae.write_autoencoder(opened, to)
-        return _write(destination if destination.suffix == ".safetensors" else destination / "model.safetensors", theirs, files)
+        return _write(destination / "model.safetensors", theirs, files)
     if to == "hf" and opened.description.model_type == "EoMT":
         return _write(destination / "model.safetensors", *eomt.write_eomt(opened))
     if to in ("hf", "openclip") and opened.description.model_type == "TwoTowers":
         return image_text_export.write_image_text(opened, destination, to)
     if opened.description.model_type != _SEGMENTERS.get(to, "ViT") or to == "openclip":
         raise UserError(f"{to} has no layout for a {opened.description.model_type} here: use --to=npz")
-    if opened.description.image_size is None:
-        raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
     if to == "mmseg":
         theirs, files = _vit_arrays(segmenters.backbone_of(opened), timm.DINOV2)
         theirs = {f"backbone.{name}": x for name, x in theirs.items()} | segmenters.write_head(opened)

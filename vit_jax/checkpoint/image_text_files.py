@@ -7,7 +7,7 @@ from typing import Any
 
 from vit_jax.checkpoint import hf_pixels, image_text, token_files
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.entries import Entries, read_object
+from vit_jax.checkpoint.entries import Entries, folder_of, read_object
 from vit_jax.checkpoint.family import HALF, POSITIONS, count_blocks, square_side, vit_fields
 from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.opened import Opened
@@ -53,7 +53,7 @@ def open_image_text(path: Path, arrays: Flat) -> Opened | None:
         if alone := next((name for name in arrays if name.startswith(_OF_ONE_TOWER)), None):
             raise UserError(f"{path} has {printable(alone)}, but not both towers of a CLIP or SigLIP: give the file of both")
         return None
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     theirs = {name: x for name, x in arrays.items() if not name.endswith(("position_ids", "attn_mask"))}
     blocks = count_blocks(theirs, layout.image_blocks), count_blocks(theirs, layout.text_blocks)
     sizes = (_openclip_sizes if layout is OPENCLIP else _hf_sizes)(folder, theirs)

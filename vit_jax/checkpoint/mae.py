@@ -8,7 +8,7 @@ from typing import Any
 
 from vit_jax.checkpoint import huggingface, rules, timm
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.entries import read_object
+from vit_jax.checkpoint.entries import folder_of, read_object
 from vit_jax.checkpoint.family import IMAGENET, Family, count_blocks
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, rule
@@ -89,7 +89,7 @@ def open_autoencoder(path: Path, arrays: Flat, open_encoder: Callable[[Path, Fla
     arrays = {name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): x for name, x in arrays.items()}
     of_decoder = {name: x for name, x in arrays.items() if any(name.startswith(old) for old, _ in layout.names)}
     encoder = open_encoder(path, {name: x for name, x in arrays.items() if name not in of_decoder})
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     config, theirs = read_object(folder / "config.json"), layout.renamed(of_decoder)
     heads, blocks = config.whole("decoder_num_attention_heads", _HEADS), count_blocks(theirs, layout.blocks)
     ours = rules.read(layout.table, theirs, blocks=blocks, heads=heads, where=f"the decoder of {path}")
@@ -97,7 +97,11 @@ def open_autoencoder(path: Path, arrays: Flat, open_encoder: Callable[[Path, Fla
     decoder = {"width": first.shape[0], "num_layers": blocks, "num_heads": heads, "mlp_dim": first.shape[1]}
     transformer = encoder.description.model["transformer"]
     decoder |= {name: transformer[name] for name in ("activation", "norm_eps")}
-    told = (folder / "preprocessor_config.json").is_file() if layout is HF else "mean" in config.content
+    told = (
+        (folder / "preprocessor_config.json").is_file()
+        if layout is HF
+        else "mean" in config.content | config.object("pretrained_cfg", {}).content
+    )
     task = {"type": "reconstruct", "normalized": config.flag("norm_pix_loss", layout is TIMM)}
     description = dataclasses.replace(
         encoder.description,
@@ -113,7 +117,7 @@ def open_autoencoder(path: Path, arrays: Flat, open_encoder: Callable[[Path, Fla
 def write_autoencoder(opened: Opened, to: str) -> tuple[Flat, dict[str, Any]]:
     """(arrays under their names, content of the files beside them by name) for "hf" or "timm". Raises UserError."""
     layout, description = (HF if to == "hf" else TIMM), opened.description
-    ours = {name.removeprefix("decoder/"): x for name, x in opened.flat.items() if name.startswith("decoder/")}
+    ours = opened.under("decoder/")
     plain = {name: x for name, x in opened.flat.items() if not name.startswith(("decoder/", "extras/"))}
     fields = {name: value for name, value in description.model.items() if name != "decoder"}
     family, decoder = layout.family, description.model["decoder"]

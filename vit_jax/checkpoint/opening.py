@@ -28,7 +28,7 @@ from vit_jax.checkpoint import (
     wrappers,
 )
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.entries import Entries, read_object
+from vit_jax.checkpoint.entries import Entries, folder_of, read_object
 from vit_jax.checkpoint.family import POSITIONS, Facts, Family
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
@@ -112,7 +112,7 @@ def _open(path: Path, arrays: Flat) -> Opened:
         return towers
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     if family is GOOGLE:
         known = describe.read(path) if path.suffix == ".npz" else None
         if known:

@@ -92,10 +92,9 @@ def with_head(vit: Opened, path: Path, arrays: Flat) -> Opened:
 
 def backbone_of(opened: Opened) -> Opened:
     """The ViT of a segmenter."""
-    flat = {name.removeprefix(_BACKBONE): x for name, x in opened.flat.items() if name.startswith(_BACKBONE)}
     model = {**opened.description.model["body"]["vit"], "num_classes": None}
     described = dataclasses.replace(opened.description, model_type="ViT", model=model, class_names=())
-    return dataclasses.replace(opened, flat=flat, description=described)
+    return dataclasses.replace(opened, flat=opened.under(_BACKBONE), description=described)
 
 
 def write_whole(opened: Opened) -> Flat:

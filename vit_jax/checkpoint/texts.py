@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vit_jax.checkpoint.entries import folder_of
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.data.host import text
@@ -50,7 +51,7 @@ def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any], *, or_set: 
 
 def _find(path: Path, file: str) -> Path:
     """The vocabulary beside a checkpoint, or the published one. Raises UserError if there is none."""
-    beside = (path if path.is_dir() else path.parent) / file
+    beside = folder_of(path) / file
     if not beside.is_file() and Path(file).stem in zoo.LIT:
         return fetch(f"{zoo.LIT_BUCKET}/{file}")
     if not beside.is_file():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint.entries import Entries, parse_json, read_object
+from vit_jax.checkpoint.entries import Entries, folder_of, parse_json, read_object
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError
 from vit_jax.files import json_text, read_regular, write_atomically
@@ -69,7 +69,7 @@ def _words(path: Path) -> Mapping[str, int]:
 
 def copy_vocabulary(opened: Opened, folder: Path) -> None:
     """Puts the vocabulary that lies beside an opened checkpoint into a folder under its name."""
-    source = opened.path if opened.path.is_dir() else opened.path.parent
+    source = folder_of(opened.path)
     vocab = opened.description.text.get("vocab")
     for name in (vocab, "merges.txt") if vocab == "vocab.json" else (vocab,) if vocab else ():
         copy(source / name, folder / name)
@@ -80,7 +80,7 @@ def write(opened: Opened, folder: Path, kind: str) -> None:
     text = opened.description.text
     if not text:
         return
-    source = opened.path if opened.path.is_dir() else opened.path.parent
+    source = folder_of(opened.path)
     if text["tokenizer"] == "sentencepiece" and text["vocab"].endswith(".model"):
         kind, name = ("siglip", "spiece.model") if text.get("strip_punctuation") else ("siglip2", "tokenizer.model")
         copy(source / text["vocab"], folder / name)

@@ -1,22 +1,17 @@
 """Opens and writes the files of detectors: what `detr` reads, with a description of how the model is used."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save as to_safetensors
-
 from vit_jax import models
 from vit_jax.checkpoint import detr
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.entries import folder_of
-from vit_jax.checkpoint.family import IMAGENET
+from vit_jax.checkpoint.entries import folder_of, read_object
+from vit_jax.checkpoint.family import IMAGENET, Written
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError
-from vit_jax.files import read_regular, write_atomically
 
 _NAMES = {
     "detr": "official DETR",
@@ -32,7 +27,7 @@ def open_detector(path: Path, arrays: Flat) -> Opened | None:
     """The detector in a file's arrays, with the `config.json` beside it; None for other models. Raises UserError."""
     if detr.layout(arrays) is None:
         return None
-    config = _config(folder_of(path))
+    config = read_object(folder_of(path) / "config.json").content
     kind, fields, flat = detr.read(arrays, config, where=str(path))
     model_type = "YOLOS" if kind == "yolos" else "DETR"
     size = fields["image_size"] if kind == "yolos" else (_LONG, _LONG)
@@ -51,22 +46,16 @@ def open_detector(path: Path, arrays: Flat) -> Opened | None:
     return Opened(path, _NAMES[kind], flat, description)
 
 
-def write_detector(opened: Opened, folder: Path) -> Path:
-    """Writes model.safetensors and config.json for transformers, and returns the former. Raises UserError."""
-    description = opened.description
-    config = _yolos_config if description.model_type == "YOLOS" else _detr_config
-    names = description.class_names
+def write_detector(opened: Opened) -> Written:
+    """A detector in transformers' names. Raises UserError for what these have no place for."""
+    fields, names = opened.description.model, opened.description.class_names
+    is_yolos = opened.description.model_type == "YOLOS"
     labels = {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    to = "yolos" if description.model_type == "YOLOS" else "detr-hf"
-    blob = to_safetensors(detr.write(opened.flat, description.model, to), metadata={"format": "pt"})
-    path = folder / "model.safetensors"
-    write_atomically(path, lambda f: f.write(blob))
-    text = json.dumps(config(description.model) | labels, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
-    return path
+    arrays = detr.write(opened.flat, fields, "yolos" if is_yolos else "detr-hf")
+    return Written(arrays, {"config.json": (_yolos_config if is_yolos else _detr_config)(fields) | labels})
 
 
 def _detr_config(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,19 +107,6 @@ def _yolos_config(fields: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-
-
-def _config(folder: str | os.PathLike) -> dict[str, Any]:
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(read_regular(file, 64 << 20))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file} is no valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def _class_names(count: int, labels: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """EoMT as transformers saves it (`EomtForUniversalSegmentation`), in and out."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vit_jax.checkpoint import rules
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import folder_of, read_object
-from vit_jax.checkpoint.family import ATTENTION, BLOCK, IMAGENET, POSITIONS, count_blocks, square_side
+from vit_jax.checkpoint.family import ATTENTION, BLOCK, IMAGENET, POSITIONS, Written, count_blocks, square_side
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, Rule, Transform, rule
 from vit_jax.errors import UserError
@@ -128,8 +127,8 @@ def _count_doublings(arrays: Flat) -> int:
     return count_blocks(arrays, prefix) if any(name.startswith(prefix) for name in arrays) else 0
 
 
-def write_eomt(opened: Opened) -> tuple[Flat, dict[str, Any]]:
-    """(arrays in transformers' names, {"config.json": its content}). Raises UserError for a ViT that it has no place for."""
+def write_eomt(opened: Opened) -> Written:
+    """An EoMT in transformers' names. Raises UserError for a ViT that it has no place for."""
     fields, names = opened.description.model, opened.description.class_names
     body = fields["body"]["vit"]
     transformer, grid, (p, q) = body["transformer"], opened.description.grid, body["patches"]["size"]
@@ -166,4 +165,4 @@ def write_eomt(opened: Opened) -> tuple[Flat, dict[str, Any]]:
         "label2id": {name: i for i, name in enumerate(names)},
     }
     of_training = {_SWITCH: np.zeros(num_blocks, np.float32), _LOSS: np.array([1.0] * len(names) + [0.1], np.float32)}
-    return theirs | of_training, {"config.json": config}
+    return Written(theirs | of_training, {"config.json": config})

@@ -1,8 +1,9 @@
 """Writes an opened checkpoint in any family's layout."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import save as to_safetensors
 
@@ -15,20 +16,44 @@ from vit_jax.checkpoint import (
     image_text_export,
     mae,
     npz,
-    rules,
     segmenters,
     timm,
     token_files,
 )
-from vit_jax.checkpoint.family import Family
+from vit_jax.checkpoint.family import Family, Written
 from vit_jax.checkpoint.opened import Opened
-from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError, unknown
 from vit_jax.files import json_text, write_atomically
 
-FORMATS = ("npz", "hf", "timm", "openclip", "dinov2", "mmseg", "segmenter")
+
+def _as(family: Family) -> Callable[[Opened], Written]:
+    return lambda opened: family.write(opened.description, opened.flat)
+
+
+def _as_transformers(opened: Opened) -> Written:
+    transformer = opened.description.model["transformer"]
+    family = huggingface.DINOV2 if transformer.get("layer_scale") else huggingface.VIT
+    return _as(dinov3.FAMILY if transformer.get("rope_theta") else family)(opened)
+
+
+WRITERS: dict[str, dict[str, Callable[[Opened], Written]]] = {
+    "hf": {
+        "ViT": _as_transformers,
+        "MAE": partial(mae.write_autoencoder, to="hf"),
+        "DETR": detectors.write_detector,
+        "YOLOS": detectors.write_detector,
+        "EoMT": eomt.write_eomt,
+        "TwoTowers": partial(image_text_export.write_image_text, to="hf"),
+    },
+    "timm": {"ViT": _as(timm.TIMM), "MAE": partial(mae.write_autoencoder, to="timm")},
+    "openclip": {"TwoTowers": partial(image_text_export.write_image_text, to="openclip")},
+    "dinov2": {"ViT": _as(timm.DINOV2)},
+    "mmseg": {"LinearSegmenter": segmenters.write_linear},
+    "segmenter": {"Segmenter": segmenters.write_segmenter},
+}
+"""What writes a model type in a layout of others."""
+FORMATS = ("npz", *WRITERS)
 _FILES = {"npz": ".npz"} | dict.fromkeys(("dinov2", "mmseg", "segmenter"), ".safetensors")
-_SEGMENTERS = {"mmseg": "LinearSegmenter", "segmenter": "Segmenter"}
 
 
 def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) -> Path:
@@ -56,48 +81,19 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
         describe.write(path, opened.description)
         token_files.copy_vocabulary(opened, path.parent)
         return path
-    if to == "hf" and opened.description.model_type in ("DETR", "YOLOS"):
-        return detectors.write_detector(opened, destination)
+    model_type = opened.description.model_type
+    if model_type not in WRITERS[to]:
+        raise UserError(f"{to} has no layout for a {model_type} here: use --to=npz")
     if opened.description.image_size is None:
         raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
-    if to in ("hf", "timm") and opened.description.model_type == "MAE":
-        theirs, files = mae.write_autoencoder(opened, to)
-        return _write(destination / "model.safetensors", theirs, files)
-    if to == "hf" and opened.description.model_type == "EoMT":
-        return _write(destination / "model.safetensors", *eomt.write_eomt(opened))
-    if to in ("hf", "openclip") and opened.description.model_type == "TwoTowers":
-        return image_text_export.write_image_text(opened, destination, to)
-    if opened.description.model_type != _SEGMENTERS.get(to, "ViT") or to == "openclip":
-        raise UserError(f"{to} has no layout for a {opened.description.model_type} here: use --to=npz")
-    if to == "mmseg":
-        theirs, files = _vit_arrays(segmenters.backbone_of(opened), timm.DINOV2)
-        theirs = {f"backbone.{name}": x for name, x in theirs.items()} | segmenters.write_head(opened)
-    elif to == "segmenter":
-        theirs, files = segmenters.write_whole(opened), {}
-    else:
-        transformer = opened.description.model["transformer"]
-        hf = huggingface.DINOV2 if transformer.get("layer_scale") else huggingface.VIT
-        hf = dinov3.FAMILY if transformer.get("rope_theta") else hf
-        family = {"hf": hf, "timm": timm.TIMM, "dinov2": timm.DINOV2}[to]
-        theirs, files = _vit_arrays(opened, family)
-    return _write(destination if destination.suffix == ".safetensors" else destination / "model.safetensors", theirs, files)
-
-
-def _write(path: Path, theirs: Flat, files: dict[str, Any]) -> Path:
-    """Writes arrays, and config files beside them by their names."""
-    blob = to_safetensors(theirs, metadata={"format": "pt"})
+    written = WRITERS[to][model_type](opened)
+    name = "open_clip_model.safetensors" if to == "openclip" else "model.safetensors"
+    path = destination if destination.suffix == ".safetensors" else destination / name
+    blob = to_safetensors(written.arrays, metadata={"format": "pt"})
     write_atomically(path, lambda f: f.write(blob))
-    for name, content in files.items():
+    for name, content in written.files.items():
         text = json_text(content, indent=2) + "\n"
         write_atomically(path.with_name(name), lambda f, text=text: f.write(text.encode()))
+    if written.tokens:
+        token_files.write(opened, path.parent, written.tokens)
     return path
-
-
-def _vit_arrays(opened: Opened, family: Family) -> tuple[Flat, dict[str, Any]]:
-    """The arrays of a ViT in the names of a family, and its config files by name."""
-    transformer = opened.description.model["transformer"]
-    table = family.rules(transformer.get("activation") == "swiglu")
-    files = family.export(opened.description, opened.flat)
-    ours = family.unfold(opened.flat)
-    theirs = rules.write(table, ours, blocks=transformer["num_layers"], where=family.name)
-    return {family.rename(name, ours): x for name, x in theirs.items()}, files

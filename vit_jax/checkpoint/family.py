@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_jax.checkpoint import rules
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import Entries
 from vit_jax.checkpoint.rules import Flat, Rule
@@ -58,6 +59,20 @@ POSITION_RULES = {
 """How each project resamples position embeddings to another grid, see `resize.resize`: files of a kind follow it."""
 
 
+class Written(NamedTuple):
+    """A model in the layout of others.
+
+    Attributes:
+      arrays: by their names.
+      files: the JSON content of the files beside, by name.
+      tokens: the kind of tokenizer whose files go along, see `token_files`.
+    """
+
+    arrays: Flat
+    files: Mapping[str, Any] = {}
+    tokens: str | None = None
+
+
 @dataclass(frozen=True)
 class Family:
     """One project's layout of a ViT.
@@ -79,6 +94,18 @@ class Family:
     unfold: Callable[[Flat], Flat] = dict
     export: Callable[[Description, Flat], dict[str, Any]] | None = None
     rename: Callable[[str, Flat], str] = lambda name, ours: name
+
+    def write(self, description: Description, flat: Flat) -> Written:
+        """A ViT in this layout. Raises UserError for what it has no place for."""
+        files = self.export(description, flat)
+        return Written(self.arrays(description.model["transformer"], flat), files)
+
+    def arrays(self, transformer: Mapping[str, Any], flat: Flat) -> Flat:
+        """The parameters of a ViT with these fields, under the names of this layout."""
+        ours = self.unfold(flat)
+        table = self.rules(transformer.get("activation") == "swiglu")
+        theirs = rules.write(table, ours, blocks=transformer["num_layers"], where=self.name)
+        return {self.rename(name, ours): x for name, x in theirs.items()}
 
 
 def vit_fields(**changes: Any) -> dict[str, Any]:

@@ -1,41 +1,30 @@
 """Writes image and text towers as transformers' CLIP, SigLIP and SigLIP 2, and as OpenCLIP."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save as to_safetensors
-
-from vit_jax.checkpoint import hf_pixels, image_text, token_files
+from vit_jax.checkpoint import hf_pixels, image_text
 from vit_jax.checkpoint.describe import Description
+from vit_jax.checkpoint.family import Written
 from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.image_text_files import LEGACY_END, RESIZE, TOKENS
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError
-from vit_jax.files import json_text, write_atomically
 from vit_jax.models.layers import Encoder
 from vit_jax.models.text import TextTransformer
 from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
 
 
-def write_image_text(opened: Opened, folder: Path, to: str) -> Path:
-    """Writes model.safetensors and the files beside it for transformers or OpenCLIP; returns the former. Raises UserError."""
+def write_image_text(opened: Opened, to: str) -> Written:
+    """Two towers for transformers ("hf") or "openclip". Raises UserError for what these cannot express."""
     description = opened.description
     layout = _layout_for(description, to)
     image, text = description.model["image"]["transformer"], description.model["text"]
-    blocks = image["num_layers"], text["num_layers"]
-    theirs = image_text.write(layout, opened.flat, blocks=blocks)
+    theirs = image_text.write(layout, opened.flat, blocks=(image["num_layers"], text["num_layers"]))
     files = _openclip_files(description, theirs) if layout is OPENCLIP else _hf_files(description, layout)
-    path = folder / ("open_clip_model.safetensors" if layout is OPENCLIP else "model.safetensors")
-    blob = to_safetensors(theirs, metadata={"format": "pt"})
-    write_atomically(path, lambda f: f.write(blob))
-    for name, content in files.items():
-        written = json_text(content, indent=2) + "\n"
-        write_atomically(folder / name, lambda f, written=written: f.write(written.encode()))
-    token_files.write(opened, folder, TOKENS[layout.name])
-    return path
+    return Written(theirs, files, TOKENS[layout.name])
 
 
 # What a layout has to say of a model's fields: others it cannot express.

@@ -9,7 +9,7 @@ from typing import Any
 from vit_jax.checkpoint import huggingface, rules, timm
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import folder_of, read_object
-from vit_jax.checkpoint.family import IMAGENET, Family, count_blocks
+from vit_jax.checkpoint.family import IMAGENET, Family, Written, count_blocks
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, rule
 
@@ -114,21 +114,18 @@ def open_autoencoder(path: Path, arrays: Flat, open_encoder: Callable[[Path, Fla
     return Opened(path, f"{encoder.family} with MAE's decoder", flat, description)
 
 
-def write_autoencoder(opened: Opened, to: str) -> tuple[Flat, dict[str, Any]]:
-    """(arrays under their names, content of the files beside them by name) for "hf" or "timm". Raises UserError."""
+def write_autoencoder(opened: Opened, to: str) -> Written:
+    """An encoder with its decoder as "hf" or "timm". Raises UserError."""
     layout, description = (HF if to == "hf" else TIMM), opened.description
-    ours = opened.under("decoder/")
     plain = {name: x for name, x in opened.flat.items() if not name.startswith(("decoder/", "extras/"))}
     fields = {name: value for name, value in description.model.items() if name != "decoder"}
     family, decoder = layout.family, description.model["decoder"]
-    files = family.export(dataclasses.replace(description, model_type="ViT", model=fields), plain)
-    encoder = rules.write(
-        family.rules(False), family.unfold(plain), blocks=fields["transformer"]["num_layers"], where=family.name
-    )
-    theirs = rules.write(layout.table, ours, blocks=decoder["num_layers"], where=f"the decoder of {family.name}")
-    arrays = {layout.prefix + name: x for name, x in encoder.items()} | layout.renamed(theirs, write=True)
-    files["config.json"] |= _config(description, decoder, to)
-    return arrays, files
+    encoder = family.write(dataclasses.replace(description, model_type="ViT", model=fields), plain)
+    where = f"the decoder of {family.name}"
+    theirs = rules.write(layout.table, opened.under("decoder/"), blocks=decoder["num_layers"], where=where)
+    arrays = {layout.prefix + name: x for name, x in encoder.arrays.items()} | layout.renamed(theirs, write=True)
+    config = encoder.files["config.json"] | _config(description, decoder, to)
+    return Written(arrays, {**encoder.files, "config.json": config})
 
 
 def _config(description: Description, decoder: Mapping[str, Any], to: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.checkpoint import rules, timm
-from vit_jax.checkpoint.family import count_blocks
+from vit_jax.checkpoint.family import Written, count_blocks
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, Rule, Transform, rule
 from vit_jax.errors import UserError
@@ -90,15 +90,15 @@ def with_head(vit: Opened, path: Path, arrays: Flat) -> Opened:
     return _joined(vit, path, theirs)
 
 
-def backbone_of(opened: Opened) -> Opened:
-    """The ViT of a segmenter."""
-    model = {**opened.description.model["body"]["vit"], "num_classes": None}
-    described = dataclasses.replace(opened.description, model_type="ViT", model=model, class_names=())
-    return dataclasses.replace(opened, flat=opened.under(_BACKBONE), description=described)
+def write_linear(opened: Opened) -> Written:
+    """A ViT with a linear head, in mmsegmentation's names. Raises UserError for one that these have no place for."""
+    vit = backbone_of(opened)
+    backbone = timm.DINOV2.write(vit.description, vit.flat)
+    return backbone._replace(arrays={f"backbone.{name}": x for name, x in backbone.arrays.items()} | _head(opened))
 
 
-def write_whole(opened: Opened) -> Flat:
-    """The arrays of a Segmenter in its names. Raises UserError for one that these have no place for."""
+def write_segmenter(opened: Opened) -> Written:
+    """A Segmenter in its names. Raises UserError for one that these have no place for."""
     vit = backbone_of(opened)
     transformer, model = vit.description.model["transformer"], vit.description.model
     fixed = {
@@ -111,12 +111,18 @@ def write_whole(opened: Opened) -> Flat:
     }
     if wrong := [f"{name}={has} and not {theirs}" for name, (has, theirs) in fixed.items() if has != theirs]:
         raise UserError(f"Segmenter's layout has no place for {', '.join(wrong)}: use --to=npz")
-    ours = timm.TIMM.unfold(vit.flat)
-    theirs = rules.write(timm.TIMM.rules(False), ours, blocks=transformer["num_layers"], where="Segmenter")
-    return {f"encoder.{name}": x for name, x in theirs.items()} | write_head(opened)
+    encoder = timm.TIMM.arrays(transformer, vit.flat)
+    return Written({f"encoder.{name}": x for name, x in encoder.items()} | _head(opened))
 
 
-def write_head(opened: Opened) -> Flat:
+def backbone_of(opened: Opened) -> Opened:
+    """The ViT of a segmenter."""
+    model = {**opened.description.model["body"]["vit"], "num_classes": None}
+    described = dataclasses.replace(opened.description, model_type="ViT", model=model, class_names=())
+    return dataclasses.replace(opened, flat=opened.under(_BACKBONE), description=described)
+
+
+def _head(opened: Opened) -> Flat:
     """The arrays of a segmenter's head in their names. Raises UserError for a head that these have no place for."""
     fields = opened.description.model
     if fields.get("places", 1) != 1:

@@ -117,7 +117,7 @@ def test_what_is_refused(model, photos, capsys, tmp_path):
         ([folder, "none.JPG"], "no such image: none.JPG"),
         ([folder, tmp_path / "b.jpg"], "b.jpg: the image cannot be decoded"),
         ([folder, "dog", "--top=0"], "--top=0 and --batch=8 must be at least 1"),
-        ([folder, "dog", "--out=sheet.gif"], "name a picture that ends in .png"),
+        ([folder, "dog", "--out=sheet.gif"], "--out=sheet.gif must end with .png"),
     ):
         with pytest.raises(UserError, match=message):
             search.main([f"--model={model[0]}", *map(str, arguments)])

@@ -1,9 +1,26 @@
-"""How commands explain themselves: the docstring of a command, with its examples, is the first part of its help."""
+"""What commands share: help that begins with the docstring of a command, options of one meaning, files to be written."""
 
 import argparse
+import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError
+
+SHARED: dict[str, dict[str, Any]] = {
+    "images": {"nargs": "+", "metavar": "IMAGE_OR_FOLDER", "help": "image files, or folders of them"},
+    "source": {"help": "a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]"},
+    "--model": {"required": True, "metavar": "SOURCE", "help": "a workdir, file, folder, gs://, https:// or hf://"},
+    "--model_name": {"help": "architecture of a published .npz, e.g. ViT-B_16"},
+    "--size": {"metavar": "H[,W]", "help": "pixels to resize to (default: what the model is made for)"},
+    "--batch": {"type": int, "default": 8, "help": "images computed at a time (default 8)"},
+    "--vocab": {"metavar": "FILE", "help": "vocabulary of the text tower, where it lies elsewhere than the model"},
+    "--json": {"action": "store_true", "help": "one JSON object a line"},
+}
+"""Options that mean the same in every command that has them."""
 
 
 def program() -> str:
@@ -27,3 +44,25 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=program(), description=spelled(doc), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds options of `SHARED` by their names."""
+    for name in names:
+        parser.add_argument(name, **SHARED[name])
+
+
+def output_file(path: str, suffixes: Sequence[str], option: str = "--out") -> Path:
+    """The file that an option names, checked before any work; its folder is made. Raises UserError."""
+    file = Path(path).expanduser()
+    if file.suffix.lower() not in suffixes:
+        raise UserError(f"{option}={path} must end with {' or '.join(suffixes)}")
+    if file.is_dir():
+        raise UserError(f"{option}={path} is a folder: name a file in it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{option}={path}: its folder cannot be made: {e}") from e
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option}={path}: nothing can be written in {file.parent}")
+    return file

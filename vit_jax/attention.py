@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         templates = prompts.read_templates("none" if args.templates is None else args.templates)
         loaded = loaded.with_labels(prompts.read_labels(args.labels), templates=templates)
     if args.position:
-        _write(look.position_picture(look.position_similarity(loaded)), Path(args.position).expanduser())
+        _write(look.position_picture(look.position_similarity(loaded)), args.position)
     if args.filters:
-        _write(look.filters_picture(look.filters(loaded)), Path(args.filters).expanduser())
+        _write(look.filters_picture(look.filters(loaded)), args.filters)
     options = {"target": args.target, "fuse": args.heads, "discard": args.discard}
     outs = [Path(args.out).expanduser() / f"{i}_{path.stem}.png" for i, path in enumerate(paths)]
     drawn = [_draw(loaded, path, out, options, layers=args.layers) for path, out in zip(paths, outs, strict=True)]
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser(__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
-    parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
+    arguments.add_shared(parser, "--model", "--model_name")
     parser.add_argument("--out", metavar="DIR", help="the folder to write a picture of each image to")
     parser.add_argument("--layers", action="store_true", help="another picture of each image: every head of every layer")
     parser.add_argument(
@@ -64,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--labels", help="classes in any words, of a model of images and texts: see predict")
     parser.add_argument("--templates", help="sentences that each label is put into: see predict")
-    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
+    arguments.add_shared(parser, "--vocab")
     parser.add_argument("--heads", choices=attention_maps.FUSED, default="mean", help="how heads become one (default mean)")
     parser.add_argument("--discard", type=float, default=0.0, help="share of the weights that rollout sets to 0 (default 0)")
     parser.add_argument("--position", metavar="PNG", help="draw how similar the position embeddings are to each other")
     parser.add_argument("--filters", metavar="PNG", help="draw the first principal components of the patch filters")
-    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
+    arguments.add_shared(parser, "--size")
     pixels.add_pixel_arguments(parser)
     return parser
 
@@ -85,8 +84,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.templates is not None and args.labels is None:
         raise UserError(f"--templates={args.templates} needs --labels, which are put into them")
     for name in ("position", "filters"):
-        if (path := getattr(args, name)) and Path(path).suffix.lower() != ".png":
-            raise UserError(f"--{name}={path} must end with .png")
+        if path := getattr(args, name):
+            setattr(args, name, arguments.output_file(path, (".png",), f"--{name}"))
 
 
 def _draw(loaded: predictor.Predictor, path: Path, out: Path, options: dict[str, Any], *, layers: bool) -> bool:

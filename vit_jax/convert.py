@@ -24,7 +24,7 @@ from vit_jax.errors import command, printable
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts, then reads the written files back and compares both models, and both ways that a photo takes to them."""
     parser = arguments.parser(__doc__)
-    parser.add_argument("source", help="a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]")
+    arguments.add_shared(parser, "source")
     parser.add_argument("destination", help="a folder, or for npz a file")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the layout to write")
     parser.add_argument("--head", metavar="FILE", help="a segmentation head for the ViT of source, as DINOv2 publishes it")

@@ -7,10 +7,8 @@ python -m vit_jax.features --model=hf://facebook/dinov2-base --pca=pictures phot
 
 import itertools
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from vit_jax import arguments, predictor
 from vit_jax.checkpoint import pixels
+from vit_jax.data.host import inputs
 from vit_jax.data.host.decode import decode
 from vit_jax.data.listing import find_images, shown, some
 from vit_jax.errors import UserError, command
@@ -36,20 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 1 if an image was left out, or its features are not finite.
     """
     parser = arguments.parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    arguments.add_shared(parser, "images", "--model")
     parser.add_argument("--out", metavar="FILE", help=f"what to write: {' or '.join(SUFFIXES)}")
     parser.add_argument("--pca", metavar="DIR", help="write pictures in which patches of like features have like colours")
     parser.add_argument(
         "--kind", choices=predictor.KINDS, default="cls", help="one vector an image (default), a grid of them, or both"
     )
-    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
-    parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
+    arguments.add_shared(parser, "--size", "--batch")
     pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
     if not (args.out or args.pca):
         raise UserError("nothing is to be written: give --out=FILE for numbers, or --pca=DIR for pictures")
-    out, size = args.out and _writable(args.out), args.size and predictor.parse_size(args.size)
+    out, size = args.out and arguments.output_file(args.out, SUFFIXES), args.size and predictor.parse_size(args.size)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch} must be at least 1")
     runtime.set_up()
@@ -82,35 +79,21 @@ def _extract(loaded: predictor.Predictor, paths: Sequence[Path], kind: str) -> t
     """The images that could be read, and their features; the others are named on stderr."""
     read: list[Path] = []
     outputs: dict[str, np.ndarray] = {}
+
+    def failed(path: Path, why: str) -> None:
+        bar.update()
+        tqdm.write(f"error: {shown(path)}: {why}", file=sys.stderr)
+
     with tqdm(total=len(paths), unit="image", disable=None) as bar:
-        decoded = _decoded(paths, loaded.batch_size, bar)
-        while batch := list(itertools.islice(decoded, loaded.batch_size)):
+        images = inputs.read_files(paths, ahead=loaded.batch_size, failed=failed)
+        while batch := list(itertools.islice(images, loaded.batch_size)):
+            bar.update(len(batch))
             for name, x in loaded.features([image for _, image in batch], kind=kind).items():
                 if name not in outputs:
                     outputs[name] = np.empty((len(paths), *x.shape[1:]), np.float32)
                 outputs[name][len(read) : len(read) + len(x)] = x
             read += [path for path, _ in batch]
     return read, {name: x[: len(read)] for name, x in outputs.items()}
-
-
-def _decoded(paths: Sequence[Path], ahead: int, bar: tqdm) -> Iterator[tuple[Path, np.ndarray]]:
-    """Images that can be decoded, in order, on several threads, `ahead` at a time."""
-
-    def read(path: Path) -> np.ndarray | str:
-        try:
-            return decode(read_regular(path), exif_rotated=True)
-        except (UserError, OSError) as e:
-            return str(e)
-
-    with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
-        for i in range(0, len(paths), ahead):
-            part = paths[i : i + ahead]
-            for path, image in zip(part, pool.map(read, part), strict=True):
-                bar.update()
-                if isinstance(image, str):
-                    tqdm.write(f"error: {shown(path)}: {image}", file=sys.stderr)
-                else:
-                    yield path, image
 
 
 def _draw(loaded: predictor.Predictor, paths: Sequence[Path], patches: np.ndarray, folder: Path) -> None:
@@ -123,27 +106,11 @@ def _draw(loaded: predictor.Predictor, paths: Sequence[Path], patches: np.ndarra
 
 
 def _write(out: Path, names: list[str], arrays: dict[str, np.ndarray]) -> None:
-    if out.suffix == ".npz":
+    if out.suffix.lower() == ".npz":
         write_atomically(out, lambda f: np.savez(f, names=np.array(names), **arrays))
     else:
         blob = to_safetensors(arrays, metadata={"names": json.dumps(names)})
         write_atomically(out, lambda f: f.write(blob))
-
-
-def _writable(out: str) -> Path:
-    """The path to write, checked before any work; its folder is made."""
-    path = Path(out).expanduser()
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--out={out} must end with {' or '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise UserError(f"--out={out} is a folder: name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out}: its folder cannot be made: {e}") from e
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out={out}: nothing can be written in {path.parent}")
-    return path
 
 
 def cli() -> None:

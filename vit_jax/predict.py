@@ -6,6 +6,7 @@ python -m vit_jax.predict --model=runs/words --labels="a cat,a dog" cat.jpg
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +18,10 @@ from PIL import Image
 
 from vit_jax import arguments, predictor
 from vit_jax.checkpoint import pixels
-from vit_jax.data.host.decode import decode
+from vit_jax.data.host import inputs
 from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, command
-from vit_jax.files import json_text, read_regular
+from vit_jax.files import json_text
 from vit_jax.run import runtime
 from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Shown
@@ -77,8 +78,7 @@ def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bo
 
 def _parser(doc: str, by_labels: bool) -> argparse.ArgumentParser:
     parser = arguments.parser(doc)
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    arguments.add_shared(parser, "images", "--model")
     parser.add_argument(
         "--labels",
         required=by_labels,
@@ -94,7 +94,7 @@ def _parser(doc: str, by_labels: bool) -> argparse.ArgumentParser:
     if by_labels:
         parser.set_defaults(model_name=None, threshold=None, draw=None, errors=None)
     else:
-        parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
+        arguments.add_shared(parser, "--model_name")
         parser.add_argument("--threshold", type=float, help="the least score that is shown, of a detector (default 0.5)")
         parser.add_argument(
             "--draw", metavar="DIR", help="write pictures with what was found, and masks, of a task that has them"
@@ -102,10 +102,7 @@ def _parser(doc: str, by_labels: bool) -> argparse.ArgumentParser:
         parser.add_argument(
             "--errors", metavar="DIR", help="write DIR/report.html: of images in folders called as their classes"
         )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
-    parser.add_argument("--batch", type=int, default=8, help="images computed at a time (default 8)")
-    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
+    arguments.add_shared(parser, "--json", "--size", "--batch", "--vocab")
     pixels.add_pixel_arguments(parser)
     return parser
 
@@ -114,17 +111,15 @@ def _predicted(
     loaded: predictor.Predictor, paths: Sequence[Path]
 ) -> Iterator[tuple[Path, UInt8[np.ndarray, "h w 3"], dict[str, np.ndarray]]]:
     """(path, image, outputs) of every image that can be read; the others are named on stderr."""
-    for i in range(0, len(paths), loaded.batch_size):
-        readable = []
-        for path in paths[i : i + loaded.batch_size]:
-            try:
-                readable.append((path, decode(read_regular(path), exif_rotated=True)))
-            except (UserError, OSError) as e:
-                print(f"error: {shown(path)}: {e}", file=sys.stderr)
-        if readable:
-            outputs = loaded([image for _, image in readable])
-            for row, (path, image) in enumerate(readable):
-                yield path, image, {name: x[row] for name, x in outputs.items()}
+    images = inputs.read_files(paths, ahead=loaded.batch_size, failed=_complain)
+    while batch := list(itertools.islice(images, loaded.batch_size)):
+        outputs = loaded([image for _, image in batch])
+        for row, (path, image) in enumerate(batch):
+            yield path, image, {name: x[row] for name, x in outputs.items()}
+
+
+def _complain(path: Path, why: str) -> None:
+    print(f"error: {shown(path)}: {why}", file=sys.stderr)
 
 
 def _draw(folder: Path, name: str, image: UInt8[np.ndarray, "h w 3"], prediction: Shown) -> None:

@@ -46,15 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("folder", help="the photos, in it and in the folders below it")
     parser.add_argument("query", nargs="+", help="a sentence, or an image file")
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    arguments.add_shared(parser, "--model")
     parser.add_argument("--top", type=int, default=10, help="how many photos to show (default 10)")
     parser.add_argument("--out", metavar="FILE", help="draw a sheet of what is found, such as sheet.png")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--batch", type=int, default=8, help="photos computed at a time (default 8)")
-    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
+    arguments.add_shared(parser, "--json", "--batch", "--vocab")
     pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
-    folder, out = Path(args.folder).expanduser(), args.out and _writable(args.out)
+    folder, out = Path(args.folder).expanduser(), args.out and arguments.output_file(args.out, (".png",))
     if args.top < 1 or args.batch < 1:
         raise UserError(f"--top={args.top} and --batch={args.batch} must be at least 1")
     if not folder.is_dir():
@@ -147,15 +145,6 @@ def _keep(path: Path, model: str, index: Index) -> None:
         print(
             f"{shown(path)} cannot be written, so that the next search computes all again: {e.strerror or e}", file=sys.stderr
         )
-
-
-def _writable(out: str) -> Path:
-    path = Path(out).expanduser()
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out={out}: name a picture that ends in .png")
-    if path.is_dir():
-        raise UserError(f"--out={out} is a folder: name a file in it")
-    return path
 
 
 def cli() -> None:

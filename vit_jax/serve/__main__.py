@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     default = Limits()
     parser = arguments.parser(__doc__)
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="a workdir, file, folder, gs://, https:// or hf://")
+    arguments.add_shared(parser, "--model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any that is free (default 8000)")
     parser.add_argument("--batch", type=int, default=default.batch, help="most images computed at a time (default 8)")
@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_megabytes", type=float, default=default.max_bytes / 2**20, help="of a request (default 32)")
     parser.add_argument("--max_megapixels", type=float, default=default.max_pixels / 1e6, help="of an image (default 50)")
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for an answer (default 30)")
-    parser.add_argument("--model_name", help="architecture of a published .npz, e.g. ViT-B_16")
-    parser.add_argument("--size", metavar="H[,W]", help="pixels to resize to (default: what the model is made for)")
-    parser.add_argument("--vocab", metavar="FILE", help="vocabulary of the text tower, where it lies elsewhere than the model")
+    arguments.add_shared(parser, "--model_name", "--size", "--vocab")
     pixels.add_pixel_arguments(parser)
     return parser
 

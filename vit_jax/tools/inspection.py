@@ -14,7 +14,7 @@ from vit_jax.errors import command
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints family, model, parameters, grid and classes, and every name with its shape."""
     parser = arguments.parser(__doc__)
-    parser.add_argument("source", help="a file or folder, or gs://, https://, hf://OWNER/NAME[@REVISION]")
+    arguments.add_shared(parser, "source")
     opened = checkpoint.open_checkpoint(parser.parse_args(argv).source)
     print("\n".join(summary(opened)))
     width = max(map(len, opened.flat))

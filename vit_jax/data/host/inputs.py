@@ -1,7 +1,8 @@
 """What a user hands over as images: paths, bytes, PIL images or arrays; one, or several."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,30 @@ def read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
     if not pixels:
         raise UserError("there are no images: the list is empty")
     return pixels
+
+
+def read_files(
+    paths: Sequence[Path], *, ahead: int, failed: Callable[[Path, str], None]
+) -> Iterator[tuple[Path, UInt8[np.ndarray, "h w 3"]]]:
+    """The images of files that can be read, upright and in order, decoded on several threads `ahead` at a time.
+
+    `failed` is told each other path, and what is wrong with it.
+    """
+
+    def read(path: Path) -> np.ndarray | str:
+        try:
+            return decode(read_regular(path), exif_rotated=True)
+        except (UserError, OSError) as e:
+            return str(e)
+
+    with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
+        for i in range(0, len(paths), ahead):
+            part = paths[i : i + ahead]
+            for path, image in zip(part, pool.map(read, part), strict=True):
+                if isinstance(image, str):
+                    failed(path, image)
+                else:
+                    yield path, image
 
 
 def is_one(images: Any) -> bool:

@@ -1,5 +1,6 @@
 """What a request holds: images as multipart files or base64 in JSON, and options. Nothing in it is taken for a path."""
 
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -104,6 +105,10 @@ async def _read_multipart(request: Request, stream: AsyncIterator[bytes], max_im
 
 async def _read_json(request: Request, stream: AsyncIterator[bytes], max_images: int) -> Asked:
     body = b"".join([chunk async for chunk in stream])
+    return await asyncio.to_thread(_parse_json, body)  # megabytes of base64 must not hold up the others
+
+
+def _parse_json(body: bytes) -> Asked:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as e:

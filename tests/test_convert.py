@@ -150,3 +150,13 @@ def assert_close(found, expected):
     assert set(found) == set(expected) == set(peers.NAMES)
     for name in expected:
         assert abs(found[name] - expected[name]) < 1e-4
+
+
+@pytest.mark.parametrize("to", ["hf", "timm", "dinov2"])
+def test_attention_that_other_projects_do_not_have_is_told_and_not_written(to, workdir, tmp_path):
+    opened = checkpoint.open_checkpoint(workdir)
+    transformer = FIELDS["transformer"] | {"attention": "window", "window_size": 2, "global_blocks": [1]}
+    opened.description.model["transformer"] = transformer
+    assert "attention=window, window_size=2, global_blocks=[1]" in " ".join(" ".join(convert.summary(opened)).split())
+    with pytest.raises(UserError, match=f"{to} cannot express transformer.attention=window: convert with --to=npz"):
+        checkpoint.write_checkpoint(opened, tmp_path / "out", to)

@@ -108,7 +108,7 @@ def _told(name: str, kind: str, fields: Mapping[str, Any]) -> list[str]:
     """Lines with the fields of a model, or of a tower, that are set."""
     inner = fields.get("transformer", {})
     fields = {k: v for k, v in fields.items() if k not in ("model_name", "transformer", "num_classes")} | dict(inner)
-    told = ", ".join(f"{k}={v}" for k, v in fields.items() if v not in (None, False, 0))
+    told = ", ".join(f"{k}={v}" for k, v in fields.items() if v not in (None, False, 0, "softmax", (), []))
     return textwrap.wrap(f"{name:11} {kind}: {told}", 100, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 

@@ -12,6 +12,10 @@ from vit_jax.models import MlpMixer, VisionTransformer, get_model
 
 ENCODER = {"num_layers": 2, "mlp_dim": 48, "num_heads": 4, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 FAINT = re.compile("^cls|^(embedding|stem)/bias|pos_embedding|/out/|Dense_1|conv|gn")
+ATTENTIONS = {
+    "sigmoid": {"attention": "sigmoid"},
+    "window": {"attention": "window", "window_size": 3, "global_blocks": (1,), "num_layers": 3},
+}
 RESNET = {"num_layers": (1,), "width_factor": 1}
 
 

@@ -18,6 +18,8 @@ VARIANTS = {
     "dinov2": small.vit(classifier="cls_mean", num_registers=3, transformer={"layer_scale": True, "activation": "gelu"}),
     "distilled": small.vit(classifier="distilled", num_registers=1),
     "hybrid": small.hybrid(),
+    "sigmoid": small.vit(transformer=small.ATTENTIONS["sigmoid"]),
+    "window": small.vit(num_registers=1, transformer={"attention": "window", "window_size": 2, "global_blocks": (1,)}),
     "q/k norm, scan, remat": small.vit(transformer={"qk_norm": True, "scan": True, "remat": "full"}),
 }
 SIZE = (29, 20)
@@ -44,13 +46,14 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-def explicit(params, x, queries=None):
-    """(b, k, n, m) from the inputs of an attention, in NumPy and float64."""
+def explicit(params, x, queries=None, *, kind="softmax", seen=True):
+    """(b, k, n, m) from the inputs of an attention, in NumPy and float64; `seen` says which tokens see which."""
     x = {"query": np.float64(x if queries is None else queries), "key": np.float64(x)}
     q, k = (np.einsum("bnd,dkh->bknh", x[n], params[n]["kernel"]) + params[n]["bias"][:, None] for n in x)
     if "query_ln" in params:
         q, k = (normed(x) * params[n]["scale"] + params[n]["bias"] for n, x in (("query_ln", q), ("key_ln", k)))
-    return softmax(q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]))
+    logits = np.where(seen, q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]), -np.inf)
+    return 1 / (1 + k.shape[2] * np.exp(-logits)) if kind == "sigmoid" else softmax(logits)
 
 
 def normed(x):
@@ -58,15 +61,25 @@ def normed(x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
 
-def test_weights_are_an_explicit_softmax(variant):
+def seen_in_windows(grid, size, num_prefix):
+    """Which tokens see which: those in front all, and are seen by all."""
+    window = [-1] * num_prefix + [(y // size, x // size) for y in range(grid[0]) for x in range(grid[1])]
+    return np.array([[-1 in (a, b) or a == b for b in window] for a in window])
+
+
+def test_weights_are_an_explicit_softmax_or_sigmoid(variant):
     """Of the tokens that every block's first LayerNorm gives to its attention."""
     model, params, images, found = variant
+    kind = model.transformer.get("attention", "softmax")
+    seen = seen_in_windows(found.grid, 2, 2) if kind == "window" else True
     model = model.clone(transformer={**model.transformer, "scan": False, "remat": "none"})
     logits, state = run(with_intermediates, model, params, images)
     inside = state["intermediates"]["Transformer"]
     for i, weights in enumerate(found.weights):
         (x,) = inside[f"encoderblock_{i}"]["LayerNorm_0"]["__call__"]
-        expected = explicit(params["Transformer"][f"encoderblock_{i}"]["MultiHeadDotProductAttention_1"], x)
+        seen = True if i in model.transformer.get("global_blocks", ()) else seen
+        block = params["Transformer"][f"encoderblock_{i}"]
+        expected = explicit(block["MultiHeadDotProductAttention_1"], x, kind=kind, seen=seen)
         np.testing.assert_allclose(weights, expected, atol=1e-6, rtol=0)
     if model.classifier == "map":
         head, (tokens,) = params["MAPHead_0"], inside["encoder_norm"]["__call__"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from tests.models import small
 from vit_jax.errors import UserError
@@ -141,17 +142,18 @@ def test_bfloat16_logits_are_near_those_of_float32(kind):
 
 # dropout
 
+SOFTMAX = FrozenDict()
 RATES = ("dropout_rate", "attention_dropout_rate")
 
 
-def train_and_infer(**rates):
-    """Logits in training as a function of the seed, and in inference, which no rate changes."""
-    model, params, images = build("vit", transformer=rates)
+def train_and_infer(kind=SOFTMAX, **rates):
+    """Logits in training as a function of the seed, and in inference, which no rate changes, of a `kind` of attention."""
+    model, params, images = build("vit", transformer={**rates, **kind})
 
     def train(seed):
         return small.apply(model, params, images, train=True, rngs={"dropout": jax.random.key(seed)})
 
-    return train, small.apply(small.vit(), params, images)
+    return train, small.apply(small.vit(transformer=dict(kind)), params, images)
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -162,10 +164,10 @@ def test_dropout_is_a_function_of_its_key(rate):
     assert np.abs(train(0) - inference).max() > 0.01
 
 
-@pytest.mark.parametrize("rate", RATES)
-def test_dropout_of_almost_nothing_equals_inference(rate):
+@pytest.mark.parametrize(("rate", "kind"), [(RATES[0], {}), *((RATES[1], k) for k in ({}, *small.ATTENTIONS.values()))])
+def test_dropout_of_almost_nothing_equals_inference(rate, kind):
     """At 1e-9 every number is kept, but attention takes the path that can drop: both paths compute the same."""
-    train, inference = train_and_infer(**{rate: 1e-9})
+    train, inference = train_and_infer(kind, **{rate: 1e-9})
     chex.assert_trees_all_close(train(0), inference, atol=1e-6)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.numpy import save as to_safetensors
 
+from vit_jax import models
 from vit_jax.checkpoint import (
     describe,
     detectors,
@@ -84,6 +85,7 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     model_type = opened.description.model_type
     if model_type not in WRITERS[to]:
         raise UserError(f"{to} has no layout for a {model_type} here: use --to=npz")
+    _check_attention(opened, to)
     if opened.description.image_size is None:
         raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
     written = WRITERS[to][model_type](opened)
@@ -97,3 +99,12 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     if written.tokens:
         token_files.write(opened, path.parent, written.tokens)
     return path
+
+
+def _check_attention(opened: Opened, to: str) -> None:
+    """Raises UserError for a ViT whose attention is not the softmax over all tokens that every other project computes."""
+    description = opened.description
+    vit = models.architecture_of(description.model_type).vit_fields(description.model)
+    kind = (vit.get("transformer") or {}).get("attention", "softmax")
+    if kind != "softmax":
+        raise UserError(f"{to} cannot express transformer.attention={kind}: convert with --to=npz")

@@ -6,12 +6,15 @@ for, not by the machine that traces it: a program exported for a GPU or TPU on a
     CUDA            cuDNN's, which keeps no n x m weights, where `cudnn_takes` the heads and there is neither mask nor dropout
     CPU             XLA's, with the batch shared out to cores
     all others      XLA's
+
+Sigmoids in the place of the softmax (https://arxiv.org/abs/2409.04431) are always XLA's.
 """
 
 import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -22,12 +25,16 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 from vit_jax.models.linear import LINEAR, Linear, unnamed_linear
 from vit_jax.models.positions import rotate
+from vit_jax.models.windows import Windows
 
 log = logging.getLogger("vit_jax")
 Mask = Bool[Array, "#b #k #n #m"] | Float[Array, "#b #k #n #m"]
+Drop = Callable[[Array, Array], Array | None]
+"""(queries, keys) → the dropout mask (b, k, n, m) of their weights, or None."""
+KINDS = ("softmax", "sigmoid")
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 """What cuDNN's attention is called in a program. `jax.export` for CUDA wants to be told that these are accepted:
 `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUDNN_CALLS]`."""
@@ -41,15 +48,18 @@ class MultiHeadDotProductAttention(nn.Module):
     """softmax(q·kᵀ / √head_dim)·v for every head, between linear maps `query`, `key`, `value` and `out`.
 
     Kernels are (d, k, d/k) for the three inputs and (k, d/k, d) for the output, as in flax's module of this name.
-    The softmax is computed in float32 whatever `dtype` is. `qk_norm_eps` is the epsilon of a LayerNorm over every head's
-    query and key (`query_ln`, `key_ln`), None for none. `rotation` is the grid (h, w) of the patches and the largest period
-    of their rotary positions, see `positions.rotate`, None for none.
+    The softmax is computed in float32 whatever `dtype` is; `kind` may put sigmoids in its place, see `attend`. `qk_norm_eps` is
+    the epsilon of a LayerNorm over every head's query and key (`query_ln`, `key_ln`), None for none. `rotation` is the grid
+    (h, w) of the patches and the largest period of their rotary positions, see `positions.rotate`, None for none. With
+    `windows` patches attend within these, see `windows`.
     """
 
     num_heads: int
     dropout_rate: float = 0.0
     qk_norm_eps: float | None = None
     rotation: tuple[tuple[int, int], float] | None = None
+    kind: str = "softmax"
+    windows: Windows | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -75,18 +85,31 @@ class MultiHeadDotProductAttention(nn.Module):
             q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
         if self.rotation is not None:
             q, k = (rotate(x, *self.rotation) for x in (q, k))
-        dropout_mask = None
-        if train and self.dropout_rate > 0:
+
+        def drop(q: Array, k: Array) -> Array | None:
+            if not train or self.dropout_rate == 0:
+                return None
             ones = jnp.ones((q.shape[0], self.num_heads, q.shape[1], k.shape[1]))
-            dropout_mask = nn.Dropout(self.dropout_rate, deterministic=False)(ones)
-        y = self.attend(q, k, v, dropout_mask, mask=mask)
+            return nn.Dropout(self.dropout_rate, deterministic=False)(ones)
+
+        y = self.attend(q, k, v, drop, mask=mask)
         return Linear((d,), 2, dtype=self.dtype, name="out")(y)
 
     def attend(
-        self, q: Float[Array, "b n k h"], k: Float[Array, "b m k h"], v: Float[Array, "b m k h"], *args: Any, **kwargs: Any
+        self,
+        q: Float[Array, "b n k h"],
+        k: Float[Array, "b m k h"],
+        v: Float[Array, "b m k h"],
+        drop: Drop,
+        *,
+        mask: Mask | None = None,
     ) -> Float[Array, "b n k h"]:
         """`attend`: a method, so that whoever wants the weights can put another in its place, see `attention_maps`."""
-        return attend(q, k, v, *args, **kwargs)
+        if self.windows is None:
+            return attend(q, k, v, drop(q, k), mask=mask, kind=self.kind)
+        if mask is not None:
+            raise UserError("attention within windows takes no mask: use attention='softmax'")
+        return attend_in_windows(q, k, v, self.windows, drop)
 
 
 def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
@@ -119,8 +142,12 @@ def attend(
     *,
     mask: Mask | None = None,
     scale: float | None = None,
+    kind: str = "softmax",
 ) -> Float[Array, "b n k h"]:
     """(softmax(scale · q·kᵀ + mask) ∘ dropout_mask)·v, the softmax in float32, with gradients to q, k, v and a float mask.
+
+    By `kind` "sigmoid" it is σ(scale · q·kᵀ + mask − log n), where n counts the keys that a query may look at, so that padding
+    changes nothing (https://arxiv.org/abs/2409.04431).
 
     Args:
       mask: broadcastable to (b, k, n, m), for padding, causality, or anything else. Boolean: True where a query may look.
@@ -128,15 +155,45 @@ def attend(
         of zero.
       scale: 1 / √h if None.
     """
+    if kind not in KINDS:
+        raise unknown("kind of attention", kind, KINDS)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    whole = functools.partial(_attend, divisor=math.sqrt(q.shape[-1]) if scale is None else 1 / scale)
+    whole = functools.partial(_attend, divisor=math.sqrt(q.shape[-1]) if scale is None else 1 / scale, kind=kind)
     arrays, kernels = (q, k, v, dropout_mask, mask), {}
     if (parts := _parts(q, k)) > 1:
         kernels["cpu"] = functools.partial(_share_out, whole, parts)
-    if dropout_mask is None and mask is None and _fits_cudnn(q, k):
+    if kind == "softmax" and dropout_mask is None and mask is None and _fits_cudnn(q, k):
         kernels["cuda"] = functools.partial(_attend_by_cudnn, scale=scale)
     return jax.lax.platform_dependent(*arrays, **kernels, default=whole) if kernels else whole(*arrays)
+
+
+def attend_in_windows(
+    q: Float[Array, "b n k h"],
+    k: Float[Array, "b n k h"],
+    v: Float[Array, "b n k h"],
+    windows: Windows,
+    drop: Drop = lambda q, k: None,
+) -> Float[Array, "b n k h"]:
+    """`attend` by the mask `windows.mask`, with as many weights a patch as tokens that it sees."""
+    (b, n), count = q.shape[:2], math.prod(windows.count)
+    first = n - math.prod(windows.grid)
+    valid = windows.valid()
+    mask = None
+    if not valid.all():
+        keys = np.pad(valid, ((0, 0), (first, 0)), constant_values=True)
+        mask = jnp.broadcast_to(keys, (b, *keys.shape)).reshape(-1, 1, 1, keys.shape[1])
+
+    def seen(x: Array) -> Array:
+        prefix = jnp.broadcast_to(x[:, None, :first], (b, count, first, *x.shape[2:]))
+        return jnp.concatenate([prefix.reshape(b * count, first, *x.shape[2:]), windows.cut(x[:, first:])], axis=1)
+
+    queries, keys, values = windows.cut(q[:, first:]), seen(k), seen(v)
+    y = windows.join(attend(queries, keys, values, drop(queries, keys), mask=mask))
+    if first == 0:
+        return y
+    prefix = q[:, :first]
+    return jnp.concatenate([attend(prefix, k, v, drop(prefix, k)), y], axis=1)
 
 
 # On CPUs a product by heads runs on one core
@@ -203,7 +260,7 @@ def _try_cudnn(dtype: str, head_dim: int, n: int, m: int) -> None:
 
         return jax.device_get(jax.jit(run)(q, k, v))
 
-    whole = functools.partial(_attend, dropout_mask=None, mask=None, divisor=math.sqrt(head_dim))
+    whole = functools.partial(_attend, dropout_mask=None, mask=None, divisor=math.sqrt(head_dim), kind="softmax")
     for found, expected in zip(with_gradients(_attend_by_cudnn), with_gradients(whole), strict=True):
         found, expected = found.astype(np.float32), expected.astype(np.float32)
         if not np.abs(found - expected).max() <= 0.05 * np.abs(expected).max():
@@ -232,49 +289,55 @@ def _attend_by_cudnn(
 # XLA's, of which it makes more than of `jax.nn.dot_product_attention`
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("divisor",))
+@functools.partial(jax.custom_vjp, nondiff_argnames=("divisor", "kind"))
 def _attend(
-    q: Array, k: Array, v: Array, dropout_mask: Array | None, mask: Mask | None, divisor: float
+    q: Array, k: Array, v: Array, dropout_mask: Array | None, mask: Mask | None, divisor: float, kind: str
 ) -> Float[Array, "b n k h"]:
     """Heads are in front, and the sums divide at the end.
 
     The n x m weights are not kept for the backward pass, but computed again, as in https://arxiv.org/abs/2205.14135; its
     products take the dtype of q, where autodiff's would be float32.
     """
-    return _forward(q, k, v, dropout_mask, mask, divisor)[0]
+    return _forward(q, k, v, dropout_mask, mask, divisor, kind)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, dropout_mask: Array | None, mask: Mask | None, divisor: float
+    q: Array, k: Array, v: Array, dropout_mask: Array | None, mask: Mask | None, divisor: float, kind: str
 ) -> tuple[Array, tuple[Array | None, ...]]:
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     logits = _masked(_logits(q, k, divisor), mask)
-    largest = logits.max(axis=-1, keepdims=True)
-    if mask is not None:
-        largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    weights = jnp.exp(logits - largest)
-    sums = weights.sum(axis=-1, keepdims=True)
-    if mask is not None:
-        sums = jnp.where(sums == 0, 1, sums)  # of a query that may look nowhere
+    if kind == "sigmoid":
+        offset, sums = _log_count(logits, mask), None
+        weights = jax.nn.sigmoid(logits - offset)
+    else:
+        offset = logits.max(axis=-1, keepdims=True)
+        if mask is not None:
+            offset = jnp.where(jnp.isneginf(offset), 0, offset)
+        weights = jnp.exp(logits - offset)
+        sums = weights.sum(axis=-1, keepdims=True)
+        if mask is not None:
+            sums = jnp.where(sums == 0, 1, sums)  # of a query that may look nowhere
     weights = (weights if dropout_mask is None else weights * dropout_mask).astype(v.dtype)
     y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
-    y = _by_head((y / sums).astype(v.dtype))
-    return y, (q, k, v, dropout_mask, mask, y, largest, sums)
+    y = _by_head((y if sums is None else y / sums).astype(v.dtype))
+    return y, (q, k, v, dropout_mask, mask, y, offset, sums)
 
 
-def _backward(divisor: float, saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]) -> tuple[Array | None, ...]:
+def _backward(
+    divisor: float, kind: str, saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]
+) -> tuple[Array | None, ...]:
     """All n x m arrays are transposed here, (b k m n): XLA would find products of the forward pass, and keep them instead."""
-    q, k, v, dropout_mask, mask, y, largest, sums = saved
+    q, k, v, dropout_mask, mask, y, offset, sums = saved
     ddropout_mask = None if dropout_mask is None else jnp.zeros_like(dropout_mask)  # it is drawn, not learnt
     dropout_mask = None if dropout_mask is None else _transposed(dropout_mask)
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
     dy = _by_head(dy)
-    logits = _masked(_logits(k, q, divisor), None if mask is None else _transposed(mask))
-    weights = jnp.exp(logits - _transposed(largest)) / _transposed(sums)
+    logits = _masked(_logits(k, q, divisor), None if mask is None else _transposed(mask)) - _transposed(offset)
+    weights = jax.nn.sigmoid(logits) if kind == "sigmoid" else jnp.exp(logits) / _transposed(sums)
     dweights = matmul(v, _transposed(dy))
     dropped, dweights = (weights, dweights) if dropout_mask is None else (weights * dropout_mask, dweights * dropout_mask)
-    dlogits = weights * (dweights - mean)
+    dlogits = weights * ((1 - weights) * dweights if kind == "sigmoid" else dweights - mean)
     dmask = None if mask is None or mask.dtype == bool else _sum_to(_transposed(dlogits), mask)
     dlogits = (dlogits / divisor).astype(q.dtype)
     gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(dropped.astype(q.dtype), dy)
@@ -292,6 +355,14 @@ def _masked(logits: Float[Array, "b k n m"], mask: Mask | None) -> Float[Array, 
     if mask is None:
         return logits
     return jnp.where(mask, logits, -jnp.inf) if mask.dtype == bool else logits + mask.astype(logits.dtype)
+
+
+def _log_count(logits: Float[Array, "b k n m"], mask: Mask | None) -> Float[Array, "#b #k #n 1"]:
+    """log n, of the n keys that a query may look at, or 0 where there are none."""
+    if mask is None:
+        return jnp.log(jnp.full((1, 1, 1, 1), logits.shape[-1], logits.dtype))
+    count = (logits > -jnp.inf).sum(axis=-1, keepdims=True)
+    return jnp.log(jnp.maximum(count, 1).astype(logits.dtype))
 
 
 def _sum_to(x: Float[Array, "b k n m"], mask: Float[Array, "#b #k #n #m"]) -> Float[Array, "#b #k #n #m"]:

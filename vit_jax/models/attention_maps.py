@@ -9,6 +9,7 @@ The models themselves keep no n x n weights: `attention` puts an explicit softma
 Shapes: l layers, b batch, k heads, n tokens, of which the last h·w are the patches.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ class Attention(NamedTuple):
     """The attention of a model to a batch of images, in float32.
 
     Attributes:
-      weights: (l, b, k, n, n), of every block: the rows, queries, sum to one.
+      weights: (l, b, k, n, n), of every block: the rows, queries, sum to one, but for sigmoids, each of which is from 0 to 1;
+        outside of a patch's window they are 0.
       pooling: (b, k, n), the weights of a MAP head's probe; None for other heads.
       grid: (h, w) of the patches, which are the last tokens.
       logits: (b, classes), or the representation of a model without a head.
@@ -81,7 +83,7 @@ def _run(
         if context.method_name != "attend" or not isinstance(context.module, MultiHeadDotProductAttention):
             return attend(*args, **kwargs)
         q, k, v = args[:3]
-        weights = softmax_weights(q, k)
+        weights = dense_weights(context.module, q, k)
         used = weights if offsets is None else weights + offsets[len(taken)]
         taken.append(weights)
         return jnp.einsum("bknm,bmkh->bnkh", used, v, preferred_element_type=jnp.float32).astype(v.dtype)
@@ -91,9 +93,17 @@ def _run(
     return logits.astype(jnp.float32), tuple(taken)
 
 
-def softmax_weights(q: Float[Array, "b n k h"], k: Float[Array, "b m k h"]) -> Float[Array, "b k n m"]:
-    """softmax(q·kᵀ / √h) in float32."""
-    return jax.nn.softmax(jnp.einsum("bnkh,bmkh->bknm", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5)
+def dense_weights(
+    module: MultiHeadDotProductAttention, q: Float[Array, "b n k h"], k: Float[Array, "b m k h"]
+) -> Float[Array, "b k n m"]:
+    """What an attention weighs its values by, in float32: softmax(q·kᵀ / √h), or the sigmoids that stand in its place."""
+    logits = jnp.einsum("bnkh,bmkh->bknm", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    if module.kind == "sigmoid":
+        return jax.nn.sigmoid(logits - jnp.log(logits.shape[-1]))
+    if module.windows is not None:
+        seen = module.windows.mask(logits.shape[-1] - math.prod(module.windows.grid))
+        logits = jnp.where(seen, logits, -jnp.inf)
+    return jax.nn.softmax(logits)
 
 
 def _collected(
@@ -148,6 +158,8 @@ def rollout(
     weights: Float[Array, "l b k n n"], reading: Float[Array, "b n"], *, fuse: str = "mean", discard: float = 0.0
 ) -> Float[Array, "b n"]:
     """reading · Â_l ··· Â_1, where Â = (A + I) / 2 with rows that sum to one: the residual branch passes half of a token on.
+
+    Of sigmoids, whose rows do not, A + I is divided by its own sums.
 
     Args:
       fuse: how A is made of the heads of a layer, one of `FUSED`.

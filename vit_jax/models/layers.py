@@ -18,8 +18,10 @@ from vit_jax.errors import UserError, unknown
 from vit_jax.models import linear, residual
 from vit_jax.models.attention import Mask, MultiHeadDotProductAttention
 from vit_jax.models.linear import Linear, activate
+from vit_jax.models.windows import Windows
 
 Dtype = Any
+ATTENTIONS = ("softmax", "sigmoid", "window")
 ACTIVATIONS = (*linear.ACTIVATIONS, "swiglu")
 REMAT = {  # what of a block's forward pass is kept for the backward pass, beside its input
     "none": None,  # everything
@@ -113,7 +115,7 @@ class EncoderBlock(nn.Module):
     """x + MHA(LN(x)), then x + MLP(LN(x)): the pre-LN Transformer block of ViT (equations 2 and 3 of the paper).
 
     With `layer_scale` both branches are scaled, by `ls1` and `ls2`, before they are added; with `qk_norm` every head's
-    queries and keys are normalised; `rotation` is that of the attention.
+    queries and keys are normalised; `rotation`, `attention` (its kind) and `windows` are those of the attention.
     """
 
     mlp_dim: int
@@ -126,6 +128,8 @@ class EncoderBlock(nn.Module):
     layer_scale_init: float = 1e-5
     qk_norm: bool = False
     rotation: tuple[tuple[int, int], float] | None = None
+    attention: str = "softmax"
+    windows: Windows | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -150,6 +154,8 @@ class EncoderBlock(nn.Module):
                 dropout_rate=self.attention_dropout_rate,
                 qk_norm_eps=self.norm_eps if self.qk_norm else None,
                 rotation=self.rotation,
+                kind=self.attention,
+                windows=self.windows,
                 dtype=self.dtype,
                 name="MultiHeadDotProductAttention_1",
             )(norm(x, "LayerNorm_0"), mask=mask, train=train)
@@ -194,6 +200,8 @@ class Encoder(nn.Module):
       remat: what the backward pass computes again to save memory: "none", "dots" all but the dense layers, "full" everything.
       scan: compile one block, and loop over the stacked parameters of all. Their stored names and values stay the same;
         dropout draws other masks than without, stochastic depth the same. It wants remat: alone it takes more memory.
+      attention: "softmax", "sigmoid" (see `attention.attend`), or "window": patches attend within windows of
+        window_size x window_size patches, see `windows`, but in the blocks global_blocks, counted from 0, to all.
       rope_theta: the largest period of rotary positions, which turn the queries and keys of patches; None for none.
       add_position_embedding: whether every token gets a learned embedding for its place.
       norm_pre: whether a LayerNorm of this name stands in front of the blocks, as in CLIP.
@@ -219,6 +227,9 @@ class Encoder(nn.Module):
     scan: bool = False
     norm_pre: bool = False
     rope_theta: float | None = None
+    attention: str = "softmax"
+    window_size: int = 0
+    global_blocks: tuple[int, ...] = ()
     add_position_embedding: bool = True
     final_norm: bool = True
     constrain: Callable[[Array], Array] = lambda x: x
@@ -251,6 +262,7 @@ class Encoder(nn.Module):
         if self.rope_theta is not None and (grid is None or seen is not None):
             raise UserError("rotary positions (rope_theta) are for whole grids of patches: set rope_theta=None")
         rotation = None if self.rope_theta is None else (tuple(grid), self.rope_theta)
+        windows = self._windows(None if seen is not None else grid)
         if self.add_position_embedding:
             x = AddPositionEmbs(name="posembed_input")(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -263,13 +275,14 @@ class Encoder(nn.Module):
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm_pre")(x)
         kept = self._keep(x.shape[0], train)
         if self.scan and not self.is_initializing():
-            x, layers = self._scan_blocks(x, kept, train, with_layers, mask, rotation)
+            x, layers = self._scan_blocks(x, kept, train, with_layers, mask, rotation, windows[0])
         else:
             layers = []
             for i in range(self.num_layers):
                 if joining and i == joining[0]:
                     x = jnp.concatenate([joining[1].astype(x.dtype), x], axis=1)
-                x = self._block(rotation=rotation, name=f"encoderblock_{i}")(self.constrain(x), kept[i], train, mask)
+                block = self._block(rotation=rotation, windows=windows[i], name=f"encoderblock_{i}")
+                x = block(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
         if self.final_norm:
             norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")
@@ -284,6 +297,25 @@ class Encoder(nn.Module):
         key = self.make_rng("dropout") if train and self.stochastic_depth else None
         return residual.draw(key, rates, b, self.stochastic_depth_mode)
 
+    def _windows(self, grid: tuple[int, int] | None) -> list[Windows | None]:
+        """The windows of every block, None where all tokens attend to all. Raises UserError for fields that do not fit."""
+        if self.attention not in ATTENTIONS:
+            raise unknown("attention", self.attention, ATTENTIONS)
+        if self.attention != "window":
+            if self.window_size or self.global_blocks:
+                raise UserError(f"window_size and global_blocks are for attention='window', not {self.attention!r}")
+            return [None] * self.num_layers
+        if self.window_size < 1:
+            raise UserError(f"attention='window' needs a window_size in patches, such as 7, not {self.window_size}")
+        if wrong := [i for i in self.global_blocks if not 0 <= i < self.num_layers]:
+            raise UserError(f"global_blocks={wrong} are not among the blocks 0 to {self.num_layers - 1}")
+        if grid is None:
+            raise UserError("attention='window' is for whole grids of patches: use 'softmax' where only some are encoded")
+        if self.scan and self.global_blocks:
+            raise UserError("global_blocks do not go with scan=True, for which all blocks are alike")
+        windows = Windows(tuple(grid), self.window_size)
+        return [None if i in self.global_blocks else windows for i in range(self.num_layers)]
+
     def _block(self, **kwargs: Any) -> EncoderBlock:
         return rematerialised(EncoderBlock, self.remat, in_scan=self.scan)(
             mlp_dim=self.mlp_dim,
@@ -295,19 +327,27 @@ class Encoder(nn.Module):
             layer_scale=self.layer_scale,
             layer_scale_init=self.layer_scale_init,
             qk_norm=self.qk_norm,
+            attention="sigmoid" if self.attention == "sigmoid" else "softmax",
             dtype=self.dtype,
             **kwargs,
         )
 
     def _scan_blocks(
-        self, x: Float[Array, "b n d"], kept: Any, train: bool, with_layers: bool, mask: Mask | None, rotation: Any
+        self,
+        x: Float[Array, "b n d"],
+        kept: Any,
+        train: bool,
+        with_layers: bool,
+        mask: Mask | None,
+        rotation: Any,
+        windows: Windows | None,
     ):
         """All blocks, by a loop on the device, and the output of each if `with_layers`."""
         blocks = (self.variables["params"][f"encoderblock_{i}"] for i in range(self.num_layers))
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         drops = train and self.has_rng("dropout")
         keys = jax.random.split(self.make_rng("dropout"), self.num_layers) if drops else None
-        block = self._block(rotation=rotation, parent=None)
+        block = self._block(rotation=rotation, windows=windows, parent=None)
 
         def body(x, layer):
             params, kept, key = layer

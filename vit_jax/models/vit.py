@@ -11,7 +11,7 @@ from vit_jax.errors import UserError, unknown
 from vit_jax.models import residual, resnet, zoo
 from vit_jax.models.architecture import Architecture, Fields
 from vit_jax.models.attention import MultiHeadDotProductAttention
-from vit_jax.models.layers import ACTIVATIONS, REMAT, Encoder, MlpBlock, PatchEmbed
+from vit_jax.models.layers import ACTIVATIONS, ATTENTIONS, REMAT, Encoder, MlpBlock, PatchEmbed
 from vit_jax.models.resnet import ResNet
 
 CLASSIFIERS = ("token", "gap", "map", "distilled", "cls_mean", "unpooled", "token_unpooled")
@@ -111,7 +111,8 @@ class VisionTransformer(nn.Module):
       patches: {"size": (height, width)} of a patch, in pixels or, after a ResNet, in its cells.
       transformer: keywords of `layers.Encoder`: num_layers, mlp_dim, num_heads, dropout_rate, attention_dropout_rate,
         activation, norm_eps, layer_scale, layer_scale_init, qk_norm, stochastic_depth, stochastic_depth_uniform,
-        stochastic_depth_mode, norm_pre, rope_theta, and, which do not change the model, remat and scan.
+        stochastic_depth_mode, norm_pre, rope_theta, attention, window_size, global_blocks, and, which do not change the
+        model, remat and scan.
       hidden_size: the width d of the tokens.
       resnet: keywords of `resnet.ResNet` (num_layers, width_factor) for a hybrid.
       representation_size, classifier, head_bias_init, fc_norm: see `ClassifierHead`.
@@ -293,6 +294,7 @@ ARCHITECTURE = Architecture(
         "classifier": CLASSIFIERS,
         "position_embedding": POSITION_EMBEDDINGS,
         "transformer.activation": ACTIVATIONS,
+        "transformer.attention": ATTENTIONS,
         "transformer.stochastic_depth_mode": residual.MODES,
         "transformer.remat": REMAT,
     },
@@ -306,6 +308,9 @@ ARCHITECTURE = Architecture(
         "transformer.layer_scale",
         "transformer.layer_scale_init",
         "transformer.qk_norm",
+        "transformer.attention",
+        "transformer.window_size",
+        "transformer.global_blocks",
         "transformer.stochastic_depth",
         "transformer.stochastic_depth_uniform",
         "transformer.stochastic_depth_mode",

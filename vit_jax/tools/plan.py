@@ -128,7 +128,7 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000, platform: s
     model_flops = step_flops(settings, num_classes, remat="none")
     return Plan(
         settings=settings,
-        model_name=experiment.task.model.fields.get("model_name") or experiment.task.model.type,
+        model_name=_named(experiment),
         num_classes=experiment.train_source.num_classes,
         platform=platform,
         kernels=kernels,
@@ -149,6 +149,15 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000, platform: s
         sent={kind: sent for kind in hlo.KINDS if (sent := hlo.sent_bytes(exchanged, kind))},
         seconds=time.perf_counter() - started,
     )
+
+
+def _named(experiment: Experiment) -> str:
+    """The model's name, and how its ViT attends where that is not by a softmax over all tokens."""
+    kind, fields = experiment.task.model.type, experiment.task.model.fields
+    transformer = models.architecture_of(kind).vit_fields(fields).get("transformer") or {}
+    attention = transformer.get("attention", "softmax")
+    size = f" of {transformer['window_size']}" if attention == "window" else ""
+    return (fields.get("model_name") or kind) + f", attention={attention}{size}" * (attention != "softmax")
 
 
 def lower(update: Callable[[State, dict], tuple[State, dict]], state: State, batch: dict, platform: str) -> str:
@@ -313,14 +322,15 @@ def _count_flops(experiment: Experiment) -> float:
 def _equal_blocks(experiment: Experiment) -> int:
     """How many blocks the model has, of which the second and all that follow take the same work; 0 if they do not.
 
-    They do not where patterns choose among blocks, or stochastic depth leaves out more of the later ones.
+    They do not where patterns choose among blocks, stochastic depth leaves out more of the later ones, or some attend to all.
     """
     settings, model = experiment.settings, experiment.task.model
     architecture = models.architecture_of(model.type)
     if not architecture.depth or settings.lr_factors:
         return 0
     of_blocks = model.fields[architecture.blocks] if architecture.blocks else model.fields
-    if of_blocks.get("stochastic_depth") and of_blocks.get("stochastic_depth_mode") == "subset":
+    subset = of_blocks.get("stochastic_depth") and of_blocks.get("stochastic_depth_mode") == "subset"
+    if subset or of_blocks.get("global_blocks"):
         return 0
     n = of_blocks[architecture.depth]
     if settings.freeze or settings.train_only or settings.lora.rank:

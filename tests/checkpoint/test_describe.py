@@ -63,6 +63,16 @@ def test_a_damaged_description_is_named(tmp_path, text, complaint):
         describe.read(tmp_path / "a.npz")
 
 
+def test_the_fields_that_a_recipe_fills_in_are_read_back():
+    kind, fields = models.named("ViT-Micro_4", num_classes=len(DESCRIPTION["class_names"]))
+    fields = models.architecture_of(kind).with_options(fields)
+    content = json.loads(json.dumps(DESCRIPTION | {"model_type": kind, "model": fields}))
+    assert describe.Description.from_json(content, "here").model == json.loads(json.dumps(fields))
+    content["model"]["transformer"]["global_blocks"] = "all"
+    with pytest.raises(UserError, match="global_blocks is .all.; it must be a list of whole numbers"):
+        describe.Description.from_json(content, "here")
+
+
 def test_the_summary_tells_what_a_file_holds():
     images = np.zeros((1, 224, 224, 3), np.float32)
     vit = small.flat(small.shapes(models.get_model("testing"), images))

@@ -172,7 +172,7 @@ def _towers(entries: Entries) -> dict[str, Any]:
     return {"image": _model_fields(entries.object("image"), models.architecture_of("ViT")), "text": dict(text.content)}
 
 
-_MAY_BE_0 = ("num_registers", "num_encoder_layers")
+_MAY_BE_0 = ("num_registers", "num_encoder_layers", "window_size")
 
 
 def _check_kinds(entries: Entries, cls: type) -> None:
@@ -193,8 +193,15 @@ def _check_kinds(entries: Entries, cls: type) -> None:
             entries.text(name, None, _DTYPES)
         elif name == "constrain":
             raise entries.wrong(name, "left out")
+        elif name == "global_blocks" and not all(type(i) is int for i in _listed(entries.get(name))):
+            raise entries.wrong(name, "a list of whole numbers")
         elif name == "num_layers" and not _are_units(entries.get(name)):
             raise entries.wrong(name, "a list of at most 8 whole numbers from 1 to 200")
+
+
+def _listed(value: Any) -> list[Any]:
+    """The items of a list; what is none counts as one item."""
+    return value if isinstance(value, list) else [value]
 
 
 def _are_units(value: Any) -> bool:

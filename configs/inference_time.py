@@ -20,5 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch = 8
     config.num_classes = 1000
     config.image_size = 224
+    config.tome = 0  # tokens that each block merges with others, see docs/speed.md
     config.compilation_cache = COMPILED_PROGRAMS
     return config

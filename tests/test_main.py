@@ -62,6 +62,8 @@ SPEED = f"--config={CONFIGS / 'inference_time.py'}"
         ([VIT, "evaluate"], "unexpected arguments evaluate: options begin with --"),
         ([VIT, "--wrokdir=a"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
         ([SPEED, "--config.model_name=ViT-B_61"], "unknown model 'ViT-B_61': did you mean ViT-B_16"),
+        ([SPEED, "--config.model_name=Mixer-B_16", "--config.tome=4"], "tome=4 does not go with a MlpMixer"),
+        ([VIT, "--config.tome=4"], "config.tome=4 is for trained models: it needs --config.trainer=evaluate"),
         ([SPEED, "--config.batch=0"], "batch=0 must be a multiple of the"),
         ([VIT, "--config.optim_dtype=float3"], "unknown config.optim_dtype 'float3': did you mean float32"),
         ([VIT, "--config.dataset="], "config.dataset is not set"),

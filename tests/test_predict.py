@@ -156,6 +156,23 @@ def test_batches_and_their_padding_change_nothing(capsys, workdir, photos, batch
         np.testing.assert_allclose(by_class(parts[path]), by_class(whole[path]), atol=1e-6, rtol=0)
 
 
+def test_tokens_are_merged_where_that_is_asked_for(capsys, tmp_path, photos):
+    """12 patches become 9, by the command and in Python; where the model looks is shown of all."""
+    (folder, seen), fields, workdir = photos, FIELDS | {"classifier": "gap"}, tmp_path
+    checkpoint.save(small.random_params(models.build("ViT", fields), small.random_images(*SIZE)), workdir / "model.npz")
+    describe.write(workdir / "model.npz", describe.Description(**DESCRIPTION | {"model": fields}))
+    found = run_json(capsys, f"--model={workdir}", "--top=1000", "--tome=3", folder)
+    images = ((np.stack([seen[path] for path in found]) - DESCRIPTION["mean"]) / DESCRIPTION["std"]).astype(np.float32)
+    model = vit_jax.load(workdir, tome=3)
+    expected = np.asarray(jax.nn.softmax(jax.jit(model.logits)(images)))
+    np.testing.assert_allclose([by_class(p) for p in found.values()], expected, atol=1e-6, rtol=0)
+    plain = run_json(capsys, f"--model={workdir}", "--top=1000", folder)
+    assert np.abs(expected - [by_class(p) for p in plain.values()]).max() > 1e-3
+    assert model.attention(list(seen)).shape == (len(seen), 4, 3)
+    with pytest.raises(UserError, match="tome=-1 must be how many tokens each block merges"):
+        vit_jax.load(workdir, tome=-1)
+
+
 def test_a_photo_is_turned_upright(capsys, tmp_path, workdir):
     upright = pixels(*SIZE, 3)
     exif = Image.Exif()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax
@@ -20,6 +21,7 @@ from vit_jax import convert, models
 from vit_jax.checkpoint import load
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
+from vit_jax.models import token_merging
 from vit_jax.run import writer
 from vit_jax.train import train_and_evaluate
 
@@ -137,6 +139,10 @@ def test_evaluating_scores_the_workdir_or_the_file_and_trains_nothing(undisturbe
     assert evaluate(c, undisturbed)["accuracy_test"] == expected
     c.pretrained = str(undisturbed / "model.npz")
     assert evaluate(c, tmp_path)["accuracy_test"] == expected
+    c.tome = 1  # of one block, whose class token does not look at what it merges
+    with mock.patch.object(token_merging, "merge", wraps=token_merging.merge) as merge:
+        assert evaluate(c, tmp_path)["accuracy_test"] == expected
+    assert merge.called
     assert (undisturbed / "model.npz").read_bytes() == before
     assert not (tmp_path / "model.npz").exists()
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vit_jax import predictor, recipes
 from vit_jax.data.host.inputs import is_one, read_images
+from vit_jax.models import token_merging
 from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Params
 
@@ -113,7 +114,8 @@ class Model:
 
     def logits(self, inputs: ArrayLike) -> Float[Array, "b classes"]:
         """What the module makes of normalised images (b h w 3)."""
-        return self.module.apply({"params": self.params}, jnp.asarray(inputs), train=False)
+        with token_merging.merging(self.predictor.tome):
+            return self.module.apply({"params": self.params}, jnp.asarray(inputs), train=False)
 
 
 def load(source: str | os.PathLike, **options: Any) -> Model:

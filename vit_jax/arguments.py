@@ -17,6 +17,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--model_name": {"help": "architecture of a published .npz, e.g. ViT-B_16"},
     "--size": {"metavar": "H[,W]", "help": "pixels to resize to (default: what the model is made for)"},
     "--batch": {"type": int, "default": 8, "help": "images computed at a time (default 8)"},
+    "--tome": {"type": int, "default": 0, "metavar": "R", "help": "tokens that each block merges: faster, less exact"},
     "--vocab": {"metavar": "FILE", "help": "vocabulary of the text tower, where it lies elsewhere than the model"},
     "--json": {"action": "store_true", "help": "one JSON object a line"},
 }

@@ -14,6 +14,7 @@ from vit_jax import evaluators, report
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.errors import UserError
 from vit_jax.finite import check_metrics
+from vit_jax.models import token_merging
 from vit_jax.run import start
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.experiment import build
@@ -36,9 +37,10 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
     """
     settings = Settings.from_config(config)
     directory = workdirs.make(workdir)
-    with logging_to(directory):
+    with logging_to(directory), token_merging.merging(settings.tome):
         experiment = build(settings, origin=start.find_origin(settings, directory))
         workdirs.check_classes(directory, experiment.train_source.class_names)
+        token_merging.check(experiment.task.model.module, settings.tome)
         log_setup(experiment)
         chosen, keep_head = evaluators.chosen(experiment)
         with contextlib.closing(Checkpointer(directory / "checkpoints", read_only=True)) as checkpointer:

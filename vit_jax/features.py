@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kind", choices=predictor.KINDS, default="cls", help="one vector an image (default), a grid of them, or both"
     )
-    arguments.add_shared(parser, "--size", "--batch")
+    arguments.add_shared(parser, "--size", "--batch", "--tome")
     pixels.add_pixel_arguments(parser)
     args = parser.parse_args(argv)
     if not (args.out or args.pca):
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch={args.batch} must be at least 1")
     runtime.set_up()
     paths = list(find_images(args.images))
-    how = {"head": False, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
+    how = {"head": False, "tome": args.tome, "batch_size": min(args.batch, len(paths)), **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=size, **how)
     kind = args.kind if args.out else "patches"
     read, outputs = _extract(loaded, paths, "both" if args.pca and kind == "cls" else kind)

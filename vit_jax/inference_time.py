@@ -18,6 +18,7 @@ from vit_jax import models
 from vit_jax.data.device import augment
 from vit_jax.errors import UserError
 from vit_jax.files import COMPILED_PROGRAMS
+from vit_jax.models import token_merging
 from vit_jax.optimize import parallel
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.writer import Writer, logging_to
@@ -38,6 +39,7 @@ class InferenceSettings:
     batch: int = 8
     num_classes: int = 1000
     image_size: int = 224
+    tome: int = 0  # tokens that each block merges
     compilation_cache: str | None = COMPILED_PROGRAMS
 
 
@@ -55,6 +57,7 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
             f"batch={settings.batch} must be a multiple of the {devices} device(s), and steps={settings.steps} at least 1"
         )
     model = models.get_model(settings.model_name, num_classes=settings.num_classes, dtype=settings.dtype)
+    token_merging.check(model, settings.tome)
     directory = workdirs.make(workdir)
     with logging_to(directory):
         images = np.random.default_rng(0).integers(
@@ -62,7 +65,8 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
         )
         parallelism = parallel.Pmap()
         params = parallelism.create(lambda: model.init(jax.random.key(0), augment.normalize(images[:1]))["params"])
-        classify = parallelism.eval_examples(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"])))
+        merging = token_merging.merging(settings.tome)
+        classify = parallelism.eval_examples(merging(lambda p, x: model.apply({"params": p}, augment.normalize(x["image"]))))
         batch = parallelism.send({"image": images})
         seconds = []
         for _ in range(settings.initial_steps + settings.steps):
@@ -77,8 +81,9 @@ def inference_time(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
         writer.close()
         kind = jax.devices()[0].device_kind
         log.info(
-            "%s, batch %d at %d px, %s on %d x %s",
+            "%s%s, batch %d at %d px, %s on %d x %s",
             settings.model_name,
+            f" with tome={settings.tome}" if settings.tome else "",
             settings.batch,
             settings.image_size,
             settings.dtype,

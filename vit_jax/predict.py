@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bo
     found = [(argument, list(find_images([argument]))) for argument in args.images]
     paths = [path for _, images in found for path in images]
     size = args.size and predictor.parse_size(args.size)
-    how = {"model_name": args.model_name, "vocab": args.vocab, **pixels.pixel_options(args)}
+    how = {"model_name": args.model_name, "vocab": args.vocab, "tome": args.tome, **pixels.pixel_options(args)}
     loaded = predictor.load(args.model, size=size, batch_size=min(args.batch, len(paths)), **how)
     if labels is not None:
         loaded = loaded.with_labels(labels, templates=templates)
@@ -102,7 +102,7 @@ def _parser(doc: str, by_labels: bool) -> argparse.ArgumentParser:
         parser.add_argument(
             "--errors", metavar="DIR", help="write DIR/report.html: of images in folders called as their classes"
         )
-    arguments.add_shared(parser, "--json", "--size", "--batch", "--vocab")
+    arguments.add_shared(parser, "--json", "--size", "--batch", "--tome", "--vocab")
     pixels.add_pixel_arguments(parser)
     return parser
 

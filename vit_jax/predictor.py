@@ -20,7 +20,7 @@ from vit_jax.data.device import augment
 from vit_jax.data.host.text import Tokenizer
 from vit_jax.errors import UserError, printable, unknown
 from vit_jax.finite import check_outputs
-from vit_jax.models import attention_maps
+from vit_jax.models import attention_maps, token_merging
 from vit_jax.tasks import images, prompts
 from vit_jax.tasks.task import Example, Params, Shown, Task
 
@@ -37,7 +37,8 @@ class Predictor:
     """A task with trained parameters.
 
     `source` names it in errors. It computes in batches of `batch_size`, the last one padded, so that one program is compiled.
-    `open_tokenizer` gives what makes tokens of texts.
+    `open_tokenizer` gives what makes tokens of texts. Each block merges `tome` tokens, see `models.token_merging`; where the
+    model looks is shown of all.
     """
 
     task: Task
@@ -46,6 +47,7 @@ class Predictor:
     source: str = "the model"
     batch_size: int = 8
     open_tokenizer: Callable[[], Tokenizer] | None = None
+    tome: int = 0
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -198,13 +200,14 @@ class Predictor:
 
     @functools.cached_property
     def _predict(self) -> Callable:
-        return jax.jit(self.task.predict)
+        return jax.jit(token_merging.merging(self.tome)(self.task.predict))
 
     @functools.cached_property
     def _features(self) -> Callable:
         def run(params: Params, batch: dict[str, Any], *, kind: str) -> dict[str, Any]:
             inputs = augment.normalize(batch["image"], self.description.mean, self.description.std)
-            outputs = images.image_features(self.task.model.module, params, inputs)
+            with token_merging.merging(self.tome):
+                outputs = images.image_features(self.task.model.module, params, inputs)
             return {name: outputs[name] for name in KINDS[kind]}
 
         return jax.jit(run, static_argnames="kind")
@@ -231,6 +234,7 @@ def load(
     batch_size: int = 8,
     interpolation: str | None = None,
     vocab: str | os.PathLike | None = None,
+    tome: int = 0,
     **changes: Any,
 ) -> Predictor:
     """The model in a workdir, or in anything that `checkpoint.open_checkpoint` reads.
@@ -244,10 +248,11 @@ def load(
       head: False leaves the head out, for features alone; None takes it where there is one.
       interpolation: resizes photos so, antialiased, whatever the file says.
       vocab: the vocabulary of a model that reads texts, where it does not lie beside the parameters.
+      tome: how many tokens each block merges with others, which is faster and less exact, see `models.token_merging`.
       changes: fields of the description to be set, such as mean and std.
 
     Raises:
-      UserError: for a size that this model cannot have, and a file that does not fit what is said of it.
+      UserError: for a size or `tome` that this model cannot have, and a file that does not fit what is said of it.
     """
     opened = pixels.with_pixels(checkpoint.open_checkpoint(find_npz(source)), interpolation=interpolation)
     description = dataclasses.replace(opened.description, **changes)
@@ -273,6 +278,7 @@ def load(
         _check_whole_patches(size, description)
         description = _at_size(description, size)
     task = tasks.of_description(description)
+    token_merging.check(task.model.module, tome)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     if size is None and head and tuple(description.image_size) == tuple(description.native_size):
         checkpoint.check_fit(opened.params, shapes, opened.path)
@@ -281,7 +287,7 @@ def load(
         zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory
         params = task.load({"": opened}, zeros, classes=description.class_names if head else None)
     of_texts = functools.partial(open_tokenizer, dataclasses.replace(opened, flat={}), vocab=vocab)
-    return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size, of_texts)
+    return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size, of_texts, tome)
 
 
 def _insisted(description: Description, model_name: str) -> Description:

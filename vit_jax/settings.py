@@ -90,6 +90,7 @@ class Settings:
 
     trainer: str = "train"  # or evaluate
     evaluator: str = "classify"  # what trainer="evaluate" runs: that and all `evaluators`, or one of them, such as knn
+    tome: int = 0  # of trainer="evaluate": tokens that each block of a ViT merges with others, see models/token_merging.py
     seed: int = 0
     # model
     model_type: str = "ViT"
@@ -229,6 +230,11 @@ class Settings:
             raise UserError(f"config.loss={self.loss} and config.distill exclude each other: a teacher is matched by softmax")
         if self.evaluator != "classify" and self.trainer != "evaluate":
             raise UserError(f"config.evaluator={self.evaluator} needs --config.trainer=evaluate")
+        if self.tome and (self.trainer != "evaluate" or self.scan or self.remat != "none"):
+            raise UserError(
+                f"config.tome={self.tome} is for trained models: it needs --config.trainer=evaluate, --config.scan=False "
+                "and --config.remat=none"
+            )
 
     def _check_numbers(self) -> None:
         at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0, "cooldown_steps": 0}

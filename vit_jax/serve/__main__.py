@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _bound(args.host, args.port) as listener:
         runtime.set_up()
         size = args.size and predictor.parse_size(args.size)
-        how = {"model_name": args.model_name, "vocab": args.vocab, "batch_size": 1, **pixels.pixel_options(args)}
+        how = {"model_name": args.model_name, "vocab": args.vocab, "tome": args.tome, "batch_size": 1}
+        how |= pixels.pixel_options(args)
         _serve(predictor.load(args.model, size=size, **how), limits, listener)
     return 0
 
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_megabytes", type=float, default=default.max_bytes / 2**20, help="of a request (default 32)")
     parser.add_argument("--max_megapixels", type=float, default=default.max_pixels / 1e6, help="of an image (default 50)")
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for an answer (default 30)")
-    arguments.add_shared(parser, "--model_name", "--size", "--vocab")
+    arguments.add_shared(parser, "--model_name", "--size", "--tome", "--vocab")
     pixels.add_pixel_arguments(parser)
     return parser
 

@@ -1,5 +1,6 @@
 """The loop: the same run twice, interrupted runs, other devices, wrong numbers, and what a run leaves behind."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,12 +18,17 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from vit_jax import convert, models
+from vit_jax import convert, evaluators, models
 from vit_jax.checkpoint import load
+from vit_jax.checkpoint.state import Checkpointer
+from vit_jax.data import sources
+from vit_jax.data.renumbered import RenumberedSource
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.models import token_merging
-from vit_jax.run import writer
+from vit_jax.run import start, writer
+from vit_jax.run.experiment import build
+from vit_jax.settings import Settings
 from vit_jax.train import train_and_evaluate
 
 REPOSITORY = Path(__file__).parent.parent
@@ -173,6 +179,26 @@ def test_a_head_with_its_classes_in_another_order_is_scored_by_name(tmp_path: Pa
     assert found["accuracy_test"] == expected["accuracy_test"] > 0.2  # 0.24 to 0.43 with six seeds
     np.testing.assert_allclose(found["loss_test"], expected["loss_test"], rtol=1e-6)
     assert "in another order than the dataset: they are matched by name" in (tmp_path / "after" / "train.log").read_text()
+
+
+def test_test_images_may_number_the_classes_otherwise_than_those_for_training(undisturbed: Path, tmp_path: Path):
+    """As two files of COCO may; the same by name is the same score."""
+    order = np.roll(np.arange(10), 3)
+
+    def get_source(dataset: str, split: str, **options) -> sources.Source:
+        source = sources.get_source(dataset, split, **options)
+        if split != c.pp.test:
+            return source
+        return RenumberedSource(source, np.argsort(order), np.array(source.class_names)[order])
+
+    c = tiny.config(trainer="evaluate", pretrained=str(undisturbed))
+    settings = Settings.from_config(c)
+    experiment = build(settings, origin=start.find_origin(settings), get_source=get_source)
+    with contextlib.closing(Checkpointer(tmp_path / "checkpoints", read_only=True)) as checkpointer:
+        state = start.restore_or_load(experiment, checkpointer, keep_head=True)
+    found = evaluators.scores(experiment, state, evaluators.chosen(experiment)[0])
+    expected = evaluate(c, tmp_path)
+    assert found["loss_test"] == pytest.approx(expected["loss_test"], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(tmp_path: Path):

@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 
 from vit_jax import checkpoint, models, tasks
 from vit_jax.checkpoint import Description, describe, pixels
+from vit_jax.checkpoint.classes import find_classes
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.checkpoint.texts import open_tokenizer
 from vit_jax.data.device import augment
@@ -126,8 +127,8 @@ class Predictor:
     def _class_number(self, target: int | str) -> int:
         """The class that is meant by a name or a number. UserError for one that there is not."""
         names = self.description.class_names
-        if target in names:
-            return names.index(target)
+        if isinstance(target, str) and (found := find_classes(names, [target])[0]) is not None:
+            return found
         if not str(target).isdecimal():
             raise unknown("class", str(target), names)
         if int(target) >= len(names):

@@ -37,7 +37,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
     directory = workdirs.make(workdir)
     with only_run(directory), logging_to(directory), GracefulExit() as stop:
         # What is trained, on what, and where it starts
-        experiment = build(settings, origin=start.find_origin(settings, directory))
+        with stop.reading():
+            experiment = build(settings, origin=start.find_origin(settings, directory))
         workdirs.check_classes(directory, experiment.train_source.class_names)
         workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
         log_setup(experiment)
@@ -53,12 +54,14 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             log.info("start    from nothing, seed %d", settings.seed)
             state = start.new_state(experiment)
         workdirs.check_frozen(directory, start.frozen_fingerprints(experiment, state))
-        data = {"train": experiment.train_source.fingerprint(), "test": experiment.test_source.fingerprint()}
+        with stop.reading():
+            data = {"train": experiment.train_source.fingerprint(), "test": experiment.test_source.fingerprint()}
         workdirs.check_data(directory, data, accept=settings.changed_data == "accept")
         done = int(experiment.parallelism.read(state.step))
 
         update = make_update(experiment)
-        batches = stop.watch(_train_batches(experiment, start_step=done, stop=stop))
+        with stop.reading():  # the sizes of images
+            batches = stop.watch(_train_batches(experiment, start_step=done, stop=stop))
         writer = Writer(directory, start_step=done, total_steps=settings.total_steps)
         progress = Progress(experiment, writer, checkpointer, stop)
         try:

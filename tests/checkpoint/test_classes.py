@@ -24,6 +24,7 @@ WORDNET = ["n01440764", "n01443537", "n01484850"]
         (["LABEL_0", "LABEL_1"], ["cat", "dog"], (0, 1), logging.WARNING, "their order is trusted"),
         (["class 0", "class 1"], ["cat", "dog"], (0, 1), logging.WARNING, "their order is trusted"),
         (["tench", "goldfish", "shark"], WORDNET, (0, 1, 2), logging.WARNING, "their order is trusted"),
+        (["Vo\u0308gel", "Hunde"], ["hunde", "V\u00f6gel"], (1, 0), logging.INFO, "another order"),  # as macOS writes it
         (list(reversed(DIGITS)), DIGITS, tuple(reversed(range(10))), logging.INFO, "another order"),
     ],
 )

@@ -78,6 +78,7 @@ HF = [
     ("preprocessor_config.json", "do_pad", True),
     ("preprocessor_config.json", "image_processor_type", "SamImageProcessor"),
     ("preprocessor_config.json", "size", {"shortest_edge": 24}),
+    ("preprocessor_config.json", "size", {"height": 7999, "width": 24}),
     ("preprocessor_config.json", "do_center_crop", True),
 ]
 TIMM = [

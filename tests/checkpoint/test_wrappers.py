@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from flax import serialization
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
@@ -47,10 +48,30 @@ def test_of_two_models_in_a_file_one_is_taken_and_the_other_named(caplog, timm, 
     assert "are taken" in caplog.text and f"{len(theirs) + 1} others are left" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("taken", "left"), [("state_dict", "state_dict_ema"), ("state_dict_ema", None), ("model_ema", None), ("model", "model_ema")]
+)
+def test_what_trainers_on_torch_save_is_read(tmp_path, timm, taken, left):
+    """`checkpoint-9.pth.tar` of timm: weights beside the epoch, the arguments and often an average."""
+    _, theirs, ours = timm
+    state = {taken: {f"module.{name}": torch.from_numpy(x) for name, x in theirs.items()}}
+    state |= {left: {f"module.{name}": torch.from_numpy(x + 1) for name, x in theirs.items()}} if left else {}
+    path = tmp_path / "checkpoint-9.pth.tar"
+    (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 4}}')
+    torch.save({"epoch": 9, "arch": "vit_tiny_patch8_24", "version": 2, "metric": 0.5} | state, path)
+    assert_equal(checkpoint.open_checkpoint(path).flat, ours)
+
+
 def test_one_name_for_two_arrays_is_an_error_that_says_how_to_choose(timm):
     folder, theirs, _ = timm
     save_file(theirs | {"module.cls_token": theirs["cls_token"] + 1}, folder / "model.safetensors")
     assert_refused(checkpoint.open_checkpoint, folder, "both cls_token and module.cls_token", "keep the entries of one")
+
+
+def test_names_are_safe_to_print(tmp_path):
+    path = tiny_files.write(tmp_path, "hf")
+    save_file(load_file(path) | {"vit.encoder.layer.0.\x1b[2J\n": np.ones(3, np.float32)}, path)
+    assert_refused(checkpoint.open_checkpoint, path, r"does not know: encoder.layer.0.\x1b[2J\n (3,)")
 
 
 def test_deit_iii_is_read_with_its_layer_scale_and_imagenets_pixels(caplog, tmp_path, timm):

@@ -12,6 +12,7 @@ import pytest
 
 from tests import tiny
 from vit_jax import train
+from vit_jax.data import loader
 from vit_jax.run import signals
 from vit_jax.run.signals import GracefulExit, LoaderHangs
 from vit_jax.train import train_and_evaluate
@@ -88,3 +89,21 @@ def test_a_signal_while_the_loader_hangs_saves_what_was_learnt(tmp_path: Path, m
     monkeypatch.undo()
     train_and_evaluate(tiny.config(), tmp_path)
     assert "from this workdir's step 5" in (tmp_path / "train.log").read_text()
+
+
+def test_a_signal_while_the_loader_hangs_in_an_evaluation_saves_what_was_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(signals, "PATIENCE", 0.2)
+    eval_batches, hangs = loader.eval_batches, threading.Event()
+
+    def hanging(*args, **kwargs) -> Iterator[dict]:
+        for batch in eval_batches(*args, **kwargs):
+            yield batch
+            signal.raise_signal(signal.SIGTERM)
+            hangs.wait(30)
+
+    monkeypatch.setattr(loader, "eval_batches", hanging)
+    with pytest.raises(LoaderHangs) as exit_:
+        train_and_evaluate(tiny.config(total_steps=10), tmp_path)
+    assert exit_.value.code == 143 and (tmp_path / "checkpoints" / "10").is_dir()

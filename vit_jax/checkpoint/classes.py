@@ -3,6 +3,7 @@
 import collections
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from vit_jax.errors import UserError, printable
@@ -16,10 +17,10 @@ _WORDNET = re.compile(r"n\d{8}")  # what tfds calls the classes of ImageNet
 def match_classes(head: Sequence[str], dataset: Sequence[str], *, where: str) -> tuple[int, ...]:
     """For each class of a dataset the column of a head that scores it.
 
-    Names are equal if they are after folding case, spaces, underscores and hyphens, or if one of the synonyms that a comma
-    divides ("tench, Tinca tinca") is the other. Where all are found in another order, a log line says so. Where no name is
-    shared and one side has mere ids (LABEL_0, class 0, 0, n01440764) in their order, the order is trusted, and a warning
-    says so.
+    Names are equal if they are after folding case, Unicode's forms of one letter, spaces, underscores and hyphens, or if one
+    of the synonyms that a comma divides ("tench, Tinca tinca") is the other. Where all are found in another order, a log line
+    says so. Where no name is shared and one side has mere ids (LABEL_0, class 0, 0, n01440764) in their order, the order is
+    trusted, and a warning says so.
 
     Args:
       where: whose head it is, for messages.
@@ -83,6 +84,7 @@ def _difference(head: list[str], dataset: list[str], found: list[int | None]) ->
 
 
 def _fold(name: str) -> str:
+    name = unicodedata.normalize("NFC", name)  # macOS takes letters and their accents apart
     return " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
 
 

@@ -37,6 +37,7 @@ from vit_jax.errors import UserError, printable
 
 GOOGLE = Family("Google npz", lambda swiglu: (), google.facts, normalize=google.normalize)
 log = logging.getLogger("vit_jax")
+_MOST_TIMES = 32
 
 
 def open_checkpoint(source: str | os.PathLike) -> Opened:
@@ -130,6 +131,7 @@ def _open(path: Path, arrays: Flat) -> Opened:
     if facts.assumed:
         log.warning("opened   %s (%s): %s", path, family.name, "; ".join(facts.assumed))
     _check_grid(ours, facts, path)
+    _check_input(facts, path)
     return Opened(path, family.name, ours, _description(facts, path))
 
 
@@ -158,6 +160,16 @@ def _check_grid(ours: Flat, facts: Facts, path: Path) -> None:
         sizes = (f"{h}x{w}" for h, w in (size, patch))
         raise UserError(
             f"{path} holds {count} position embeddings of patches, which are not those of {' px cut into '.join(sizes)}"
+        )
+
+
+def _check_input(facts: Facts, path: Path) -> None:
+    """Raises UserError for photos that are to become far larger than what the parameters are for, which would take hours."""
+    if facts.image_size and facts.input_size and max(facts.input_size) > _MOST_TIMES * max(facts.image_size):
+        asked, own = ("x".join(map(str, size)) for size in (facts.input_size, facts.image_size))
+        raise UserError(
+            f"{path}: the file beside it asks for images of {asked} px, and the model is for {own}: allowed are "
+            f"{_MOST_TIMES} times as many"
         )
 
 

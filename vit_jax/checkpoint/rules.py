@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 Arrays = Sequence[np.ndarray]
 Flat = dict[str, np.ndarray]
@@ -109,7 +109,7 @@ def write(rules: Sequence[Rule], ours: Mapping[str, np.ndarray], *, blocks: int,
 def _listed(flat: Mapping[str, np.ndarray], used: set[str]) -> str:
     unused = sorted(set(flat) - used)
     more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-    return ", ".join(f"{name} {flat[name].shape}" for name in unused[:8]) + more
+    return ", ".join(f"{printable(name)} {flat[name].shape}" for name in unused[:8]) + more
 
 
 def _expanded(rules: Sequence[Rule], blocks: int):

@@ -11,6 +11,7 @@ from vit_jax.data import sources
 from vit_jax.data.host.view import Picture
 from vit_jax.errors import UserError
 from vit_jax.evaluators import average_precision, passes
+from vit_jax.run import signals
 from vit_jax.run.experiment import Experiment
 from vit_jax.tasks.detect import in_pixels
 
@@ -46,8 +47,7 @@ make_evaluator = passes.of_split(make_score)
 def _truths(source: sources.Source) -> tuple[list[average_precision.Truth], list[tuple[int, int]]]:
     """The objects of all images, and the sizes (h, w) of these."""
     truths, sizes = [], []
-    for i in range(len(source)):
-        example = source[i]
+    for example in signals.watch(source[i] for i in range(len(source))):
         truths.append(average_precision.Truth(example["boxes"], example["box_labels"], example["box_crowd"]))
         sizes.append(Picture.read(example["image"], exif_rotated=source.exif_rotated).size)
     return truths, sizes

@@ -15,6 +15,7 @@ from vit_jax.data.device import augment
 from vit_jax.data.renumbered import RenumberedSource
 from vit_jax.errors import UserError
 from vit_jax.finite import check_outputs
+from vit_jax.run import signals
 from vit_jax.run.experiment import Experiment
 from vit_jax.tasks import images
 
@@ -166,7 +167,7 @@ def batches_of(experiment: Experiment, source: sources.Source) -> Iterator[Batch
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return experiment.parallelism.prefetch(batches, experiment.settings.prefetch)
+    return signals.watch(experiment.parallelism.prefetch(batches, experiment.settings.prefetch))
 
 
 def batch_size(experiment: Experiment, source: sources.Source) -> int:

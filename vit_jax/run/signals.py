@@ -19,6 +19,14 @@ class LoaderHangs(SystemExit):
     """A run that was asked to stop has waited too long for its next batch. The threads that read it cannot be ended."""
 
 
+_active: "GracefulExit | None" = None
+
+
+def watch(batches: Iterator[T]) -> Iterator[T]:
+    """`GracefulExit.watch` of the run that is going on; the batches as they are where there is none."""
+    return _active.watch(batches) if _active else batches
+
+
 class GracefulExit:
     """Within `with GracefulExit() as stop:` the first SIGINT, SIGTERM or SIGHUP sets `stop.signal`; a second one acts at once.
 
@@ -36,6 +44,8 @@ class GracefulExit:
         return 128 + (self.signal or signal.SIGTERM)
 
     def __enter__(self) -> "GracefulExit":
+        global _active
+        self._outer, _active = _active, self
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -43,6 +53,8 @@ class GracefulExit:
         return self
 
     def __exit__(self, *_) -> None:
+        global _active
+        _active = self._outer
         self._waits = False
         self._set_deadline()
         self._restore()
@@ -51,16 +63,23 @@ class GracefulExit:
         """The same batches; LoaderHangs if one takes longer than `PATIENCE` after a signal."""
         with contextlib.closing(batches):
             while True:
-                self._waits = True
-                self._set_deadline()
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                finally:
-                    self._waits = False
-                    self._set_deadline()
+                with self.reading():
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        return
                 yield batch
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it files are read: LoaderHangs if it takes longer than `PATIENCE` after a signal."""
+        self._waits = True
+        self._set_deadline()
+        try:
+            yield
+        finally:
+            self._waits = False
+            self._set_deadline()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

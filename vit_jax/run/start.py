@@ -132,7 +132,7 @@ def _pretrained_params(experiment: Experiment, paths: Mapping[str, str | Path], 
             sources[tower] = opened = checkpoint.open_checkpoint(path)
         if experiment.settings.lora.rank and opened.family == lora_file.FAMILY:
             raise lora_file.no_base(opened.path)
-    classes = experiment.test_source.class_names if keep_head else None
+    classes = experiment.train_source.class_names if keep_head else None
     return experiment.task.load(sources, experiment.init_params(), classes=classes)
 
 

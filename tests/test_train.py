@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from vit_jax import convert, evaluators, models
+from vit_jax import convert, evaluators, models, predictor
 from vit_jax.checkpoint import load
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.data import sources
@@ -153,6 +153,19 @@ def test_evaluating_scores_the_workdir_or_the_file_and_trains_nothing(undisturbe
     assert not (tmp_path / "model.npz").exists()
 
 
+def test_a_head_that_was_taken_out_before_publishing_is_told(undisturbed: Path, tmp_path: Path, caplog):
+    """Google's files of ImageNet-21k have zeros there."""
+    flat = tiny.arrays(undisturbed) | {"head/kernel": np.zeros((16, 10), np.float32)}
+    np.savez(tmp_path / "model.npz", **flat)
+    shutil.copy(undisturbed / "model.json", tmp_path)
+    predictor.load(undisturbed)
+    assert "all zeros" not in caplog.text
+    predictor.load(tmp_path)
+    assert "its head is all zeros, and what it says of images means nothing" in caplog.text
+    evaluate(tiny.config(trainer="evaluate", pretrained=str(tmp_path)), tmp_path / "run")
+    assert "its head is all zeros" in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_evaluating_nothing_or_other_classes_is_refused(undisturbed: Path, tmp_path: Path):
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate(tiny.config(trainer="evaluate"), tmp_path)
@@ -178,7 +191,9 @@ def test_a_head_with_its_classes_in_another_order_is_scored_by_name(tmp_path: Pa
     found = evaluate(c, tmp_path / "after")
     assert found["accuracy_test"] == expected["accuracy_test"] > 0.2  # 0.24 to 0.43 with six seeds
     np.testing.assert_allclose(found["loss_test"], expected["loss_test"], rtol=1e-6)
-    assert "in another order than the dataset: they are matched by name" in (tmp_path / "after" / "train.log").read_text()
+    said = (tmp_path / "after" / "train.log").read_text()
+    assert "in another order than the dataset: they are matched by name" in said
+    assert "the checkpoint's own files, and predict, have --config.pp.antialias=True\n" in said
 
 
 def test_test_images_may_number_the_classes_otherwise_than_those_for_training(undisturbed: Path, tmp_path: Path):

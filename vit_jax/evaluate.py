@@ -17,11 +17,12 @@ from vit_jax.finite import check_metrics
 from vit_jax.models import token_merging
 from vit_jax.run import start
 from vit_jax.run import workdir as workdirs
-from vit_jax.run.experiment import build
+from vit_jax.run.experiment import Experiment, build
 from vit_jax.run.lock import BusyError, only_run
 from vit_jax.run.progress import log_setup
 from vit_jax.run.writer import Writer, format_metrics, logging_to
 from vit_jax.settings import Settings
+from vit_jax.tasks import images
 
 log = logging.getLogger("vit_jax")
 
@@ -45,6 +46,8 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
         chosen, keep_head = evaluators.chosen(experiment)
         with contextlib.closing(Checkpointer(directory / "checkpoints", read_only=True)) as checkpointer:
             state = start.restore_or_load(experiment, checkpointer, keep_head=keep_head)
+        if checkpointer.latest_step() is None and keep_head and experiment.origin:
+            _warn_of_other_pixels(experiment)
         if state is None:
             raise UserError(f"nothing to evaluate: {directory} holds no checkpoint and --config.pretrained is not set")
         if checkpointer.latest_step() is not None:
@@ -62,6 +65,14 @@ def evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
             )
         log.info(format_metrics(metrics))
         return metrics
+
+
+def _warn_of_other_pixels(experiment: Experiment) -> None:
+    """Says where a file's own way to resize photos is not that of the recipe, by which its score may be another."""
+    told = images.pixels_of_origin(experiment.settings, experiment.origin)
+    if told and "boxes" not in experiment.task.needs:
+        how = " ".join(f"--config.pp.{name}={value}" for name, value in sorted(told.items()))
+        log.warning("photos   are resized as this recipe says; the checkpoint's own files, and predict, have %s", how)
 
 
 def cli() -> None:

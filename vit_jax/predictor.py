@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from vit_jax import checkpoint, models, tasks
 from vit_jax.checkpoint import Description, describe, pixels
 from vit_jax.checkpoint.classes import find_classes
+from vit_jax.checkpoint.fit import warn_of_empty_head
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.checkpoint.texts import open_tokenizer
 from vit_jax.data.device import augment
@@ -283,6 +284,7 @@ def load(
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     if size is None and head and tuple(description.image_size) == tuple(description.native_size):
         checkpoint.check_fit(opened.params, shapes, opened.path)
+        warn_of_empty_head(opened.flat, opened.path)
         params = opened.params
     else:
         zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vit_jax.data import detection
 from vit_jax.data.sources import get_source
@@ -119,6 +119,31 @@ def test_a_wrong_annotation_of_coco_is_named(tmp_path, change, message):
     _json(tmp_path, content)
     with pytest.raises(UserError, match=f"instances_train2017.json: {message}"):
         detection.open_folder(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("write", [coco, voc])
+@pytest.mark.parametrize(("change", "said"), [("smaller", "a.jpg is 30 x 20 pixels"), ("turned", "40 x 60 .* its EXIF tag")])
+def test_boxes_of_an_image_of_another_size_are_not_taken_for_its_own(tmp_path, write, change, said):
+    """As after resizing the images alone, or where who drew the boxes did not heed EXIF."""
+    write(tmp_path)
+    assert PICTURES["a"][0] == (40, 60)
+    path = next(tmp_path.glob("*/a.jpg"))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = Image.open(path)
+    image.save(path, exif=exif) if change == "turned" else image.resize((30, 20)).save(path)
+    source = detection.open_folder(str(tmp_path), "train")
+    with pytest.raises(UserError, match=f"{said}.* annotated for 60 x 40"):
+        source[0]
+
+
+def test_corners_in_the_place_of_a_size_are_told(tmp_path, caplog):
+    file = coco(tmp_path)
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"] = [30, 20, 58, 39]
+    _json(tmp_path, content)
+    detection.open_folder(str(tmp_path), "train")
+    assert "1 of 3 boxes reach far beyond their image" in caplog.text and "to (88, 59) of 60 x 40" in caplog.text
 
 
 def test_a_missing_image_is_named(tmp_path):

@@ -71,7 +71,9 @@ def load_pretrained(
     if not keep_head:
         loaded = {name: x for name, x in loaded.items() if not name.startswith(_HEADS)}
         loaded |= {name: np.asarray(x) for name, x in wanted.items() if name.startswith(_HEADS)}
-    elif columns is not None:
+    else:
+        warn_of_empty_head(loaded, pretrained_path)
+    if keep_head and columns is not None:
         picked = {name: np.asarray(x)[..., list(columns)] for name, x in loaded.items() if name.startswith(_HEADS)}
         loaded |= picked
     if POSITIONS in loaded and POSITIONS in wanted:
@@ -81,6 +83,13 @@ def load_pretrained(
             raise UserError(f"{pretrained_path}: {e}") from e
     _check_fit(loaded, wanted, pretrained_path, in_file)
     return unflatten_dict({name: np.asarray(loaded[name], wanted[name].dtype) for name in wanted}, sep="/")
+
+
+def warn_of_empty_head(flat: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Logs that a head is all zeros, as Google's ImageNet-21k files have it, which are for fine-tuning alone."""
+    kernels = [x for name, x in flat.items() if name.startswith(_HEADS) and name.endswith("/kernel")]
+    if kernels and not any(np.any(x) for x in kernels):
+        log.warning("opened   %s: its head is all zeros, and what it says of images means nothing: fine-tune it first", path)
 
 
 def check_shape(name: str, given: Any, wanted: Any, path: str | os.PathLike) -> None:

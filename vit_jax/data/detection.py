@@ -5,6 +5,7 @@ outside of its image, an image that is missing, a class without a name are error
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,24 +17,30 @@ import numpy as np
 import yaml
 
 from vit_jax.data.features import Boxes, Image, Source, digest
-from vit_jax.data.host import view
+from vit_jax.data.host.decode import ImageError, header_size
 from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
 from vit_jax.data.splits import TEST_NAMES, meant, split_range
 from vit_jax.errors import UserError, printable, unknown
 
 OFFERS = "boxes"
 """What such a folder has beside images."""
+_FAR = 0.1  # of a side of the image: so far a box may reach beyond it unnoticed
+
+log = logging.getLogger("vit_jax")
 
 
 @dataclass
 class Picture:
     """An image and its objects: corners in pixels, classes, and which are crowds (or VOC's difficult ones).
 
-    Of a `relative` picture corners are parts of its width and height, which nobody has read yet.
+    Of a `relative` picture corners are parts of its width and height, which nobody has read yet; another's `size` (h, w) is
+    that of its annotations. `beyond` says which boxes reach far beyond the image.
     """
 
     path: Path
     relative: bool = False
+    size: tuple[float, float] | None = None
+    beyond: list[str] = field(default_factory=list)
     corners: list[tuple[float, float, float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     crowds: list[bool] = field(default_factory=list)
@@ -51,6 +58,10 @@ class Picture:
                 f"{where}: the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) lies outside of its image, which is"
                 f" {width:g} pixels wide and {height:g} high"
             )
+        self.size = None if self.relative else size
+        far = max(-left / width, -top / height, right / width - 1, bottom / height - 1)
+        if far > _FAR:
+            self.beyond.append(f"{where}: from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) of {width:g} x {height:g}")
         self.corners.append((max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)))
         self.labels.append(label)
         self.crowds.append(crowd)
@@ -76,9 +87,8 @@ class DetectionSource(Source):
         picture = self._pictures[index]
         image = read_file(picture.path)
         boxes = np.array(picture.corners, np.float32).reshape(-1, 4)
-        if picture.relative and len(boxes):
-            height, width = view.Picture.read(image, exif_rotated=True).size
-            boxes *= np.array([width, height, width, height], np.float32)
+        if len(boxes):
+            boxes *= _scale(picture, image)
         return {
             "image": image,
             "boxes": boxes,
@@ -92,6 +102,26 @@ class DetectionSource(Source):
     def fingerprint(self) -> dict[str, str | int]:
         names, boxes = (p.path.name for p in self._pictures), ((p.corners, p.labels) for p in self._pictures)
         return super().fingerprint() | {"names": digest(names), "boxes": digest(boxes)}
+
+
+def _scale(picture: Picture, image: bytes) -> np.ndarray:
+    """What makes pixels of a picture's corners.
+
+    Raises UserError for boxes that were drawn on an image of another size, or on one that was not turned upright.
+    """
+    try:
+        height, width = header_size(image, exif_rotated=True)
+    except ImageError:  # the loader's to report: it knows what to do about it
+        return np.ones(4, np.float32)
+    if picture.relative:
+        return np.array([width, height, width, height], np.float32)
+    if (height, width) != picture.size:
+        turned = " as its EXIF tag turns it upright" if header_size(image) == picture.size else ""
+        raise UserError(
+            f"{shown(picture.path)} is {width} x {height} pixels (width x height){turned}, and its boxes are annotated for "
+            f"{picture.size[1]:g} x {picture.size[0]:g}: annotate the images as they are, or change both together"
+        )
+    return np.ones(4, np.float32)
 
 
 def open_folder(path: str, split: str) -> DetectionSource | None:
@@ -115,6 +145,12 @@ def open_folder(path: str, split: str) -> DetectionSource | None:
                 raise
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
                 raise UserError(f"{shown(root)}: the annotations of {printable(name)} are damaged: {printable(repr(e))}") from e
+            if beyond := [where for picture in pictures for where in picture.beyond]:
+                log.warning(
+                    "%s: %d of %d boxes reach far beyond their image and are cut at its edge, such as %s. Are their numbers in "
+                    "the order that this layout has?",
+                    *(shown(root), len(beyond), sum(len(picture.corners) for picture in pictures), beyond[0]),
+                )
             _, part = split_range(split, {asked: len(pictures)})
             return DetectionSource(pictures[part.start : part.stop], class_names)
     return None

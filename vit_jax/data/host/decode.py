@@ -92,12 +92,13 @@ def decode_indices(image: bytes) -> UInt8[np.ndarray, "h w"]:
     return _despite_metadata(decode_all, image)
 
 
-def header_size(image: bytes) -> tuple[int, int]:
-    """(h, w) of an encoded image as its header has it. Raises ImageError where there is none."""
-    if jpeg := Jpeg.read(image, exif_rotated=False):
+def header_size(image: bytes, *, exif_rotated: bool = False) -> tuple[int, int]:
+    """(h, w) of an encoded image as its header has it, or turned upright. Raises ImageError where there is none."""
+    if jpeg := Jpeg.read(image, exif_rotated=exif_rotated):
         return jpeg.size
     with _despite_metadata(_open, image) as opened:
-        return opened.height, opened.width
+        transposed = exif_rotated and TURNS[_orientation(image, opened)][0]
+        return (opened.width, opened.height) if transposed else (opened.height, opened.width)
 
 
 def missing_decoder(suffix: str) -> str:

@@ -18,7 +18,7 @@ from benchmarks import side_by_side
 from vit_jax.overrides import parse
 from vit_jax.run import experiment, runtime, start
 from vit_jax.settings import Settings
-from vit_jax.tools import plan
+from vit_jax.tools import abstract, plan
 
 DEFAULT = ("--config=configs/pretrain.py:s16,imagenet2012", "--config.batch=16", "--config.accum_steps=1")
 STEPS = 2
@@ -44,7 +44,7 @@ def run() -> None:
 def _growth(e: experiment.Experiment, update: Callable) -> int:
     """By how many bytes the peak grows in the steps after the first."""
     state = start.new_state(e)
-    batch = e.parallelism.send({name: np.zeros(x.shape, x.dtype) for name, x in plan.abstract_batch(e).items()})
+    batch = e.parallelism.send({name: np.zeros(x.shape, x.dtype) for name, x in abstract.abstract_batch(e).items()})
     state, metrics = update(state, batch)  # copies the state, of which NumPy owns some still
     jax.block_until_ready((state, metrics))
     before = _reset_peak()

@@ -23,7 +23,7 @@ from absl import app, flags
 from vit_jax.overrides import parse
 from vit_jax.run import experiment, start
 from vit_jax.settings import Settings
-from vit_jax.tools import hlo, plan
+from vit_jax.tools import abstract, hlo, plan
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps to time; 0 for none.", lower_bound=0)
 _COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8"], "Numbers of devices.")
@@ -64,7 +64,7 @@ def _time(e: experiment.Experiment, update, steps: int) -> float:
     """The median of a step's seconds."""
     rng = np.random.default_rng(0)
     state = start.new_state(e)
-    host = {name: rng.integers(0, 10, x.shape).astype(x.dtype) for name, x in plan.abstract_batch(e).items()}
+    host = {name: rng.integers(0, 10, x.shape).astype(x.dtype) for name, x in abstract.abstract_batch(e).items()}
     batch, seconds = e.parallelism.send(host), []
     for _ in range(WARM_UP + steps):
         started = time.perf_counter()

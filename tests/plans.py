@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests import tiny
 from vit_jax.run import start
 from vit_jax.settings import Settings
-from vit_jax.tools import hlo, plan
+from vit_jax.tools import abstract, hlo, plan
 
 LAYOUTS = {"pmap": {}, "fsdp": {"parallel": "mesh", "mesh": {"data": 1, "fsdp": -1}, "scan": True, "remat": "full"}}
 
@@ -27,7 +27,7 @@ def config(layout: str = "pmap"):
 def placed_as_planned(layout: str) -> bool:
     """Whether state and batch come to lie on the devices as `abstract_arguments` says."""
     e = plan.build(Settings.from_config(config(layout)), num_classes=1000)
-    state, batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (start.abstract_state(e), plan.abstract_batch(e)))
+    state, batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (start.abstract_state(e), abstract.abstract_batch(e)))
     real = e.parallelism.place(state), e.parallelism.send(batch)
     same = jax.tree.map(_same, plan.abstract_arguments(e), real)
     return all(jax.tree.leaves(same))

@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import attention
 from vit_jax.run.experiment import make_update
 from vit_jax.settings import Settings
-from vit_jax.tools import hlo, plan
+from vit_jax.tools import abstract, hlo, plan
 from vit_jax.tools.plan import Plan
 
 # The model of tests/plans.py: 16 wide, 2 blocks, 8 pixels in 4 patches and a class token, 10 classes.
@@ -71,7 +71,7 @@ def test_batch_is_the_loaders():
     c = tiny.config()
     e = plan.build(Settings.from_config(c), num_classes=1000)
     real = next(loader.train_batches(e.train_source, e.task.train_example, batch_size=c.batch, seed=0, start_step=0))
-    assert plan.abstract_batch(e) == {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in real.items()}
+    assert abstract.abstract_batch(e) == {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in real.items()}
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -101,22 +101,22 @@ def test_flops_follow_from_models_of_few_blocks(case, monkeypatch):
         "LoRA": {"lora": dataclasses.replace(s.lora, rank=2)},
     }
     s = dataclasses.replace(s, **changes.get(case, {}))
-    assert plan._equal_blocks(plan.build(s, 10)) == 5
+    assert abstract._equal_blocks(plan.build(s, 10)) == 5
     remat = "full" if case == "accumulated" else "none"
     inferred = plan.step_flops(s, 10, remat=remat)
-    monkeypatch.setattr(plan, "_equal_blocks", lambda experiment: 0)
+    monkeypatch.setattr(abstract, "_equal_blocks", lambda experiment: 0)
     assert inferred == plan.step_flops(s, 10, remat=remat)
 
 
 def test_nothing_is_inferred_where_blocks_differ():
     c = tiny.config()
     c.model.transformer.update({"num_layers": 5, "stochastic_depth": 0.3, "stochastic_depth_mode": "subset"})
-    assert plan._equal_blocks(plan.build(Settings.from_config(c), 10)) == 0
+    assert abstract._equal_blocks(plan.build(Settings.from_config(c), 10)) == 0
     c.model.transformer.stochastic_depth = 0.0
     s = Settings.from_config(c)
-    assert plan._equal_blocks(plan.build(s, 10)) == 5
+    assert abstract._equal_blocks(plan.build(s, 10)) == 5
     frozen = dataclasses.replace(s, freeze=(".*encoderblock_[01]/.*",))
-    assert plan._equal_blocks(plan.build(frozen, 10)) == 0
+    assert abstract._equal_blocks(plan.build(frozen, 10)) == 0
 
 
 @pytest.mark.parametrize("layout", plans.LAYOUTS)
@@ -189,6 +189,7 @@ def test_advice_is_for_what_takes_most(planned):
         ("--config.model.transformer.num_heads=3", "heads"),
         ("--memory=-1", "memory"),
         ("--platform=gpu", "unknown platform 'gpu': use cpu, tpu, or cuda"),
+        ("--accelerator=H10", "unknown accelerator 'H10': did you mean"),
         ("configs/vit.py", "unexpected arguments"),
     ],
 )

@@ -1,7 +1,8 @@
-"""Reads programs: what the devices send to each other, and which kernels are called by name."""
+"""Reads programs: what the devices compute, read and write, what they send to each other, and which kernels have names."""
 
 import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -12,6 +13,12 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
+_FREE = "parameter constant get-tuple-element tuple bitcast while call conditional after-all partition-id replica-id".split()
+_SLICES = ("slice", "dynamic-slice", "gather")
+_FUNCTION = re.compile(r"func\.func \w+ @([\w.$]+)\(.*?\n(.*?)\n  }", re.DOTALL)
+_CALL = re.compile(r"\bcall @([\w.$]+)\(")
+_TENSOR = re.compile(r"tensor<([\dx]*[a-z]\w*)>")
 _CUSTOM_CALL = re.compile(r"custom_call @([\w$.]+)")
 DIVIDED = "CustomSPMDPartitioning"
 """What a kernel that tells XLA how to divide it among devices is called in a program that is not divided yet."""
@@ -52,6 +59,77 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
+class Work(NamedTuple):
+    """What instructions take on a device: FLOPs of products and bytes moved, each time; how often the program runs such."""
+
+    flops: float
+    bytes: float
+    times: float
+
+
+def work(text: str) -> list[Work]:
+    """Of every instruction of a compiled program, but for collectives.
+
+    A fusion is one instruction: it reads its operands and writes its results. Of an array that is only sliced, or updated in
+    place, the slice counts. All branches of a condition count; a loop whose length the compiler does not know counts once.
+    """
+    lines = _by_computation(text)
+    program = {name: {x.name: x for x in map(_instruction, body) if x} for name, body in lines.items()}
+    inside = set()  # of fusions and reductions
+    for x in (x for body in program.values() for x in body.values()):
+        if x.op not in ("while", "call", "conditional"):
+            inside.update(_CALLED.findall(x.rest))
+    done: Counter[tuple[float, float]] = Counter()
+    for name, times in _times(lines).items():
+        if name not in inside:
+            for x in program[name].values():
+                if x.op not in _FREE and not x.op.startswith(KINDS):
+                    figures = _flops(x, program[name], program), _bytes_moved(x, program[name], program)
+                    done[figures] += 1 if math.isnan(times) else int(times)
+    return [Work(*figures, times) for figures, times in done.items()]
+
+
+def products(text: str) -> list[Work]:
+    """Of a lowered program, before XLA optimises it, if all else is fused into its products.
+
+    A matrix product or convolution reads its operands and writes its result once. So does a kernel that is called by name,
+    whose FLOPs are not known here: they are 0. A loop counts once.
+    """
+    functions = dict(_FUNCTION.findall(text))
+    done: Counter[tuple[float, float]] = Counter()
+
+    def visit(name: str) -> None:
+        for line in functions[name].splitlines():
+            if match := _CALL.search(line):
+                visit(match[1])
+            elif "stablehlo.dot_general" in line or "stablehlo.convolution" in line or " @__" in line:
+                done[_lowered(line)] += 1
+
+    visit("main")
+    return [Work(*figures, times) for figures, times in done.items()]
+
+
+def _lowered(line: str) -> tuple[float, float]:
+    """(FLOPs, bytes)."""
+    operands, _, results = line.rpartition(" : ")[2].partition(" -> ")
+    (arrays, outputs) = ([_tensor(x) for x in _TENSOR.findall(part)] for part in (operands, results))
+    moved = sum(math.prod(dims) * bits / 8 for dims, bits in arrays + outputs)
+    flops, dims = 0.0, outputs[0][0]
+    if "stablehlo.dot_general" in line:
+        contracted = re.search(r"contracting_dims = \[([\d, ]*)\]", line)[1]
+        flops = 2.0 * math.prod(dims) * math.prod(arrays[0][0][int(i)] for i in contracted.split(",") if i)
+    elif "stablehlo.convolution" in line:
+        outputs_axis = re.search(r"\]x\[([^\]]*)\]->", line)[1].split(", ").index("o")
+        flops = 2.0 * math.prod(dims) * math.prod(arrays[1][0]) / arrays[1][0][outputs_axis]
+    return flops, moved
+
+
+def _tensor(shape: str) -> tuple[list[int], int]:
+    """(sizes, bits of an element) of 8x197x64xbf16."""
+    *dims, dtype = shape.split("x")
+    return [int(n) for n in dims], int(re.search(r"\d+", dtype)[0])
+
+
 def custom_calls(text: str) -> tuple[str, ...]:
     """The kernels, sorted, that a program calls by name: `jax.jit(…).lower(…).as_text()`."""
     return tuple(sorted(set(_CUSTOM_CALL.findall(text))))
@@ -60,6 +138,74 @@ def custom_calls(text: str) -> tuple[str, ...]:
 def sent_bytes(found: list[Collective], kind: str | None = None) -> float:
     """What a device sends in one run of the program: in all, or by collectives of one kind."""
     return sum(c.times * c.sent for c in found if kind in (None, c.kind))
+
+
+class _Instruction(NamedTuple):
+    root: bool
+    name: str
+    shape: str
+    op: str
+    arguments: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    @property
+    def size(self) -> float:
+        return sum(_bytes(*array) for array in _ARRAY.findall(self.shape))
+
+    @property
+    def dims(self) -> list[int]:
+        return [int(n) for n in _ARRAY.search(self.shape)[2].split(",") if n]
+
+
+Computation = dict[str, _Instruction]
+
+
+def _instruction(line: str) -> _Instruction | None:
+    match = _INSTRUCTION.match(line)
+    return _Instruction(bool(match[1]), *match.groups()[1:]) if match else None
+
+
+def _flops(x: _Instruction, around: Computation, program: dict[str, Computation]) -> float:
+    """2 by multiplication of a matrix product or convolution, those inside of a fusion included."""
+    if x.op == "fusion":
+        bodies = [program[name] for name in _CALLED.findall(x.rest)]
+        return sum(_flops(y, body, program) for body in bodies for y in body.values())
+    if x.op == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.rest)[1]
+        dims = around[x.operands[0]].dims
+        return 2.0 * math.prod(x.dims) * math.prod(dims[int(i)] for i in contracted.split(",") if i)
+    if x.op == "convolution":
+        kernel, outputs = around[x.operands[1]].dims, re.search(r"dim_labels=\w+_(\w+)->", x.rest)[1].index("o")
+        return 2.0 * math.prod(x.dims) * math.prod(kernel) / kernel[outputs]
+    return 0.0
+
+
+def _bytes_moved(x: _Instruction, around: Computation, program: dict[str, Computation]) -> float:
+    if x.op in _SLICES:
+        return 2 * x.size
+    if x.op == "dynamic-update-slice":
+        return 2 * around[x.operands[1]].size
+    if x.op != "fusion":
+        return x.size + sum(around[name].size for name in x.operands)
+    body = program[_CALLED.search(x.rest)[1]]
+    read = sum(_size_read(y, body) for y in body.values() if y.op == "parameter")
+    updates = [body[y.operands[1]].size for y in body.values() if y.root and y.op == "dynamic-update-slice"]
+    return read + (updates[0] if updates else x.size)
+
+
+def _size_read(parameter: _Instruction, body: Computation) -> float:
+    """Of an operand of a fusion: nothing where it is only updated in place, of one that is only sliced the slices."""
+    size = 0.0
+    for user in (x for x in body.values() if parameter.name in x.operands):
+        if user.op in _SLICES and user.operands[0] == parameter.name:
+            size += user.size
+        elif not (user.op == "dynamic-update-slice" and user.operands[0] == parameter.name):
+            return parameter.size
+    return size
 
 
 def _collective(match: re.Match, line: str, devices: int, times: int) -> Collective:

@@ -3,46 +3,41 @@
     python -m vit_jax.plan --config=pretrain:b16,imagenet2012 --devices=8 --memory=80
     python -m vit_jax.plan --config=vit:b16,photos --devices=1 --memory=24 --config.batch=64
     python -m vit_jax.plan --config=pretrain:b16,imagenet2012 --config.dtype=bfloat16 --platform=cuda
+    python -m vit_jax.plan --config=pretrain:b16,imagenet2012 --config.dtype=bfloat16 --devices=8 --accelerator=H100
 
 Parameters, memory of a device, FLOPs and traffic of one training step on so many devices, from the very step that
 `vit_jax.main` runs, compiled by XLA for virtual CPU devices. Nothing is allocated. GB are 10⁹ bytes.
 
 For a GPU or TPU the step is also lowered, on whatever machine this is, and the plan tells the kernels that only run there.
 What XLA there makes of it is not known: temporaries, results and traffic are those of the program for CPUs.
+With --accelerator the time of a step is predicted from that one's published peaks (vit_jax/tools/roofline.py).
 """
 
 import dataclasses
 import math
-import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from flax.traverse_util import flatten_dict
 
 from vit_jax import models, overrides
-from vit_jax.data import features, sources
-from vit_jax.data.unlabelled import PREFIX
 from vit_jax.errors import UserError
 from vit_jax.optimize import parallel
 from vit_jax.optimize.step import State
-from vit_jax.run import experiment as experiments
 from vit_jax.run.experiment import Experiment, make_update
-from vit_jax.run.start import abstract_state, find_origin
-from vit_jax.settings import Mesh, Settings
-from vit_jax.tools import hlo
+from vit_jax.settings import Settings
+from vit_jax.tools import hlo, roofline
+from vit_jax.tools.abstract import abstract_arguments, build, host_state, step_flops, step_products
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "How many devices share the work.", lower_bound=1)
-_MEMORY = flags.DEFINE_float("memory", 80, "GB that each of them has.", lower_bound=0)
+_MEMORY = flags.DEFINE_float("memory", None, "GB that each has. The accelerator's if not given, else 80.", lower_bound=0)
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Of a tfds dataset, which is not looked for.", lower_bound=1)
 _PLATFORM = flags.DEFINE_string("platform", None, "cpu, cuda or tpu: where the step is to run. This machine's if not given.")
+_ACCELERATOR = flags.DEFINE_string("accelerator", None, f"Predict a step's time on this: {', '.join(roofline.ACCELERATORS)}.")
 
 Tree = Any
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -122,7 +117,7 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000, platform: s
     compiled = update.lower(state, batch).compile(NEARER_TO_A_GPU | _NOT_TO_BE_RUN)
     memory = compiled.memory_analysis()
     parts = {"parameters": state.params, "optimizer": state.opt_state, "average": state.ema, "frozen": state.frozen}
-    host = _abstract_state(experiment)
+    host = host_state(experiment)
     everything = parallel.Mesh(1, -1, 1)
     exchanged = hlo.collectives(compiled.as_text())
     model_flops = step_flops(settings, num_classes, remat="none")
@@ -160,16 +155,25 @@ def _named(experiment: Experiment) -> str:
     return (fields.get("model_name") or kind) + f", attention={attention}{size}" * (attention != "softmax")
 
 
+def predict(p: Plan, accelerator: roofline.Accelerator) -> roofline.Prediction:
+    """How long the step takes on as many of these as the plan has devices."""
+    settings = p.settings
+    work = step_products(settings, p.num_classes, platform=accelerator.platform, batch_shards=p.batch_shards)
+    state = sum(p.state.values()) - p.state["frozen"]
+    optimizer = hlo.Work(0.0, 2 * state + (2 * settings.accum_steps - 1) * p.gradients, 1)  # reads all, and writes the state
+    return roofline.predict(
+        [*work, optimizer],
+        accelerator=accelerator,
+        dtype=settings.dtype,
+        model_flops=p.model_flops,
+        devices=p.devices,
+        sent=sum(p.sent.values()),
+    )
+
+
 def lower(update: Callable[[State, dict], tuple[State, dict]], state: State, batch: dict, platform: str) -> str:
     """The text of the step that runs on such a platform, whatever this machine has, before XLA optimises it."""
     return jax.jit(update).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
-
-
-def abstract_arguments(experiment: Experiment) -> tuple[Tree, dict[str, jax.ShapeDtypeStruct]]:
-    """(state, batch) as they lie on the devices: shapes, dtypes and shardings of what `make_update(e)` takes."""
-    return experiment.parallelism.state_shapes(_abstract_state(experiment)), experiment.parallelism.batch_shapes(
-        abstract_batch(experiment)
-    )
 
 
 def bytes_a_device(tree: Tree) -> int:
@@ -273,100 +277,6 @@ def _layout(experiment: Experiment) -> str:
     return f"mesh {sizes}, rules {experiment.settings.mesh.rules}"
 
 
-class _Unseen:
-    """Stands for a dataset of which only the number of classes is known."""
-
-    def __init__(self, num_classes: int):
-        self.num_classes, self.class_names = num_classes, tuple(map(str, range(num_classes)))
-        names = self.class_names
-        self.features = {
-            "image": features.Image(),
-            "label": features.Label(names),
-            "boxes": features.Boxes(names),
-            "segmentation": features.Segmentation(names),
-            "text": features.Text(),
-        }
-
-
-def build(settings: Settings, num_classes: int) -> Experiment:
-    """The experiment of a recipe, without its data; see `make_plan` for `num_classes`."""
-
-    def get_source(dataset: str, split: str, **where: Any) -> sources.Source | _Unseen:
-        if dataset.startswith(("digit", PREFIX)) or os.path.isdir(os.path.expanduser(dataset)):
-            return sources.get_source(dataset, split, **where)
-        return _Unseen(num_classes)
-
-    return experiments.build(settings, origin=find_origin(settings), get_source=get_source)
-
-
-def step_flops(settings: Settings, num_classes: int, *, remat: str) -> float:
-    """XLA's count for a whole step as it is written: one program, before it is divided among devices and optimised.
-
-    Without loops over blocks or micro-batches, as XLA counts a loop's body once. The blocks of a ViT or Mixer are equal, so
-    that the steps of models of 2 and 3 of them tell the count for any number; XLA itself adds up in float32.
-    """
-    one = dataclasses.replace(settings, parallel="mesh", mesh=Mesh(), scan=False, remat=remat, accum_steps=1)
-    experiment = build(one, num_classes)
-    n = _equal_blocks(experiment)
-    if n < 4:
-        return _count_flops(experiment)
-    of_two, of_three = (_count_flops(build(_with_blocks(experiment, blocks), num_classes)) for blocks in (2, 3))
-    return of_two + (n - 2) * (of_three - of_two)
-
-
-def _count_flops(experiment: Experiment) -> float:
-    lowered = make_update(experiment).lower(_abstract_state(experiment), abstract_batch(experiment))
-    return lowered.cost_analysis()["flops"]
-
-
-def _equal_blocks(experiment: Experiment) -> int:
-    """How many blocks the model has, of which the second and all that follow take the same work; 0 if they do not.
-
-    They do not where patterns choose among blocks, stochastic depth leaves out more of the later ones, or some attend to all.
-    """
-    settings, model = experiment.settings, experiment.task.model
-    architecture = models.architecture_of(model.type)
-    if not architecture.depth or settings.lr_factors:
-        return 0
-    of_blocks = model.fields[architecture.blocks] if architecture.blocks else model.fields
-    subset = of_blocks.get("stochastic_depth") and of_blocks.get("stochastic_depth_mode") == "subset"
-    if subset or of_blocks.get("global_blocks"):
-        return 0
-    n = of_blocks[architecture.depth]
-    if settings.freeze or settings.train_only or settings.lora.rank:
-        names = flatten_dict(_abstract_state(experiment).params, sep="/")
-        matches = (re.fullmatch(architecture.block, name.removeprefix("lora/")) for name in names)
-        parts = Counter(match.string.replace(match[1], "", 1) for match in matches if match)
-        return n if set(parts.values()) <= {n} else 0
-    return n
-
-
-def _with_blocks(experiment: Experiment, blocks: int) -> Settings:
-    """The recipe, of a model with so many blocks."""
-    settings, origin = experiment.settings, experiment.origin
-    kind, fields = (settings.model_type, settings.model) if settings.model else (origin.model_type, origin.model)
-    architecture = models.architecture_of(kind)
-    changed = {architecture.depth: blocks}
-    if architecture.blocks:
-        changed = {architecture.blocks: {**fields[architecture.blocks], **changed}}
-    return dataclasses.replace(settings, model_type=kind, model={**fields, **changed})
-
-
-def _abstract_state(experiment: Experiment) -> Tree:
-    state = abstract_state(experiment)
-    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.task.frozen())
-    return state.replace(frozen=state.frozen | own)
-
-
-def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the loader makes it."""
-    example = features.example(experiment.train_source.features)
-    rng = np.random.default_rng(0)
-    arrays = experiment.task.train_example(example, rng=rng, exif_rotated=False) | {"seed": np.uint32(0)}
-    b = experiment.settings.batch
-    return {name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in arrays.items()}
-
-
 def _count(tree: Tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
@@ -390,12 +300,21 @@ def main() -> int:
     config = overrides.CONFIG.value
     if config is None:
         raise UserError("--config is missing: --config=RECIPE[:ARGUMENT]")
+    accelerator = roofline.find(_ACCELERATOR.value) if _ACCELERATOR.value else None
+    platform = _PLATFORM.value or (accelerator.platform if accelerator else this_platform())
+    if accelerator and platform != accelerator.platform:
+        raise UserError(f"--accelerator={_ACCELERATOR.value} has --platform={accelerator.platform}, not {platform}")
+    memory = _MEMORY.value if _MEMORY.value is not None else accelerator.memory / GB if accelerator else 80.0
     use_devices(_DEVICES.value)
-    plan = make_plan(config, num_classes=_NUM_CLASSES.value, platform=_PLATFORM.value or this_platform())
-    print(report(plan, _MEMORY.value))
-    return 0 if plan.needed <= _MEMORY.value * GB else 1
+    plan = make_plan(config, num_classes=_NUM_CLASSES.value, platform=platform)
+    print(report(plan, memory))
+    if accelerator:
+        s = plan.settings
+        facts = {"model_flops": plan.model_flops, "devices": plan.devices, "batch": s.batch, "dtype": s.dtype}
+        print("\n".join(roofline.in_words(predict(plan, accelerator), accelerator=accelerator, **facts)))
+    return 0 if plan.needed <= memory * GB else 1
 
 
 def cli() -> None:
     """The console command."""
-    overrides.run(main, __doc__, ("devices", "memory", "num_classes", "platform"))
+    overrides.run(main, __doc__, ("devices", "memory", "num_classes", "platform", "accelerator"))

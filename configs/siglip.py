@@ -6,8 +6,8 @@
 Batches of 32,768 at 224 px for a TPU pod slice. A tower that has learnt something starts from `config.pretrained.img` or
 `.txt`, and learns more slowly with `--config.lr_factors="(('img/.*', 0.1),)"`.
 
-Published: 76.7 % zero-shot on ImageNet with b16 at 224 px, from the 40 billion examples of WebLI, which is not public
-(google-research/big_vision, README of SigLIP). Not measured here, and no public data reaches it.
+Published: 76.0 % zero-shot on ImageNet with b16 at 224 px, from the 40 billion examples of WebLI, which is not public
+(as measured by mlfoundations/open_clip, docs/openclip_results.csv). Not measured here, and no public data reaches it.
 """
 
 import ml_collections

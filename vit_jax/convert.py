@@ -17,6 +17,7 @@ import numpy as np
 from vit_jax import arguments, checkpoint, models
 from vit_jax.checkpoint import pixels
 from vit_jax.checkpoint.export import FORMATS
+from vit_jax.data.host import patches
 from vit_jax.data.host.view import eval_image
 from vit_jax.errors import command, printable
 
@@ -71,6 +72,11 @@ def _check_photo(opened: checkpoint.Opened, again: checkpoint.Opened, to: str) -
 
 def _pixels(photo: np.ndarray, description: checkpoint.Description, **changes: bool) -> np.ndarray:
     """What the model sees of a photo."""
+    if description.preprocessing.get("max_patches"):
+        fields = models.architecture_of(description.model_type).vit_fields(description.model)
+        how = {name: description.preprocessing.get(name, False) for name in ("interpolation", "antialias", "max_patches")}
+        seen = patches.joined(patches.eval_patches(photo, exif_rotated=False, patch=fields["patches"]["size"], **how))
+        return (seen - np.float32(description.mean)) / np.float32(description.std)
     seen = eval_image(photo, crop=description.image_size, **{**description.preprocessing, **changes})
     return (seen - np.float32(description.mean)) / np.float32(description.std)
 

@@ -18,7 +18,6 @@ from vit_jax.checkpoint.classes import find_classes
 from vit_jax.checkpoint.fit import warn_of_empty_head
 from vit_jax.checkpoint.results import find_npz
 from vit_jax.checkpoint.texts import open_tokenizer
-from vit_jax.data.device import augment
 from vit_jax.data.host.text import Tokenizer
 from vit_jax.errors import UserError, printable, unknown
 from vit_jax.finite import check_outputs
@@ -120,6 +119,9 @@ class Predictor:
 
     def _attention_with(self, names: Sequence[str], target: int | str | None = None, **how: Any) -> Callable:
         attention_maps.image_tower(self.task.model.module, self.params)
+        if self.description.preprocessing.get("max_patches"):
+            size = ",".join(map(str, self.image_size))
+            raise UserError(f"{self.source} keeps the shapes of photos: to see its attention give one size, --size={size}")
         if ("relevance" in names or target is not None) and not self.description.class_names:
             raise UserError(f"{self.source} has no head, and so no classes to explain: use mean or rollout")
         chosen = np.int32(-1 if target is None else self._class_number(target))
@@ -139,7 +141,7 @@ class Predictor:
     @functools.cached_property
     def _attention(self) -> Callable:
         def run(params: Params, batch: dict[str, Any], *, target: Any, names: tuple[str, ...], **how: Any) -> dict[str, Any]:
-            inputs = augment.normalize(batch["image"], self.description.mean, self.description.std)
+            inputs = images.inputs(batch, self.description.mean, self.description.std)
             score = (lambda: self.task.predict(params, batch)["logits"]) if self.description.class_names else None
             tower = attention_maps.image_tower(self.task.model.module, params)
             found = attention_maps.maps(*tower, inputs, target=jnp.broadcast_to(target, len(inputs)), score=score, **how)
@@ -207,7 +209,7 @@ class Predictor:
     @functools.cached_property
     def _features(self) -> Callable:
         def run(params: Params, batch: dict[str, Any], *, kind: str) -> dict[str, Any]:
-            inputs = augment.normalize(batch["image"], self.description.mean, self.description.std)
+            inputs = images.inputs(batch, self.description.mean, self.description.std)
             with token_merging.merging(self.tome):
                 outputs = images.image_features(self.task.model.module, params, inputs)
             return {name: outputs[name] for name in KINDS[kind]}
@@ -276,6 +278,8 @@ def load(
     if (count := description.model.get("num_classes") or 0) != len(description.class_names):
         raise UserError(f"{described} names {len(description.class_names)} classes, the head of {opened.path} has {count}")
 
+    if size is None and head is False and description.preprocessing.get("max_patches"):
+        size = description.image_size  # features are of one grid
     if size is not None:
         _check_whole_patches(size, description)
         description = _at_size(description, size)
@@ -319,8 +323,8 @@ def _check_whole_patches(size: tuple[int, int], description: Description) -> Non
 
 
 def _at_size(description: Description, size: tuple[int, int]) -> Description:
-    """The description for images of this size: of a centre crop, the same part of the image is seen at any size."""
-    how = dict(description.preprocessing)
+    """The description for images of this size, and so of one shape: of a centre crop, the same part is seen at any size."""
+    how = {name: value for name, value in description.preprocessing.items() if name != "max_patches"}
     if how.get("resize_to"):
         factor, sides = min(size) / min(description.image_size), how["resize_to"]
         how["resize_to"] = round(sides * factor) if isinstance(sides, int) else tuple(round(n * factor) for n in sides)

@@ -26,6 +26,7 @@ class Preprocessing:
     test: str = "test"  # split to evaluate on
     crop: int = 224  # size of the images that the model sees
     crop_width: int | None = None  # their width, where it is not the height, which is then `crop`
+    max_patches: int = 0  # images keep their shapes, each as large as so many patches let it be; 0: all become crop
     crop_method: str = "inception"  # how training images are cut out; or random_resized (torchvision's), simple (DeiT III's)
     area: tuple[float, float] = (0.05, 1.0)  # share of the image that such a crop covers, but for simple
     resize: int | None = None  # train on random crops of images resized to this size, whatever crop_method

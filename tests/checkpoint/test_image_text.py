@@ -7,11 +7,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.checkpoint.peers import randomise, torch_peer
 from tests.models import small
-from vit_jax import checkpoint, models
+from vit_jax import checkpoint, models, predictor
 from vit_jax.errors import UserError
 from vit_jax.models.two_towers import scores
 
@@ -134,6 +135,40 @@ def test_it_is_transformers_and_comes_back_as_it_was(tmp_path, case):
     reread = getattr(transformers, case.split()[0]).from_pretrained(tmp_path / "ours").eval()
     assert_same(theirs(reread, images, TOKENS), theirs(model, images, TOKENS))
     assert as_json(checkpoint.open_checkpoint(tmp_path / "ours")) == as_json(opened) == as_json(again)
+
+
+PHOTOS = [np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8) for size in ((53, 71), (20, 90), (64, 64), (9, 9))]
+
+
+def test_siglip_2_sees_photos_in_their_own_shapes(tmp_path):
+    """From photos to embeddings, of a batch that is filled up: by its own processor and by ours, in and out."""
+    model = peer("Siglip2Model", tmp_path)
+    told = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 7, "max_num_patches": 23}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    import torch
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    inputs = Siglip2ImageProcessorPil.from_pretrained(tmp_path)([Image.fromarray(x) for x in PHOTOS], return_tensors="pt")
+    assert len({tuple(shape.tolist()) for shape in inputs["spatial_shapes"]}) == 3
+    with torch.inference_mode():
+        y = model(input_ids=torch.from_numpy(np.tile(TOKENS[:1], (4, 1))), **inputs)
+    expected = np.asarray(y.image_embeds)
+    checkpoint.write_checkpoint(checkpoint.open_checkpoint(tmp_path), tmp_path / "npz", "npz")
+    for source in (tmp_path, checkpoint.write_checkpoint(checkpoint.open_checkpoint(tmp_path / "npz"), tmp_path / "hf", "hf")):
+        loaded = predictor.load(source, batch_size=3)
+        assert loaded.description.preprocessing["max_patches"] == 23
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_allclose(loaded.embed_images(PHOTOS), expected, atol=1e-5)
+    with pytest.raises(UserError, match="keeps the shapes of photos: to see its attention give one size, --size=21,21"):
+        loaded.attention(PHOTOS)
+    with pytest.raises(UserError, match="tome=1 is for images of one size"):
+        predictor.load(tmp_path, tome=1)(PHOTOS)
+    squares = predictor.load(tmp_path, size=(28, 28), batch_size=2)
+    assert squares.embed_images(PHOTOS[:2]).shape == (2, 32) and squares.attention(PHOTOS[:2]).shape == (2, 4, 4)
+    assert predictor.load(tmp_path, head=False, batch_size=2).features(PHOTOS[:2])["cls"].shape == (2, 32)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {"patch_size": 16}))
+    with pytest.raises(UserError, match="patch_size is 16; it must be 7, as in the model"):
+        checkpoint.open_checkpoint(tmp_path)
 
 
 def test_openclip(tmp_path):

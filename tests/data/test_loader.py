@@ -45,7 +45,7 @@ class Numbered(Source):
 def noisy(image, rng, exif_rotated):
     """A random transform: the first row keeps the image's number, the second is noise."""
     noise = rng.integers(256, size=(2, 3), dtype=np.uint8)  # before it is known whether the image is sound
-    return np.stack([decode(image, exif_rotated=exif_rotated)[0], noise])
+    return {"image": np.stack([decode(image, exif_rotated=exif_rotated)[0], noise])}
 
 
 def train(size, steps, *, seed=3, batch_size=8, bad=(), labels=None, **kwargs):
@@ -57,7 +57,7 @@ def train(size, steps, *, seed=3, batch_size=8, bad=(), labels=None, **kwargs):
 
 
 def plain(image, exif_rotated):
-    return decode(image, exif_rotated=exif_rotated).astype(np.float32)
+    return {"image": decode(image, exif_rotated=exif_rotated).astype(np.float32)}
 
 
 EVAL_EXAMPLE = classify.make_eval_example(plain, 10)

@@ -52,14 +52,15 @@ def detect(tmp_path):
 
 
 def contrast(tmp_path):
-    """A folder of captions, two for every image, and a vocabulary of words."""
+    """A folder of captions, two for every image, of photos that keep their shapes, and a vocabulary of words."""
     folder = tmp_path / "pairs"
     if not folder.exists():
         folder.mkdir()
         words, rng = ["one", "two", "red", "blue"], np.random.default_rng(0)
         (tmp_path / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]))
         for i in range(40):
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
+            size = rng.integers(4, 20, 2)
+            Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(f"{words[i % 2]} {words[2 + i % 2]}\n{words[i % 4]}")
     c = configs.common.get_config()
     transformer = {"num_layers": 1, "mlp_dim": 16, "num_heads": 2, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
@@ -67,7 +68,7 @@ def contrast(tmp_path):
     text = {"width": 16, "num_layers": 1, "mlp_dim": 16, "num_heads": 2, "vocab_size": 8}
     c.model_type, c.model = "TwoTowers", {"image": image, "text": text, "out_dim": 8}
     c.task = {"type": "contrast", "tokenizer": "bert", "vocab": str(tmp_path / "words.txt"), "max_len": 4}
-    c.pp.update({"train": "train[:32]", "test": "train[32:]", "crop": 8})
+    c.pp.update({"train": "train[:32]", "test": "train[32:]", "crop": 8, "max_patches": 7})
     c.update({"dataset": str(folder), "pretrained_dir": "", "batch": 16, "batch_eval": 8, "progress_every": 1})
     return c
 

@@ -33,7 +33,8 @@ class Description:
       mean, std: of the 0..255 pixels, by channel.
       class_names: in the order of the logits; () without a head.
       resize: the rule for position embeddings on another grid, see `resize.resize`.
-      preprocessing: keywords of `view.eval_view` beside the crop, which is image_size.
+      preprocessing: keywords of `view.eval_view` beside the crop, which is image_size; or with max_patches, where images keep
+        their shapes, of `patches.eval_patches`.
       head: what a logit means, "softmax" (one class an image) or "sigmoid" (each class for itself).
       text: what makes tokens of texts, {"tokenizer": "bert", "sentencepiece" or "clip", "vocab": a file beside this one,
         "max_len": tokens a text} and options of that tokenizer; {} for a model without a text tower.
@@ -211,13 +212,14 @@ def _are_units(value: Any) -> bool:
 
 def _preprocessing(entries: Entries) -> dict[str, Any]:
     """Keywords of `view.eval_view`."""
-    entries.known(("resize_to", "interpolation", "antialias", "floor_cut"), "entry of preprocessing")
+    entries.known(("resize_to", "interpolation", "antialias", "floor_cut", "max_patches"), "entry of preprocessing")
     is_side = isinstance(entries.get("resize_to"), int)
     read = {
         "resize_to": entries.whole("resize_to", None, high=1 << 14) if is_side else entries.size("resize_to", None),
         "interpolation": entries.text("interpolation", None, tuple(INTERPOLATIONS)),
         "antialias": entries.flag("antialias", None),
         "floor_cut": entries.flag("floor_cut", None),
+        "max_patches": entries.whole("max_patches", None, low=0, high=_MOST_PATCHES),
     }
     if read["interpolation"] == "bicubic" and not read["antialias"]:
         raise entries.wrong("antialias", "true for bicubic interpolation")

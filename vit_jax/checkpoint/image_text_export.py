@@ -124,7 +124,7 @@ def _hf_files(description: Description, layout: Layout) -> dict[str, Any]:
         pixels |= {
             "image_processor_type": "Siglip2ImageProcessor",
             "patch_size": patch,
-            "max_num_patches": (side // patch) ** 2,
+            "max_num_patches": description.preprocessing.get("max_patches") or patches,
         }
     return {"config.json": config, "preprocessor_config.json": pixels}
 

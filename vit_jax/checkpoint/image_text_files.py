@@ -122,7 +122,7 @@ def _description(layout: Layout, flat: Flat, sizes: _Sizes, blocks: tuple[int, i
         text=token_files.describe(TOKENS[layout.name], folder, fields["text"]),
         task={"type": "contrast", "loss": loss, "max_len": fields["text"]["max_len"]},
     )
-    return dataclasses.replace(described, **_pixels(layout, folder, native))
+    return dataclasses.replace(described, **_pixels(layout, folder, native, p))
 
 
 def _fields(flat: Flat, sizes: _Sizes, blocks: tuple[int, int]) -> dict[str, Any]:
@@ -181,7 +181,20 @@ def _native_size(layout: Layout, folder: Path, count: int, patch: tuple[int, int
     return side * patch[0], side * patch[1]
 
 
-def _pixels(layout: Layout, folder: Path, native: tuple[int, int]) -> dict[str, Any]:
+def _pixels_of_any_shape(preprocessor: Entries, native: tuple[int, int], patch: int) -> dict[str, Any]:
+    """SigLIP 2's processor keeps an image's shape, and gives it at most so many patches."""
+    if preprocessor.whole("patch_size", patch) != patch:
+        raise preprocessor.wrong("patch_size", f"{patch}, as in the model")
+    ours = ("patch_size", "max_num_patches", "do_pad")
+    content = {name: value for name, value in preprocessor.content.items() if name not in ours}
+    content |= {"image_processor_type": "SiglipImageProcessor", "size": dict(zip(("height", "width"), native, strict=True))}
+    pixels = hf_pixels.read(Entries({"resample": 2} | content, preprocessor.where), "siglip")
+    most = preprocessor.whole("max_num_patches", 256, high=1 << 16)
+    how = {**pixels.preprocessing, "max_patches": most}
+    return {"mean": pixels.mean, "std": pixels.std, "preprocessing": how, "image_size": native}
+
+
+def _pixels(layout: Layout, folder: Path, native: tuple[int, int], patch: int) -> dict[str, Any]:
     """What photos go through, as entries of a description."""
     if layout is OPENCLIP:
         how = read_object(folder / "open_clip_config.json").object("preprocess_cfg", {})
@@ -199,11 +212,8 @@ def _pixels(layout: Layout, folder: Path, native: tuple[int, int]) -> dict[str, 
         preprocessor = read_object(folder / "processor_config.json").object("image_processor", {})
     kind = "clip" if layout is CLIP else "siglip"
     content = dict(preprocessor.content)
-    if layout is SIGLIP2:  # its processor keeps an image's shape: here all are of one
-        content = {k: v for k, v in content.items() if k not in ("patch_size", "max_num_patches", "do_pad")}
-        content |= {"image_processor_type": "SiglipImageProcessor", "size": dict(zip(("height", "width"), native, strict=True))}
-        content = {"resample": 2} | content
-        log.warning("opened   %s: images of any shape become squares of %dx%d; --size sets another", folder, *native)
+    if layout is SIGLIP2:
+        return _pixels_of_any_shape(preprocessor, native, patch)
     elif not content:
         edge = {"height": native[0], "width": native[1]}
         content = {"size": {"shortest_edge": min(native)}, "crop_size": edge} if layout is CLIP else {"size": edge}

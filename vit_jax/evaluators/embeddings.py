@@ -43,7 +43,8 @@ def make_of_images(experiment: Experiment, *fields: str) -> Callable[[Params, So
         return image | {name: np.asarray(example[name]) for name in fields}
 
     def run(params: Params, batch: passes.Batch) -> passes.Batch:
-        return {"zimg": predict(params, {"image": batch["image"]})["zimg"]} | {name: batch[name] for name in fields}
+        of_image = {name: batch[name] for name in ("image", "grid") if name in batch}
+        return {"zimg": predict(params, of_image)["zimg"]} | {name: batch[name] for name in fields}
 
     return passes.make_rows(_with_examples(experiment, eval_example), run)
 

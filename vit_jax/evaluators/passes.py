@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from vit_jax.checkpoint.classes import match_classes
 from vit_jax.data import loader, sources
-from vit_jax.data.device import augment
 from vit_jax.data.renumbered import RenumberedSource
 from vit_jax.errors import UserError
 from vit_jax.finite import check_outputs
@@ -146,7 +145,7 @@ def make_features(
     model = experiment.task.model.module
 
     def run(params: Params, batch: Batch) -> Batch:
-        features = images.image_features(model, params, augment.normalize(batch["image"], mean, std))
+        features = images.image_features(model, params, images.inputs(batch, mean, std))
         return {"cls": features["cls"], "label": batch["label"]}
 
     rows = make_rows(experiment, run)

@@ -61,12 +61,21 @@ class PatchEmbed(nn.Module):
         return x if bias is None else x + bias
 
 
+Resample = Callable[[Float[Array, "1 m d"]], Float[Array, "b n d"]]
+"""From learned position embeddings to those of the tokens at hand."""
+
+
 class AddPositionEmbs(nn.Module):
-    """Adds a learned embedding to every token; it belongs to one number of tokens (`checkpoint.adapt` resizes it)."""
+    """Adds a learned embedding to every token; it belongs to one number of tokens (`checkpoint.adapt` resizes it).
+
+    With `resample` it is made of the embeddings of another number of tokens, which the parameters must hold already.
+    """
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], resample: Resample | None = None) -> Float[Array, "b n d"]:
         _, n, d = x.shape
+        if resample is not None:
+            return x + resample(self.get_variable("params", "pos_embedding")).astype(x.dtype)
         return x + self.param("pos_embedding", nn.initializers.normal(0.02), (1, n, d)).astype(x.dtype)
 
 
@@ -249,6 +258,7 @@ class Encoder(nn.Module):
         grid: tuple[int, int] | None = None,
         seen: Int[Array, "b m"] | None = None,
         mask: Mask | None = None,
+        resample: Resample | None = None,
         train: bool = False,
         with_layers: bool = False,
         norm_layers: bool = False,
@@ -259,16 +269,16 @@ class Encoder(nn.Module):
         With `seen` only the tokens at these places, behind that prefix, are encoded; each keeps its position.
         `mask` says which tokens see which, see `attention.attend`.
         Of `joining`, (i, tokens), the tokens join in front of all others before block i, as in EoMT.
-        `grid` is that of the patches, for rotary positions.
+        `grid` is that of the patches, for rotary positions. `resample` is that of `AddPositionEmbs`.
         """
         if joining and self.scan:
             raise UserError("tokens that join before a block do not go with scan=True, for which all blocks are alike")
         if self.rope_theta is not None and (grid is None or seen is not None):
-            raise UserError("rotary positions (rope_theta) are for whole grids of patches: set rope_theta=None")
+            raise UserError("rotary positions (rope_theta) are for whole grids of patches, of one size: set rope_theta=None")
         rotation = None if self.rope_theta is None else (tuple(grid), self.rope_theta)
         windows = self._windows(None if seen is not None else grid)
         if self.add_position_embedding:
-            x = AddPositionEmbs(name="posembed_input")(x)
+            x = AddPositionEmbs(name="posembed_input")(x, resample)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if seen is not None:
             kept = jnp.take_along_axis(x[:, num_prefix:], seen[..., None], axis=1)
@@ -314,7 +324,7 @@ class Encoder(nn.Module):
         if wrong := [i for i in self.global_blocks if not 0 <= i < self.num_layers]:
             raise UserError(f"global_blocks={wrong} are not among the blocks 0 to {self.num_layers - 1}")
         if grid is None:
-            raise UserError("attention='window' is for whole grids of patches: use 'softmax' where only some are encoded")
+            raise UserError("attention='window' is for whole grids of patches, of one size: use 'softmax' or 'sigmoid'")
         if self.scan and self.global_blocks:
             raise UserError("global_blocks do not go with scan=True, for which all blocks are alike")
         windows = Windows(tuple(grid), self.window_size)

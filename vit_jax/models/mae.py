@@ -13,6 +13,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import vit
 from vit_jax.models.architecture import Architecture, Fields, check_fields
 from vit_jax.models.layers import Encoder
+from vit_jax.models.packed import patchify as patchify
 from vit_jax.models.vit import VisionTransformer
 
 INIT = nn.initializers.normal(0.02)
@@ -85,14 +86,6 @@ class MaskedAutoencoder(VisionTransformer):
         """The pixels of all patches, p of each, as drawn from those at `seen`, which are all that the encoder gets."""
         tokens, (h, w), _ = self._encode(images, train, seen=seen)
         return self.decode(tokens, seen, h * w, train=train)
-
-
-def patchify(images: Float[Array, "b H W c"], patch: tuple[int, int]) -> Float[Array, "b n p"]:
-    """The pixels of each patch in a row: row, column, channel."""
-    b, height, width, c = images.shape
-    p, q = patch
-    h, w = height // p, width // q
-    return images[:, : h * p, : w * q].reshape(b, h, p, w, q, c).swapaxes(2, 3).reshape(b, h * w, p * q * c)
 
 
 def unpatchify(pixels: Float[Array, "b n p"], grid: tuple[int, int], patch: tuple[int, int]) -> Float[Array, "b H W c"]:

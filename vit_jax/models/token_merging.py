@@ -53,6 +53,8 @@ def merging(r: int) -> Iterator[None]:
 
     def intercept(method: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         name = context.method_name
+        if name == "__call__" and isinstance(context.module, Encoder) and kwargs.get("resample"):
+            raise UserError(f"tome={r} is for images of one size: leave it out, or give one with --size=H,W")
         if name == "__call__" and isinstance(context.module, Encoder) and kwargs.get("grid"):  # a ViT's, not a text's
             running.append(tokens := _Tokens(r, *args, kwargs["grid"]))
             x, layers = method(*args, **kwargs)

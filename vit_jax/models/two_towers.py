@@ -16,6 +16,7 @@ from vit_jax.errors import UserError, unknown
 from vit_jax.models import bert, vit, zoo
 from vit_jax.models.architecture import Architecture, Fields, check_fields
 from vit_jax.models.bert import BertModel
+from vit_jax.models.packed import Pack
 from vit_jax.models.text import TextTransformer
 from vit_jax.models.vit import VisionTransformer
 
@@ -71,11 +72,14 @@ class TwoTowers(nn.Module):
     def __call__(
         self,
         *,
-        images: Float[Array, "b H W c"] | None = None,
+        images: Float[Array, "b H W c"] | Pack | None = None,
         tokens: Int[Array, "b n"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "b d"] | None, Float[Array, "b d"] | None, dict[str, Array]]:
-        """(zimg, ztxt, out): the embeddings, None for what is not given, and "t", perhaps "b", and the vectors' lengths."""
+        """(zimg, ztxt, out): the embeddings, None for what is not given, and "t", perhaps "b", and the vectors' lengths.
+
+        The images of a `packed.Pack` give (b · s, d), row by row.
+        """
         out = {"t": jnp.exp(self.t)} | ({} if self.bias_init is None else {"b": self.b})
         zimg = ztxt = None
         if tokens is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,6 +13,7 @@ from vit_jax.models import residual, resnet, zoo
 from vit_jax.models.architecture import Architecture, Fields
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.layers import ACTIVATIONS, ATTENTIONS, REMAT, Encoder, MlpBlock, PatchEmbed
+from vit_jax.models.packed import Pack, Segments
 from vit_jax.models.resnet import ResNet
 
 CLASSIFIERS = ("token", "gap", "map", "distilled", "cls_mean", "unpooled", "token_unpooled")
@@ -30,17 +32,19 @@ class MapHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    def __call__(self, tokens: Float[Array, "b n d"], segments: Segments | None = None) -> Float[Array, "b *s d"]:
+        """With `segments` the probe attends to the tokens of every image by itself."""
         b, _, d = tokens.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
-        probe = jnp.broadcast_to(probe.astype(tokens.dtype), (b, 1, d))
+        probe = jnp.broadcast_to(probe.astype(tokens.dtype), (b, 1 if segments is None else segments.count, d))
         attention = MultiHeadDotProductAttention(
             num_heads=self.num_heads, dtype=self.dtype, name="MultiHeadDotProductAttention_0"
         )
-        x = attention(probe, tokens)
+        x = attention(probe, tokens, mask=None if segments is None else segments.of_images()[:, None])
         y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
         mlp = MlpBlock(mlp_dim=self.mlp_dim, activation=self.activation, dtype=self.dtype, name="MlpBlock_0")
-        return (x + mlp(y))[:, 0]
+        x = x + mlp(y)
+        return x[:, 0] if segments is None else x
 
 
 class ClassifierHead(nn.Module):
@@ -66,9 +70,10 @@ class ClassifierHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Float[Array, "b n d"], num_prefix: int = 0, *, apart: bool = False
+        self, tokens: Float[Array, "b n d"], num_prefix: int = 0, *, apart: bool = False, segments: Segments | None = None
     ) -> Float[Array, "b *n classes"] | tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
-        x = self._pool(tokens, num_prefix)
+        """With `segments` every image of a row is pooled by itself, (b, s, classes): class tokens are the first s."""
+        x = self._pool(tokens, num_prefix, segments)
         if self.fc_norm:
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="fc_norm")(x)
         if self.representation_size:
@@ -80,7 +85,9 @@ class ClassifierHead(nn.Module):
             return (cls, dist) if apart else (cls + dist) / 2
         return self._dense("head")(x)
 
-    def _pool(self, tokens: Float[Array, "b n d"], num_prefix: int) -> Float[Array, "b *n d"]:
+    def _pool(self, tokens: Float[Array, "b n d"], num_prefix: int, segments: Segments | None) -> Float[Array, "b *n d"]:
+        if segments is not None:
+            return self._pool_each(tokens, num_prefix, segments)
         match self.classifier:
             case "token":
                 return tokens[:, 0]
@@ -91,12 +98,28 @@ class ClassifierHead(nn.Module):
             case "distilled":
                 return tokens[:, :2]
             case "map":
-                sizes = {"num_heads": self.num_heads, "mlp_dim": self.mlp_dim}
-                how = {"activation": self.activation, "norm_eps": self.norm_eps, "dtype": self.dtype}
-                return MapHead(**sizes, **how, name="MAPHead_0")(tokens)
+                return self._map_head()(tokens)
             case "unpooled" | "token_unpooled":
                 return tokens
         raise unknown("classifier", self.classifier, CLASSIFIERS)
+
+    def _pool_each(self, tokens: Float[Array, "b n d"], num_prefix: int, segments: Segments) -> Float[Array, "b s d"]:
+        cls = tokens[:, : segments.count]
+        match self.classifier:
+            case "token":
+                return cls
+            case "gap":
+                return segments.mean(tokens, num_prefix)
+            case "cls_mean":
+                return jnp.concatenate([cls, segments.mean(tokens, num_prefix)], axis=-1)
+            case "map":
+                return self._map_head()(tokens, segments)
+        raise UserError(f"images of different sizes do not go with classifier={self.classifier!r}: use 'token', 'gap' or 'map'")
+
+    def _map_head(self) -> MapHead:
+        sizes = {"num_heads": self.num_heads, "mlp_dim": self.mlp_dim}
+        how = {"activation": self.activation, "norm_eps": self.norm_eps, "dtype": self.dtype}
+        return MapHead(**sizes, **how, name="MAPHead_0")
 
     def _dense(self, name: str) -> nn.Dense:
         inits = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.constant(self.bias_init)}
@@ -173,8 +196,15 @@ class VisionTransformer(nn.Module):
         )
         nn.share_scope(self, self.classifier_head)
 
-    def __call__(self, images: Float[Array, "b H W c"], *, train: bool = False) -> Float[Array, "b *n classes"]:
-        """Logits of normalised images; "dropout" keys are needed when `train` and a rate is above 0."""
+    def __call__(self, images: Float[Array, "b H W c"] | Pack, *, train: bool = False) -> Float[Array, "b *n classes"]:
+        """Logits of normalised images; "dropout" keys are needed when `train` and a rate is above 0.
+
+        Of a `packed.Pack`, for which there must be parameters already, they are (b · s, classes), row by row.
+        """
+        if isinstance(images, Pack):
+            tokens, num_prefix, segments = self._encode_pack(images, train)
+            y = self.classifier_head(tokens, num_prefix, segments=segments)
+            return y.reshape(-1, y.shape[-1])
         tokens, (h, w), _ = self._encode(images, train)
         return self.classifier_head(tokens, tokens.shape[1] - h * w)
 
@@ -258,6 +288,32 @@ class VisionTransformer(nn.Module):
         registers = batch_of(self.registers) if self.num_registers else None
         tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), grid=(h, w), seen=seen, train=train, **how)
         return tokens, (h, w), outputs
+
+    def _encode_pack(self, pack: Pack, train: bool) -> tuple[Float[Array, "b n d"], int, Segments]:
+        """The tokens of all images: class tokens, then registers, then patches; how many stand in front; and whose they are."""
+        if self.resnet is not None or self.position_embedding != "learned":
+            raise UserError("images of different sizes need a ViT without a ResNet, with position_embedding='learned'")
+        (b, n, _), s, (p, q) = pack.patches.shape, pack.grids.shape[1], self.patches["size"]
+        x = self.embedding(pack.patches.reshape(b, n * p, q, -1).astype(self.dtype)).reshape(b, n, -1)
+
+        def of_images(tokens: Float[Array, "1 r d"], count: int) -> Float[Array, "b s*r d"]:
+            return jnp.broadcast_to(jnp.tile(tokens.astype(x.dtype), (1, count, 1)), (b, count * tokens.shape[1], x.shape[-1]))
+
+        has_cls = self.classifier in _WITH_CLS
+        if has_cls:
+            x = jnp.concatenate([of_images(self.cls, s), x], axis=1)
+        registers = of_images(self.registers, s) if self.num_registers else None
+        numbers = np.concatenate([np.arange(s)] * has_cls + [np.repeat(np.arange(s), self.num_registers)])
+        in_front = jnp.broadcast_to(numbers, (b, len(numbers)))
+        segments = Segments(jnp.concatenate([in_front, pack.segments()], axis=1), s)
+
+        def resample(table: Float[Array, "1 m d"]) -> Float[Array, "b n d"]:
+            patches = pack.positions(table, int(has_cls))
+            return jnp.concatenate([of_images(table[:, :1], s), patches], axis=1) if has_cls else patches
+
+        how = {"num_prefix": s * has_cls, "mask": segments.mask(), "resample": resample}
+        tokens, _ = self.Transformer(x, registers, train=train, **how)
+        return tokens, len(numbers), segments
 
 
 def sincos2d(h: int, w: int, d: int, temperature: float = 10_000.0) -> Float[Array, "1 n d"]:

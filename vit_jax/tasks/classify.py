@@ -1,5 +1,6 @@
 """Image classification: what is optimised, what is predicted, and how it is shown."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.checkpoint import Description
-from vit_jax.data.device import augment
 from vit_jax.data.loader import ExampleError
 from vit_jax.errors import UserError, printable
-from vit_jax.tasks import images
+from vit_jax.tasks import images, shapes
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Params, Shown, Task
 
@@ -33,15 +33,22 @@ def make_task(setup: Setup) -> Task:
     return Task(
         model=model,
         needs=("image", "label"),
-        train_example=make_train_example(images.train_image(settings), len(names)),
-        eval_example=make_eval_example(images.eval_image(settings), len(names)),
+        train_example=make_train_example(shapes.train_fields(settings, model), len(names)),
+        eval_example=make_eval_example(shapes.eval_fields(settings, model), len(names)),
         init=make_init(model.module, settings.image_size),
         loss=make_loss(model.module, prepare, loss=settings.loss),
         predict=make_predict(model.module, loss=settings.loss, mean=mean, std=std),
         evaluators=("classify",),
         describe=lambda: {"class_names": names, "head": settings.loss},
         show=make_show(names),
-        preview=make_preview(prepare, names, mean, std, floor=settings.label_smoothing / max(1, len(names))),
+        preview=make_preview(
+            prepare,
+            names,
+            mean,
+            std,
+            floor=settings.label_smoothing / max(1, len(names)),
+            pictures=functools.partial(shapes.pictures, settings=settings, model=model),
+        ),
         load=images.make_load(model, settings.image_size),
     )
 
@@ -65,19 +72,19 @@ def make_init(model: nn.Module, image_size: tuple[int, int]) -> Callable[[jax.Ar
     return lambda key: model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
 
 
-def make_train_example(train_image: Callable, num_classes: int) -> Callable[..., dict[str, np.ndarray]]:
+def make_train_example(train_fields: shapes.Fields, num_classes: int) -> Callable[..., dict[str, np.ndarray]]:
     """(example, rng=, exif_rotated=) → image, label. An example with several labels is a UserError."""
 
     def train_example(example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool) -> dict[str, np.ndarray]:
         if "labels" in example:
             raise ExampleError("may have several labels: such a dataset can be evaluated, not trained on")
         label = _checked_label(example["label"], num_classes)
-        return {"image": train_image(example["image"], rng=rng, exif_rotated=exif_rotated), "label": label}
+        return train_fields(example["image"], rng=rng, exif_rotated=exif_rotated) | {"label": label}
 
     return train_example
 
 
-def make_eval_example(eval_image: Callable, num_classes: int) -> Callable[..., dict[str, np.ndarray]]:
+def make_eval_example(eval_fields: shapes.Fields, num_classes: int) -> Callable[..., dict[str, np.ndarray]]:
     """(example, exif_rotated=) → image and label, or labels (classes,), or no label where the example has none."""
 
     def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
@@ -87,7 +94,7 @@ def make_eval_example(eval_image: Callable, num_classes: int) -> Callable[..., d
             answer["labels"][[_checked_label(label, num_classes) for label in example["labels"]]] = True
         elif "label" in example:
             answer["label"] = _checked_label(example["label"], num_classes)
-        return {"image": eval_image(example["image"], exif_rotated=exif_rotated)} | answer
+        return eval_fields(example["image"], exif_rotated=exif_rotated) | answer
 
     return eval_example
 
@@ -120,7 +127,7 @@ def make_predict(
     """(parameters, batch with `image`) → `logits` and `probabilities`, (b, classes) in float32."""
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
-        inputs = augment.normalize(batch["image"], mean, std)
+        inputs = images.inputs(batch, mean, std)
         logits = model.apply({"params": params}, inputs, train=False).astype(jnp.float32)
         return {"logits": logits, "probabilities": PROBABILITIES[loss](logits)}
 
@@ -140,14 +147,20 @@ def make_show(names: Sequence[str]) -> Callable[..., Shown]:
 
 
 def make_preview(
-    prepare: images.Prepare, names: Sequence[str], mean: Sequence[float], std: Sequence[float], *, floor: float
+    prepare: images.Prepare,
+    names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    floor: float,
+    pictures: Callable[[dict[str, np.ndarray]], np.ndarray],
 ) -> Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]:
     """See `Task.preview`: images, each with the two largest targets above `floor`, which smoothing gives to every class."""
     prepare, names = jax.jit(prepare), [printable(name) for name in names]
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
-        if key is None:
-            return images.pixels(batch["image"]), [names[label] for label in batch["label"]]
+        if key is None or "grid" in batch:
+            return pictures(batch), [names[label] for label in batch["label"]]
         inputs, targets = prepare(batch, key)
         captions = [caption(target, names, floor) for target in np.asarray(targets)]
         return images.pixels(np.asarray(inputs) * std + mean), captions

@@ -3,6 +3,7 @@
 Either tower may be locked: `config.freeze=("img/.*",)` trains a text tower for an image tower that stays as it is (LiT).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,10 @@ from vit_jax.checkpoint import Description, check_fit, load_pretrained
 from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.texts import check_vocabulary
-from vit_jax.data.device import augment
 from vit_jax.data.host import text
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import two_towers
-from vit_jax.tasks import images, pairs
+from vit_jax.tasks import images, pairs, shapes
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Model, Params, Task, of_whole_batch
 
@@ -67,8 +67,8 @@ def make_task(
     return Task(
         model=model,
         needs=NEEDS,
-        train_example=make_train_example(images.train_image(settings), tokenize),
-        eval_example=make_eval_example(images.eval_image(settings), tokenize),
+        train_example=make_train_example(shapes.train_fields(settings, model), tokenize),
+        eval_example=make_eval_example(shapes.eval_fields(settings, model), tokenize),
         init=make_init(model.module, settings.image_size, max_len),
         loss=of_whole_batch(embed, loss_of),
         whole_batch=True,
@@ -85,7 +85,7 @@ def make_task(
         tokenize=tokenize,
         files=tokenize.files if tokenize else (),
         show=images.make_show_vector("zimg", "embedding"),
-        preview=preview,
+        preview=make_preview(functools.partial(shapes.pictures, settings=settings, model=model)),
         load=make_load(model, settings.image_size),
         towers=TOWERS,
     )
@@ -111,22 +111,22 @@ def make_init(model: nn.Module, image_size: tuple[int, int], max_len: int) -> Ca
     return init
 
 
-def make_train_example(train_image: Callable, tokenize: Tokenize | None) -> Callable[..., dict[str, np.ndarray]]:
+def make_train_example(train_fields: shapes.Fields, tokenize: Tokenize | None) -> Callable[..., dict[str, np.ndarray]]:
     """(example, rng=, exif_rotated=) → image, and the tokens (max_len,) of one of its sentences, drawn at random."""
 
     def train_example(example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool) -> dict[str, np.ndarray]:
         sentence = example["text"][rng.integers(len(example["text"]))]
-        image = train_image(example["image"], rng=rng, exif_rotated=exif_rotated)
-        return {"image": image, "tokens": tokenize([sentence])[0]}
+        image = train_fields(example["image"], rng=rng, exif_rotated=exif_rotated)
+        return image | {"tokens": tokenize([sentence])[0]}
 
     return train_example
 
 
-def make_eval_example(eval_image: Callable, tokenize: Tokenize | None) -> Callable[..., dict[str, np.ndarray]]:
+def make_eval_example(eval_fields: shapes.Fields, tokenize: Tokenize | None) -> Callable[..., dict[str, np.ndarray]]:
     """(example, exif_rotated=) → image, and the tokens (max_len,) of its first sentence, where there is one."""
 
     def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
-        image = {"image": eval_image(example["image"], exif_rotated=exif_rotated)}
+        image = eval_fields(example["image"], exif_rotated=exif_rotated)
         return image | ({"tokens": tokenize(example["text"][:1])[0]} if tokenize and "text" in example else {})
 
     return eval_example
@@ -136,17 +136,23 @@ def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     """(parameters, evaluation batch) → `zimg` of its images and `ztxt` of its tokens, (b, d) of length 1, of what there is."""
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
-        inputs = {"images": augment.normalize(batch["image"], mean, std)} if "image" in batch else {}
+        inputs = {"images": images.inputs(batch, mean, std)} if "image" in batch else {}
         zimg, ztxt, _ = model.apply({"params": params}, **inputs, tokens=batch.get("tokens"), train=False)
         return {name: z for name, z in (("zimg", zimg), ("ztxt", ztxt)) if z is not None}
 
     return predict
 
 
-def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
+def make_preview(
+    pictures: Callable[[dict[str, np.ndarray]], np.ndarray],
+) -> Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]:
     """See `Task.preview`: the images, and the tokens of their sentences without what fills them up."""
-    ends = [tokens[: len(tokens) - np.argmax(tokens[::-1] != tokens[-1])] for tokens in batch["tokens"]]
-    return images.pixels(batch["image"]), [" ".join(map(str, tokens)) for tokens in ends]
+
+    def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
+        ends = [tokens[: len(tokens) - np.argmax(tokens[::-1] != tokens[-1])] for tokens in batch["tokens"]]
+        return pictures(batch), [" ".join(map(str, tokens)) for tokens in ends]
+
+    return preview
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:

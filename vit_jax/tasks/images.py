@@ -15,6 +15,8 @@ from vit_jax.checkpoint.classes import match_classes
 from vit_jax.data.device import augment, mix
 from vit_jax.data.host import view
 from vit_jax.data.host.decode import decode
+from vit_jax.errors import UserError
+from vit_jax.models.packed import Pack
 from vit_jax.settings import Settings
 from vit_jax.tasks.task import Batch, Model, Params, Shown
 
@@ -31,6 +33,7 @@ def normalisation(settings: Settings, origin: checkpoint.Description | None) -> 
 def train_image(settings: Settings) -> Callable:
     """(encoded image or array, rng=, exif_rotated=) → uint8 image of the model's size: what the host does in training."""
     pp = settings.pp
+    _check_size(settings)
     return functools.partial(
         view.train_image,
         crop=settings.image_size,
@@ -46,6 +49,7 @@ def train_image(settings: Settings) -> Callable:
 def eval_image(settings: Settings) -> Callable:
     """(encoded image or array, exif_rotated=) → float32 image of the model's size: what the host does in evaluation."""
     options = preprocessing(settings)
+    _check_size(settings)
 
     def evaluated(image: Any, *, exif_rotated: bool):
         return view.eval_image(decode(image, exif_rotated=exif_rotated), crop=settings.image_size, **options)
@@ -57,7 +61,13 @@ def preprocessing(settings: Settings) -> dict[str, Any]:
     """The keywords of `view.eval_image` that do not follow from the model."""
     pp = settings.pp
     names = ("interpolation", "antialias", "floor_cut")
-    return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names}
+    more = {"max_patches": pp.max_patches} if pp.max_patches else {}
+    return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names} | more
+
+
+def _check_size(settings: Settings) -> None:
+    if settings.pp.max_patches:
+        raise UserError(f"config.pp.max_patches={settings.pp.max_patches} is for the tasks classify and contrast alone")
 
 
 def pixels_of_origin(settings: Settings, origin: checkpoint.Description) -> dict[str, Any]:
@@ -83,7 +93,7 @@ def make_prepare(settings: Settings, num_classes: int, mean: Numbers, std: Numbe
     mixing = {"mixup": a.mixup, "cutmix": a.cutmix, "mix_prob": a.mix_prob, "switch_prob": a.switch_prob}
     return prepare(
         num_classes,
-        augmented=make_augment(settings),
+        augmented=None if settings.pp.max_patches else make_augment(settings),
         erased=functools.partial(augment.random_erasing, probability=a.erasing) if a.erasing else None,
         mixed=mix.make_mix(**mixing) if a.mixup or a.cutmix else None,
         label_smoothing=settings.label_smoothing,
@@ -112,13 +122,22 @@ def prepare(
 
     def prepared(batch: Batch, key: jax.Array) -> tuple[Float[Array, "b h w 3"], Float[Array, "b classes"]]:
         images = augmented(batch["image"], batch["seed"]) if augmented else batch["image"]
-        images = augment.normalize(images, mean, std)
+        images = inputs({**batch, "image": images}, mean, std)
         if erased:
             images = erased(images, batch["seed"])
         targets = mix.smooth(batch["label"], num_classes, label_smoothing)
         return mixed(images, targets, key) if mixed else (images, targets)
 
     return prepared
+
+
+def inputs(batch: Batch, mean: Numbers, std: Numbers) -> Float[Array, "b H W 3"] | Pack:
+    """The normalised images of a batch as a model takes them: a `Pack` where they have shapes of their own, see `shapes`."""
+    if "grid" not in batch:
+        return augment.normalize(batch["image"], mean, std)
+    b, n, p = batch["image"].shape
+    pixels = augment.normalize(batch["image"].reshape(b, n, p // 3, 3), mean, std)
+    return Pack(pixels.reshape(b, n, p), batch["grid"][:, None])
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
@@ -155,6 +174,8 @@ def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"
       patches: (b, h, w, d), without class, distillation and register tokens. DINOv2's classification feature is cls
         and the mean of these, side by side.
     """
+    if isinstance(images, Pack):
+        raise UserError("features are of images of one size: set max_patches=0, or give --size=H,W")
     outputs = model.apply({"params": params}, images, train=False, method="features")
     patches = outputs["map"].astype(jnp.float32)
     cls = patches.mean(axis=(1, 2)) if outputs["cls"] is None else outputs["cls"].astype(jnp.float32)

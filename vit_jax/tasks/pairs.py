@@ -13,8 +13,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit_jax.data.device import augment
 from vit_jax.models.two_towers import scores
+from vit_jax.tasks import images
 from vit_jax.tasks.task import Batch, Context, Devices, Loss, Params
 
 ROWS = 1024
@@ -68,8 +68,7 @@ def make_embed(model: nn.Module, mean: Any, std: Any) -> Callable[[Params, Conte
     """See `Task.embed`: the batch's `image` and `tokens`, through both towers of a `two_towers.TwoTowers`."""
 
     def embed(params: Params, context: Context, batch: Batch, key: jax.Array) -> Embeddings:
-        images = augment.normalize(batch["image"], mean, std)
-        inputs = {"images": images, "tokens": batch["tokens"]}
+        inputs = {"images": images.inputs(batch, mean, std), "tokens": batch["tokens"]}
         zimg, ztxt, _ = model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
         return zimg, ztxt
 

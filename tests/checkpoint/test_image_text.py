@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoint.peers import randomise, torch_peer
 from tests.models import small
 from vit_jax import checkpoint, models, predictor
+from vit_jax.checkpoint import image_text_files
 from vit_jax.errors import UserError
 from vit_jax.models.two_towers import scores
 
@@ -21,6 +22,7 @@ TEXT = SIZES | {"hidden_size": 24, "vocab_size": 31, "max_position_embeddings": 
 IMAGE = SIZES | {"hidden_size": 32, "image_size": 21, "patch_size": 7}
 # Texts of CLIP end in 30, then comes padding: with 30 again, with 0, or none at all.
 TOKENS = np.array([[29, 4, 7, 30, 30, 30, 30], [29, 8, 30, 0, 0, 0, 0], [29, 8, 5, 6, 3, 2, 30]])
+TOKENS_OF_9 = np.pad(TOKENS, ((0, 0), (0, 2)))
 CASES = {
     "CLIPModel": {"projection_dim": 20, "text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE},
     "CLIPModel with an end": {
@@ -112,7 +114,7 @@ def test_it_is_transformers_and_comes_back_as_it_was(tmp_path, case):
     assert opened.description.image_size == (21, 21) and opened.description.grid == (3, 3)
     assert opened.description.head == ("softmax" if "CLIP" in case else "sigmoid")
     images = small.random_images(21, 21, batch=2)
-    for tokens in (TOKENS, np.pad(TOKENS, ((0, 0), (0, 2)))):
+    for tokens in (TOKENS, TOKENS_OF_9):
         assert_same(ours(opened, images, tokens), theirs(model, images, tokens))
     wide = small.random_images(28, 35, batch=2)
     assert_same(ours(at_size(opened, (4, 5)), wide, TOKENS), theirs(model, wide, TOKENS))
@@ -212,3 +214,63 @@ def test_openclip(tmp_path):
         checkpoint.open_checkpoint(tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match="timm has no layout for a TwoTowers here"):
         checkpoint.write_checkpoint(opened, tmp_path / "x", "timm")
+
+
+def test_siglip_of_openclip(tmp_path, monkeypatch):
+    """Its image tower is timm's: the numbers of transformers' SigLIP under these names."""
+    model = peer("SiglipModel", tmp_path / "hf")
+    with torch_peer("timm").without_torchvision():
+        from timm.models import VisionTransformer
+
+    hf = load_file(tmp_path / "hf" / "model.safetensors")
+    trunk, tower = "visual.trunk", "vision_model"
+    arrays = {name: hf[name].reshape(()) for name in ("logit_scale", "logit_bias")}
+    arrays |= {f"{trunk}.pos_embed": hf[f"{tower}.embeddings.position_embedding.weight"][None]}
+    arrays |= {f"{trunk}.attn_pool.latent": hf[f"{tower}.head.probe"]}
+    arrays |= {"text.token_embedding.weight": hf["text_model.embeddings.token_embedding.weight"]}
+    arrays |= {"text.positional_embedding": hf["text_model.embeddings.position_embedding.weight"]}
+    same = {f"{trunk}.patch_embed.proj": f"{tower}.embeddings.patch_embedding", f"{trunk}.norm": f"{tower}.post_layernorm"}
+    pool = {"norm": "layernorm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "proj": "attention.out_proj"}
+    same |= {f"{trunk}.attn_pool.{a}": f"{tower}.head.{b}" for a, b in pool.items()}
+    same |= {"text.ln_final": "text_model.final_layer_norm", "text.text_projection": "text_model.head"}
+    names = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.out_proj")
+    in_timm, in_openclip = ("norm1", "norm2", "mlp.fc1", "mlp.fc2", "attn.proj"), ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    for i in range(2):
+        block, layer = f"{trunk}.blocks.{i}", f"{tower}.encoder.layers.{i}"
+        text, words = f"text.transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+        same |= {f"{block}.{a}": f"{layer}.{b}" for a, b in zip(in_timm, names, strict=True)}
+        same |= {f"{text}.{a}": f"{words}.{b}" for a, b in zip((*in_openclip, "attn.out_proj"), names, strict=True)}
+        for kind in ("weight", "bias"):
+            arrays[f"{block}.attn.qkv.{kind}"] = np.concatenate([hf[f"{layer}.self_attn.{n}_proj.{kind}"] for n in "qkv"])
+            arrays[f"{text}.attn.in_proj_{kind}"] = np.concatenate([hf[f"{words}.self_attn.{n}_proj.{kind}"] for n in "qkv"])
+    arrays |= {f"{a}.{kind}": hf[f"{b}.{kind}"] for a, b in same.items() for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        q, k, v = np.split(hf[f"{tower}.head.attention.in_proj_{kind}"], 3)
+        arrays |= {f"{trunk}.attn_pool.q.{kind}": q, f"{trunk}.attn_pool.kv.{kind}": np.concatenate([k, v])}
+    sizes = {"img_size": 21, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.25}
+    peer_of_image = VisionTransformer(**sizes, num_classes=0, class_token=False, global_pool="map").state_dict()
+    wanted = {f"{trunk}.{name}": tuple(x.shape) for name, x in peer_of_image.items()}
+    mlp = {name: shape for name, shape in wanted.items() if ".attn_pool.mlp." in name}  # of another ratio
+    assert wanted.keys() == {name for name in arrays if name.startswith("visual.")}
+    assert all(arrays[name].shape == shape for name, shape in wanted.items() if name not in mlp)
+
+    save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, tmp_path / "open_clip_model.safetensors")
+    text = {"heads": 4, "no_causal_mask": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+    vision = {"timm_model_name": "vit_so400m_patch16_siglip_256", "timm_pool": "map", "timm_proj": "none"}
+    config = {"vision_cfg": vision, "text_cfg": text | {"act_kwargs": {"approximate": "tanh"}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    monkeypatch.setattr(image_text_files, "_SIGLIP_HEADS", {32: 4})
+    opened = checkpoint.open_checkpoint(tmp_path / "open_clip_model.safetensors")
+    described = opened.description
+    assert described.head == "sigmoid" and described.mean == (127.5,) * 3 and described.preprocessing["resize_to"] is None
+    told = {"tokenizer": "sentencepiece", "vocab": "spiece.model", "lower": True, "strip_punctuation": True, "max_len": 9}
+    assert described.text == told
+    images = small.random_images(21, 21, batch=2)
+    assert_same(ours(opened, images, TOKENS_OF_9), theirs(model, images, TOKENS_OF_9))
+    written = load_file(checkpoint.write_checkpoint(opened, tmp_path / "again", "hf"))
+    assert written.keys() == hf.keys()
+    assert all((written[name] == x).all() for name, x in hf.items())
+    config["text_cfg"]["no_causal_mask"] = False
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(UserError, match="no_causal_mask is false; it must be true"):
+        checkpoint.open_checkpoint(tmp_path / "open_clip_model.safetensors")

@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.models import small
-from vit_jax import models
+from vit_jax import models, predictor
 from vit_jax.checkpoint import open_checkpoint
 
 IMAGE = {"hidden_size": 32, "patches": {"size": (8, 8)}, "transformer": small.ENCODER}
@@ -34,6 +34,8 @@ def test_a_file_of_two_towers(tmp_path, fields, prefix):
     np.savez(tmp_path / "towers.npz", **flat)
     opened = open_checkpoint(tmp_path / "towers.npz")
     assert opened.description.head == ("sigmoid" if prefix else "softmax")
+    assert opened.description.text["max_len"] == (7 if prefix else 9)
+    assert predictor.load(tmp_path / "towers.npz").task.model.type == "TwoTowers"  # it reads fewer tokens than LiT's 16
     read = models.build(opened.description.model_type, opened.description.model)
     ours, theirs = (jax.jit(m.apply)({"params": p}, **inputs) for m, p in ((read, opened.params), (model, params)))
     for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

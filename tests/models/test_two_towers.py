@@ -16,7 +16,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import ARCHITECTURES, build, get_model
 from vit_jax.models.bert import BertModel
 from vit_jax.models.text import TextTransformer
-from vit_jax.models.two_towers import TwoTowers, scores
+from vit_jax.models.two_towers import TwoTowers, at_most, scores
 from vit_jax.optimize import towers
 
 COUNTS = {
@@ -44,6 +44,15 @@ def random_params(model, *args, **kwargs):
 
 def two_towers(**fields) -> TwoTowers:
     return TwoTowers(**{"image": IMAGE, "text": TEXT, "out_dim": (None, 32)} | fields)
+
+
+def test_a_temperature_stops_at_its_limit_and_comes_back_from_it():
+    limit = math.log(100.0)
+    model = two_towers(temperature_max=100.0)
+    for t, dy, gradient in ((limit + 1, 1, 1), (limit + 1, -1, 0), (limit - 1, -1, -1)):
+        x = jnp.array([t])
+        np.testing.assert_allclose(model.apply({"params": {"t": x}})[2]["t"], min(math.exp(t), 100.0), rtol=1e-5)
+        np.testing.assert_array_equal(jax.vjp(lambda x: at_most(x, limit), x)[1](jnp.array([float(dy)]))[0], [gradient])
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -169,6 +169,7 @@ def _towers(entries: Entries) -> dict[str, Any]:
     if len(pair) != 2 or not all(n is None or (type(n) is int and 0 < n <= _HARMLESS) for n in pair):
         raise entries.wrong("out_dim", "a whole number, null, or two of them: the width of each tower's embeddings")
     entries.number("temperature_init", None, 1e-6, 1e6)
+    entries.number("temperature_max", None, 1e-6, 1e6)
     entries.number("bias_init", None, -1e6, 1e6)
     return {"image": _model_fields(entries.object("image"), models.architecture_of("ViT")), "text": dict(text.content)}
 

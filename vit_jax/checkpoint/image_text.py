@@ -3,11 +3,11 @@
 A layout is a table of rules for each tower, used for reading and for writing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vit_jax.checkpoint import rules
+from vit_jax.checkpoint import rules, timm
 from vit_jax.checkpoint.family import BLOCK, POSITIONS
 from vit_jax.checkpoint.rules import CONVOLUTION, TRANSPOSED, Flat, Rule, Transform, rule
 
@@ -180,11 +180,27 @@ OPENCLIP = Layout(
     image_blocks="visual.transformer.resblocks.",
     text_blocks="transformer.resblocks.",
 )
+OPENCLIP_SIGLIP = Layout(
+    "OpenCLIP SigLIP",
+    ("visual.trunk.attn_pool.latent", "text.text_projection.weight"),
+    img=tuple(replace(r, theirs=tuple(f"visual.trunk.{name}" for name in r.theirs)) for r in timm.TABLE),
+    txt=(
+        rule("Embed_0/embedding", "text.token_embedding.weight"),
+        rule("pos_embedding", "text.positional_embedding", _TABLE),
+        *_openclip_block(_TEXT_BLOCK, "text.transformer.resblocks.{i}"),
+        *rules.norm("Encoder_0/encoder_norm", "text.ln_final"),
+        *rules.dense("head", "text.text_projection"),
+    ),
+    both=OPENCLIP.both,
+    of_image=("visual.",),
+    image_blocks="visual.trunk.blocks.",
+    text_blocks="text.transformer.resblocks.",
+)
 
 
 def layout_of(theirs: Flat) -> Layout | None:
     """The layout that such names and shapes belong to; None for other models."""
-    for layout in (CLIP, SIGLIP, OPENCLIP):
+    for layout in (CLIP, SIGLIP, OPENCLIP, OPENCLIP_SIGLIP):
         if all(name in theirs for name in layout.marks):
             return SIGLIP2 if layout is SIGLIP and theirs[f"{_PATCHES}.weight"].ndim == 2 else layout
     return None

@@ -1,7 +1,10 @@
 """Writes image and text towers as transformers' CLIP, SigLIP and SigLIP 2, and as OpenCLIP."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from vit_jax.checkpoint import hf_pixels, image_text
 from vit_jax.checkpoint.describe import Description
@@ -22,7 +25,10 @@ def write_image_text(opened: Opened, to: str) -> Written:
     description = opened.description
     layout = _layout_for(description, to)
     image, text = description.model["image"]["transformer"], description.model["text"]
-    theirs = image_text.write(layout, opened.flat, blocks=(image["num_layers"], text["num_layers"]))
+    flat, most = dict(opened.flat), description.model.get("temperature_max")
+    if most is not None:
+        flat["t"] = np.minimum(flat["t"], np.float32(math.log(most)))
+    theirs = image_text.write(layout, flat, blocks=(image["num_layers"], text["num_layers"]))
     files = _openclip_files(description, theirs) if layout is OPENCLIP else _hf_files(description, layout)
     return Written(theirs, files, TOKENS[layout.name])
 

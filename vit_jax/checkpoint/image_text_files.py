@@ -5,11 +5,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoint import hf_pixels, image_text, token_files
+from vit_jax.checkpoint import hf_pixels, image_text, timm, token_files
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import Entries, folder_of, read_object
 from vit_jax.checkpoint.family import HALF, POSITIONS, count_blocks, square_side, vit_fields
-from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
+from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, OPENCLIP_SIGLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError, printable
@@ -28,12 +28,14 @@ RESIZE = {
     SIGLIP.name: "bicubic",
     SIGLIP2.name: "bilinear_antialias",
     OPENCLIP.name: "bicubic_antialias",
+    OPENCLIP_SIGLIP.name: "bicubic_antialias",
 }
 """How each project resamples position embeddings."""
 _OPENAI = ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305))
-_OF_ONE_TOWER = ("vision_model.embeddings.", "text_model.embeddings.", "visual.conv1.")
+_OF_ONE_TOWER = ("vision_model.embeddings.", "text_model.embeddings.", "visual.conv1.", "visual.trunk.")
 LEGACY_END = 2  # what CLIP's first files on Hugging Face call the end: there it is the highest token of a text
 TOKENS = {CLIP.name: "clip", SIGLIP.name: "siglip", SIGLIP2.name: "siglip2", OPENCLIP.name: "openclip"}
+TOKENS |= {OPENCLIP_SIGLIP.name: "siglip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,8 @@ def open_image_text(path: Path, arrays: Flat) -> Opened | None:
     folder = folder_of(path)
     theirs = {name: x for name, x in arrays.items() if not name.endswith(("position_ids", "attn_mask"))}
     blocks = count_blocks(theirs, layout.image_blocks), count_blocks(theirs, layout.text_blocks)
-    sizes = (_openclip_sizes if layout is OPENCLIP else _hf_sizes)(folder, theirs)
+    read_sizes = {OPENCLIP.name: _openclip_sizes, OPENCLIP_SIGLIP.name: _openclip_siglip_sizes}
+    sizes = read_sizes.get(layout.name, _hf_sizes)(folder, theirs)
     flat = image_text.read(layout, theirs, blocks=blocks, heads=sizes.heads, where=str(path))
     return Opened(path, layout.name, flat, _description(layout, flat, sizes, blocks, path, folder))
 
@@ -99,6 +102,31 @@ def _openclip_sizes(folder: Path, theirs: Flat) -> _Sizes:
         ),
         activations=(activation, activation),
         norm_eps=(1e-5, 1e-5),
+    )
+
+
+_SIGLIP_HEADS = {1152: 16, 1536: 16}
+"""Of timm's SigLIP towers, by their width; others have heads of 64."""
+
+
+def _openclip_siglip_sizes(folder: Path, theirs: Flat) -> _Sizes:
+    """Of an image tower of timm and a text tower of OpenCLIP, as for its ViT-B-16-SigLIP where no file says otherwise."""
+    model = read_object(folder / "open_clip_config.json").object("model_cfg", {})
+    image, text = model.object("vision_cfg", {}), model.object("text_cfg", {})
+    name = image.text("timm_model_name", "")
+    if not name:
+        log.warning("opened   %s: no open_clip_config.json names timm's model: GELU in its erf form is assumed", folder)
+    image.text("timm_pool", "map", ("map",))
+    image.text("timm_proj", "none", ("none", ""))
+    text.text("pool_type", "last", ("last",))
+    if not text.flag("no_causal_mask", True):
+        raise text.wrong("no_causal_mask", "true: such a model is not known here")
+    tanh = text.object("act_kwargs", {}).text("approximate", "none", ("none", "tanh")) == "tanh"
+    widths = theirs["visual.trunk.attn_pool.latent"].shape[-1], theirs["text.token_embedding.weight"].shape[-1]
+    return _Sizes(
+        heads=(_SIGLIP_HEADS.get(widths[0], widths[0] // 64 or 1), text.whole("heads", widths[1] // 64 or 1)),
+        activations=("gelu_tanh" if timm.SIGLIP_TANH.search(name) else "gelu", "gelu_tanh" if tanh else "gelu"),
+        norm_eps=(1e-6, text.object("norm_kwargs", {}).number("eps", 1e-6 if not text.content else 1e-5, 1e-16, 1)),
     )
 
 
@@ -196,15 +224,17 @@ def _pixels_of_any_shape(preprocessor: Entries, native: tuple[int, int], patch: 
 
 def _pixels(layout: Layout, folder: Path, native: tuple[int, int], patch: int) -> dict[str, Any]:
     """What photos go through, as entries of a description."""
-    if layout is OPENCLIP:
+    if layout in (OPENCLIP, OPENCLIP_SIGLIP):
+        is_clip = layout is OPENCLIP
         how = read_object(folder / "open_clip_config.json").object("preprocess_cfg", {})
         mean, std = how.numbers("mean", None), how.numbers("std", None, low=1e-6)
-        squash = how.text("resize_mode", "shortest", ("shortest", "squash")) == "squash"
+        usual, (usual_mean, usual_std) = ("shortest", _OPENAI) if is_clip else ("squash", HALF)
+        squash = how.text("resize_mode", usual, ("shortest", "squash")) == "squash"
         interpolation = how.text("interpolation", "bicubic", ("bicubic", "bilinear"))
         preprocessing = {"resize_to": None if squash else min(native), "interpolation": interpolation, "antialias": True}
         return {
-            "mean": tuple(255 * x for x in mean) if mean else _OPENAI[0],
-            "std": tuple(255 * x for x in std) if std else _OPENAI[1],
+            "mean": tuple(255 * x for x in mean) if mean else usual_mean,
+            "std": tuple(255 * x for x in std) if std else usual_std,
             "preprocessing": preprocessing,
         }
     preprocessor = read_object(folder / "preprocessor_config.json")

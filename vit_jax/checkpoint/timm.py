@@ -32,7 +32,7 @@ from vit_jax.errors import UserError, printable
 log = logging.getLogger("vit_jax")
 
 _UNTOLD = re.compile("tips|radio|base_patch16_gap")  # other activations, heads or epsilons than other ViTs
-_SIGLIP_TANH = re.compile(r"base_patch32_siglip|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip|giantopt_.*siglip")
+SIGLIP_TANH = re.compile(r"base_patch32_siglip|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip|giantopt_.*siglip")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
 
@@ -71,7 +71,7 @@ def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
     )
 
 
-_TIMM = _rules("reg_token", ("fc1", "fc2"))  # a SwiGLU's gate and value are packed in fc1 there
+TABLE = _rules("reg_token", ("fc1", "fc2"))  # a SwiGLU's gate and value are packed in fc1 there
 _DINOV2 = _rules("register_tokens", ("fc1", "fc2"))
 _DINOV2_SWIGLU = _rules("register_tokens", ("w12", "w3"))
 
@@ -158,7 +158,7 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
 
 def _activation(architecture: str) -> str | None:
     """What a name of timm says of the activation where nothing else does."""
-    return "quick_gelu" if "quickgelu" in architecture else "gelu_tanh" if _SIGLIP_TANH.search(architecture) else None
+    return "quick_gelu" if "quickgelu" in architecture else "gelu_tanh" if SIGLIP_TANH.search(architecture) else None
 
 
 def _pixels(normalisation: tuple) -> str:
@@ -350,7 +350,7 @@ def _export_dinov2(description: Description, ours: Flat) -> dict[str, Any]:
     return {} if heads == _published_heads(model["hidden_size"]) else {"config.json": {"num_attention_heads": heads}}
 
 
-TIMM = Family("timm ViT", lambda swiglu: _TIMM, _timm_facts, fold=_fold, unfold=_unfold, export=_export_timm)
+TIMM = Family("timm ViT", lambda swiglu: TABLE, _timm_facts, fold=_fold, unfold=_unfold, export=_export_timm)
 DEIT3 = dataclasses.replace(TIMM, name="DeiT III", normalize=_named_as_timm, facts=_deit3_facts, export=None)
 DINOV2 = Family(
     "DINOv2",

@@ -37,7 +37,8 @@ def describe(kind: str, folder: Path, text: Mapping[str, Any]) -> dict[str, Any]
         told = {"tokenizer": "sentencepiece", "vocab": vocab, "lower": True, "pad_token": 0}
     else:
         lower = config.flag("do_lower_case", True)
-        told = {"tokenizer": "sentencepiece", "vocab": "spiece.model", "lower": lower, "strip_punctuation": True}
+        vocab = _first(folder, "spiece.model", "tokenizer.json")
+        told = {"tokenizer": "sentencepiece", "vocab": vocab, "lower": lower, "strip_punctuation": True}
     return {name: value for name, value in told.items() if value is not None} | {"max_len": text["max_len"]}
 
 

@@ -55,7 +55,7 @@ def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
     }
     size = facts.image_size
     loss = "sigmoid" if "b" in flat else "softmax"
-    text = _bert_text(path) if is_bert else _sentencepiece_text(path, fields["text"], sigmoid="b" in flat)
+    text = _bert_text(path, fields["text"]) if is_bert else _sentencepiece_text(path, fields["text"], sigmoid="b" in flat)
     return Description(
         model_name=path.stem,
         model_type="TwoTowers",
@@ -72,8 +72,8 @@ def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
     )
 
 
-def _bert_text(path: Path) -> dict:
-    return {"tokenizer": "bert", "vocab": _vocabulary(path, "vocab.txt"), "max_len": _LIT_LENGTH}
+def _bert_text(path: Path, fields: Mapping[str, Any]) -> dict:
+    return {"tokenizer": "bert", "vocab": _vocabulary(path, "vocab.txt"), "max_len": min(_LIT_LENGTH, fields["max_len"])}
 
 
 def _sentencepiece_text(path: Path, fields: Mapping[str, Any], *, sigmoid: bool) -> dict:

@@ -4,10 +4,13 @@ An image tower and a text tower each make one vector of length 1; the dot produc
 """
 
 import dataclasses
+import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -37,6 +40,7 @@ class TwoTowers(nn.Module):
       out_dim: width of the embeddings, or one for each tower; None leaves out that tower's head.
       temperature_init, bias_init: exp(t) and b of fresh parameters; without bias_init there is no b. With b the model's
         scores are those of a sigmoid (SigLIP), without of a softmax (LiT, CLIP).
+      temperature_max: exp(t) stops there, as CLIP's does at 100; None for no limit.
       pp: what the texts and images go through first: tokenizer_name, max_len, size, see `vit_jax.preprocess`.
       model_name: name of the architecture; of its published files, too.
       remat, scan, constrain: of the blocks of both towers, see `layers.Encoder`; a BERT has remat alone.
@@ -49,6 +53,7 @@ class TwoTowers(nn.Module):
     out_dim: int | tuple[int | None, int | None] = 128
     temperature_init: float = 1.0
     bias_init: float | None = None
+    temperature_max: float | None = None
     pp: Mapping[str, Any] | None = None
     model_name: str | None = None
     remat: str = "none"
@@ -80,7 +85,8 @@ class TwoTowers(nn.Module):
 
         The images of a `packed.Pack` give (b · s, d), row by row.
         """
-        out = {"t": jnp.exp(self.t)} | ({} if self.bias_init is None else {"b": self.b})
+        t = self.t if self.temperature_max is None else at_most(self.t, math.log(self.temperature_max))
+        out = {"t": jnp.exp(t)} | ({} if self.bias_init is None else {"b": self.b})
         zimg = ztxt = None
         if tokens is not None:
             ztxt, out["txt/norm"] = _normalized(self.txt(tokens, train=train))
@@ -137,6 +143,15 @@ class TwoTowers(nn.Module):
             raise UserError(f"{self.model_name or 'this model'} is not published; those that are: {', '.join(zoo.LIT)}")
         name = f"{self.model_name}{suffix}"
         return name if os.path.isfile(name) else f"{zoo.LIT_BUCKET}/{name}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def at_most(x: Float[Array, "*n"], limit: float) -> Float[Array, "*n"]:
+    """min(x, limit), with a gradient that brings x down from the limit, and none that drives it further up."""
+    return jnp.minimum(x, limit)
+
+
+at_most.defvjp(lambda x, limit: (at_most(x, limit), x), lambda limit, x, dy: (jnp.where((x < limit) | (dy > 0), dy, 0),))
 
 
 def _text_class(name: str) -> type[nn.Module]:

@@ -27,6 +27,8 @@ from vit_jax.tasks.task import Batch, Model, Params, Task, of_whole_batch
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 NEEDS = ("image", "text")
+LENGTH = 16
+"""Tokens a text, where nothing else is said: LiT's."""
 TOWERS = ("img", "txt")
 """For images, and for texts."""
 
@@ -37,7 +39,7 @@ def make_task(
     loss: str = "softmax",
     tokenizer: str = "sentencepiece",
     vocab: str = "",
-    max_len: int = 16,
+    max_len: int = 0,
     tokenizer_options: Mapping[str, Any] = {},
 ) -> Task:
     """Images to captions, by a model of `models.two_towers`.
@@ -46,7 +48,8 @@ def make_task(
       loss: one of `pairs.LOSSES`, "softmax" (CLIP, LiT) or "sigmoid" (SigLIP), which needs `config.model.bias_init`.
       tokenizer, vocab, max_len, tokenizer_options: see `data.host.text.make`; `vocab` may be an address that `hub.fetch`
         knows, and the file is copied beside the trained model. If it is empty, it is the one that comes with the data;
-        without either images alone are embedded, and nothing can be trained.
+        without either images alone are embedded, and nothing can be trained. A max_len of 0 is LiT's 16, or what the text
+        tower reads where that is less.
     """
     settings, model = setup.settings, setup.build_model()
     if loss not in pairs.LOSSES:
@@ -55,6 +58,7 @@ def make_task(
         raise UserError(f"config.model_type={model.type}: images and texts are compared by TwoTowers")
     if loss == "sigmoid" and model.fields.get("bias_init") is None:
         raise UserError("config.task.loss=sigmoid needs a bias: set config.model.bias_init, SigLIP's is -10")
+    max_len = max_len or min(LENGTH, model.fields["text"].get("max_len") or LENGTH)
     vocab = fetch(vocab) if vocab else getattr(setup.features.get("text"), "vocab", None)
     if not vocab and settings.trainer == "train":
         raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")

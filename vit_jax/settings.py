@@ -76,6 +76,14 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadFit:
+    """`config.head_fit`: before step 1 the head becomes the logistic regression on features, see fit_head.py."""
+
+    views: int = 0  # of every image: as evaluated, mirrored, then as many cut out as in training; 0: off
+    l2: tuple[float, ...] = tuple(10.0 ** (i / 2) for i in range(-8, 3))  # of ‖W‖²/2; of several one is chosen
+
+
+@dataclasses.dataclass(frozen=True)
 class Distillation:
     """`config.distill`: learning from a teacher, see tasks/distill.py."""
 
@@ -126,6 +134,7 @@ class Settings:
     loss: str = "softmax"  # or sigmoid
     label_smoothing: float = 0.0
     distill: Distillation = dataclasses.field(default_factory=Distillation)
+    head_fit: HeadFit = dataclasses.field(default_factory=HeadFit)
     # what is trained: expressions for whole names of parameters, such as "head/.*"
     train_only: tuple[str, ...] = ()  # everything, if empty
     freeze: tuple[str, ...] = ()
@@ -211,8 +220,11 @@ class Settings:
             raise UserError(_without_model(self.dataset or "FOLDER"))
         if not self.dataset:
             raise UserError("config.dataset is not set: --config.dataset=digits, a folder of photos, or a tfds name")
-        if self.trainer == "train" and (self.total_steps or 0) < 1:
-            raise UserError(f"config.total_steps={self.total_steps}: say how many steps to train")
+        least = 0 if self.head_fit.views else 1
+        if self.trainer == "train" and (self.total_steps is None or self.total_steps < least):
+            raise UserError(f"config.total_steps={self.total_steps}: say how many steps to train, {least} or more")
+        if self.head_fit.views and not (self.sources or self.pretrained_dir):
+            raise UserError("config.head_fit is for the features of a trained model: name it by --config.pretrained")
         if self.lora.rank and (self.freeze or self.train_only):
             raise UserError("config.lora freezes all but config.lora.train: leave config.freeze and config.train_only empty")
         if self.lora.rank and not (self.sources or self.pretrained_dir):
@@ -239,7 +251,7 @@ class Settings:
 
     def _check_numbers(self) -> None:
         at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0, "cooldown_steps": 0}
-        at_least["nonfinite_limit"] = 1
+        at_least |= {"nonfinite_limit": 1, "head_fit.views": 0}
         at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
         at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix", "cache_gb"), 0)
         for name, least in at_least.items():
@@ -248,6 +260,8 @@ class Settings:
         for name in ("label_smoothing", "augment.erasing", "augment.mix_prob", "augment.switch_prob"):
             if not 0 <= (value := operator.attrgetter(name)(self)) <= 1:
                 raise UserError(f"config.{name}={value} must be between 0 and 1")
+        if not self.head_fit.l2 or not all(isinstance(l2, int | float) and 0 < l2 < 1e6 for l2 in self.head_fit.l2):
+            raise UserError(f"config.head_fit.l2={self.head_fit.l2} must be one or more positive numbers, such as (0.001, 0.1)")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"config.ema_decay={self.ema_decay} must be from 0 to below 1, such as 0.9999")
         if self.ema_decay_end is not None and (self.ema_decay is None or not 0 <= self.ema_decay_end <= 1):

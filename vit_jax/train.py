@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import evaluators, report
+from vit_jax import evaluators, fit_head, report
 from vit_jax.checkpoint.state import Checkpointer, WriteError
 from vit_jax.data import loader, memory
 from vit_jax.errors import UserError
@@ -20,7 +20,7 @@ from vit_jax.run.lock import only_run
 from vit_jax.run.progress import Progress, log_setup
 from vit_jax.run.save_model import write_model
 from vit_jax.run.signals import GracefulExit, LoaderHangs
-from vit_jax.run.writer import Writer, logging_to
+from vit_jax.run.writer import Writer, format_metrics, logging_to
 from vit_jax.settings import Settings
 from vit_jax.tasks.task import TrainingFailed
 
@@ -42,6 +42,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         workdirs.check_classes(directory, experiment.train_source.class_names)
         workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
         log_setup(experiment)
+        if settings.head_fit.views:
+            fit_head.check(experiment)
         due_evaluators = evaluators.make_evaluators(experiment)
         checkpointer = Checkpointer(
             directory / "checkpoints",
@@ -53,6 +55,9 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         if state is None:
             log.info("start    from nothing, seed %d", settings.seed)
             state = start.new_state(experiment)
+        fits_head = settings.head_fit.views > 0 and checkpointer.latest_step() is None
+        if fits_head:
+            state = fit_head.fitted(experiment, state, go_on=lambda: _leave_if_asked(stop))
         workdirs.check_frozen(directory, start.frozen_fingerprints(experiment, state))
         with stop.reading():
             data = {"train": experiment.train_source.fingerprint(), "test": experiment.test_source.fingerprint()}
@@ -65,9 +70,18 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         writer = Writer(directory, start_step=done, total_steps=settings.total_steps)
         progress = Progress(experiment, writer, checkpointer, stop)
         try:
-            if stop.signal and jax.process_count() == 1:
-                raise SystemExit(stop.exit_code)
-            if done >= settings.total_steps:
+            # A fitted head is scored and kept, so that it is not fitted again
+            if fits_head:
+                metrics = evaluators.scores(experiment, state, [evaluator for _, evaluator in due_evaluators])
+                writer.scalars(0, metrics)
+                log.info("step 0  %s", format_metrics(metrics))
+                if progress.improves(metrics, complete=True):
+                    write_model(experiment, directory / "model_best.npz", state, 0, metrics)
+                if settings.total_steps == 0:
+                    write_model(experiment, directory / "model.npz", state, 0, metrics)
+                progress.save(0, state, metrics)
+            _leave_if_asked(stop)
+            if done >= settings.total_steps and not fits_head:
                 if not workdirs.has_model(directory):  # what stopped the last step came after it
                     metrics = evaluators.scores(experiment, state, [evaluator for _, evaluator in due_evaluators])
                     writer.scalars(done, metrics)
@@ -115,9 +129,14 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         finally:
             with contextlib.closing(checkpointer), contextlib.closing(writer):  # each closed even if another fails
                 batches.close()
-        if settings.report and (done < settings.total_steps or not (directory / report.FILE).exists()):
+        if settings.report and (done < settings.total_steps or fits_head or not (directory / report.FILE).exists()):
             report.of_run(experiment, state, directory)
         return experiment.parallelism.read(model_params(experiment, state)[""])
+
+
+def _leave_if_asked(stop: GracefulExit) -> None:
+    if stop.signal and jax.process_count() == 1:
+        raise SystemExit(stop.exit_code)
 
 
 def _train_batches(experiment: Experiment, start_step: int, stop: GracefulExit) -> Iterator[dict[str, jax.Array]]:

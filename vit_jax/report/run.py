@@ -99,7 +99,8 @@ def _about(experiment: Experiment, step: int) -> dict[str, str]:
 
 def _with_rates(series: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
     """With the learning rate of every step, of which the metrics hold only those at evaluations."""
-    total = experiment.settings.total_steps
+    if not (total := experiment.settings.total_steps):
+        return series
     steps = np.unique(np.linspace(1, total, min(total, collect.MOST_POINTS)).astype(int))
     rates = jax.vmap(experiment.schedule)(steps)
     return series | {"lr": (steps, np.asarray(rates, np.float64) + np.zeros(len(steps)))}

@@ -23,6 +23,9 @@ from vit_jax.tasks.task import TrainingFailed
 log = logging.getLogger("vit_jax")
 
 _WRITTEN_ONLY = ("grad_norm", "update_norm")  # metrics of the step itself, which only metrics.jsonl and TensorBoard get
+_LONG = 300.0  # seconds from which on it is told what would take less
+_VIEWS, _FORWARD = 2, 1 / 3  # of each image; a forward pass as part of a training step's work
+_QUICK = "--config=photos:FOLDER,quick, or --config.head_fit.views=2 --config.total_steps=0, in another --workdir"
 
 
 def log_setup(experiment: Experiment) -> None:
@@ -58,6 +61,13 @@ def log_setup(experiment: Experiment) -> None:
     log.info("devices  %d x %s, computing in %s%s", len(devices), devices[0].device_kind, settings.dtype, how)
 
 
+def _could_fit_a_head(experiment: Experiment) -> bool:
+    """Whether a classifier is fine-tuned on CPUs with a head that knows nothing."""
+    settings = experiment.settings
+    fine_tuning = bool(settings.sources) and not settings.head_fit.views and experiment.task.head_inputs is not None
+    return fine_tuning and jax.default_backend() == "cpu"
+
+
 class NotFiniteError(TrainingFailed):
     """The loss, the gradient or the update is not finite: there is nothing left to save."""
 
@@ -72,6 +82,7 @@ class Progress:
         self.clock: float | None = None
         self.agreed_to_stop = False
         self.skipped = self.skipped_in_a_row = 0
+        self.images = len(experiment.train_source) if _could_fit_a_head(experiment) else 0
 
     @property
     def stopping(self) -> bool:
@@ -140,12 +151,20 @@ class Progress:
             scalars["img_sec_core_train"] = rate / jax.device_count()
             left = (self.settings.total_steps - step) * self.settings.batch / rate
             status += f"  {rate:,.0f} images/s  {_duration(left)} left"
+            self._advise(rate, left)
         if self.skipped:
             scalars["skipped_steps"] = self.skipped
         self.writer.scalars(step, scalars)
         self.writer.advance(step, status)
         log.info("step %d/%d  %s", step, self.settings.total_steps, status, extra={"progress": True})
         self.start_clock()
+
+    def _advise(self, rate: float, left: float) -> None:
+        """Says once what takes less time than so many seconds on CPUs, at so many images a second."""
+        if self.images and left > _LONG:
+            seconds = _duration(_VIEWS * self.images * _FORWARD / rate)
+            log.info("advice   on CPUs a head alone, fitted to features, takes about %s and no steps: %s", seconds, _QUICK)
+        self.images = 0
 
     def _check_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         finite = all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "update_norm"))

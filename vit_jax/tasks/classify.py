@@ -50,6 +50,7 @@ def make_task(setup: Setup) -> Task:
             pictures=functools.partial(shapes.pictures, settings=settings, model=model),
         ),
         load=images.make_load(model, settings.image_size),
+        head_inputs=make_head_inputs(model.module, mean=mean, std=std),
     )
 
 
@@ -132,6 +133,18 @@ def make_predict(
         return {"logits": logits, "probabilities": PROBABILITIES[loss](logits)}
 
     return predict
+
+
+def make_head_inputs(
+    model: nn.Module, *, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Params, Batch], Float[Array, "b *heads d"]]:
+    """(parameters, batch with `image`) → what the head makes logits of, in float32."""
+    headless = model.clone(num_classes=None)
+
+    def head_inputs(params: Params, batch: Batch) -> Float[Array, "b *heads d"]:
+        return headless.apply({"params": params}, images.inputs(batch, mean, std), train=False).astype(jnp.float32)
+
+    return head_inputs
 
 
 def make_show(names: Sequence[str]) -> Callable[..., Shown]:

@@ -104,6 +104,8 @@ class Task:
       init: key → fresh parameters, of the model, or of all that is trained where `leaves` picks the model from them.
       loss: (parameters of the model, Context, batch, key) → Loss. It draws all randomness from the key.
       predict: (parameters of the model, evaluation batch) → dict of arrays by example.
+      head_inputs: (parameters of the model, evaluation batch) → (b, d), or (b, 2, d) for two heads, what a linear `head` makes
+        logits of; None where there is none that could be fitted, see `fit_head`.
       evaluators: types of `evaluators.TYPES` that run on the test split by default; their metrics end with `_test`.
       describe: () → the fields of `checkpoint.Description` that only this task knows: class_names, head, task.
       show: (outputs of `predict` for one example, its picture's (h, w), keyword options) → Shown.
@@ -136,6 +138,7 @@ class Task:
     show: Callable[..., Shown]
     preview: Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]
     load: Callable[..., Params]
+    head_inputs: Callable[[Params, Batch], Array] | None = None
     towers: tuple[str, ...] = ()
     frozen: Callable[[], dict[str, Params]] = field(default=dict)
     init_carry: Callable[[], Tree] = field(default=dict)

@@ -22,10 +22,11 @@ docs: .venv/installed-docs
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# timm without its dependencies: it would bring torchvision, which the tests do without.
+# timm without its dependencies: it would bring torchvision, which the tests do without. jax2onnx asks for an older
+# orbax-checkpoint than training needs.
 .venv/installed-test: .venv/installed pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 jax2onnx==0.17.1
 	touch $@
 
 .venv/installed-docs: .venv/installed pyproject.toml

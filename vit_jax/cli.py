@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module with a function `cli`, what it does)
     "search": ("vit_jax.search", "find the photos that a sentence describes, or that look like an image"),
     "features": ("vit_jax.features", "write the features of images to a file"),
     "attention": ("vit_jax.attention", "draw where a model looks in images"),
+    "export": ("vit_jax.export.__main__", "write a model as ONNX or StableHLO, for other programs"),
     "convert": ("vit_jax.convert", "turn a checkpoint into the layout of another library"),
     "inspect": ("vit_jax.tools.inspection", "list what is inside a checkpoint"),
     "plan": ("vit_jax.tools.plan", "tell what memory and time a recipe takes before it is run"),

@@ -1,0 +1,179 @@
+"""Exported files compute what the model does, for any number of images, and what is needed to use them stands beside."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import towers
+from tests.export import models
+from vit_jax import predictor
+from vit_jax.errors import UserError
+from vit_jax.export import __main__ as export
+from vit_jax.export import onnx_graph
+from vit_jax.export.program import random_pixels
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("jax2onnx")
+pytest.importorskip("flatbuffers")
+OUTPUTS = {"vit": {"logits", "probabilities"}, "dinov2": {"cls", "patches"}, "siglip": {"zimg"}}
+ALONE = """
+import sys
+
+import numpy as np
+from jax import export
+
+program = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+for count in (2, 5):
+    outputs = program.call(np.load(sys.argv[2])[:count])
+np.savez(sys.argv[3], **outputs)
+assert program.platforms == ("cpu", "cuda", "tpu")
+assert not [name for name in sys.modules if name.startswith(("vit_jax", "flax"))]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of every family, each in a folder of its name."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, family in models.FAMILIES.items():
+        models.write(folder / name, *family)
+    towers.write(folder / "siglip", head="sigmoid")
+    return folder
+
+
+def exported(model: Path, out: Path, *options: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The outputs of a new ONNX file for 5 images, and the content of the JSON beside."""
+    export.main([f"--model={model}", str(out), "--to=onnx", *options])
+    facts = json.loads(out.with_name(f"{out.name}.json").read_text())
+    return run(out, images(facts)), facts
+
+
+def images(facts: dict) -> np.ndarray:
+    """As the JSON beside a file says."""
+    pixels = random_pixels(tuple(facts["image_size"]), 5)
+    if facts["input"]["dtype"] == "uint8":
+        return pixels
+    return (pixels - np.float32(facts["mean"])) / np.float32(facts["std"])
+
+
+def run(path: Path, inputs: np.ndarray) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return dict(zip([y.name for y in session.get_outputs()], session.run(None, {"image": inputs}), strict=True))
+
+
+@functools.cache
+def expected(model: Path) -> dict[str, np.ndarray]:
+    """What the predictor makes of the same images, which it is given at their size."""
+    loaded = predictor.load(model, head=None)
+    return loaded.predict_examples([{"image": x.astype(np.float32)} for x in random_pixels(loaded.image_size, 5)], 5)
+
+
+@pytest.mark.parametrize("name", [*models.FAMILIES, "siglip"])
+def test_onnx_gives_what_the_model_gives(folder, tmp_path, name, capsys):
+    outputs, facts = exported(folder / name, tmp_path / "model.onnx", "--preprocess")
+    assert set(outputs) == set(facts["outputs"]) == OUTPUTS.get(name, OUTPUTS["vit"])
+    if name == "dinov2":
+        loaded = predictor.load(folder / name, head=False)
+        normalised = (random_pixels(models.SIZE, 5) - np.float32(facts["mean"])) / np.float32(facts["std"])
+        features = loaded.task.model.module.apply({"params": loaded.params}, normalised, method="features")
+        wanted = {"cls": features["cls"], "patches": features["map"]}
+    else:
+        wanted = expected(folder / name)
+    for key, y in wanted.items():
+        np.testing.assert_allclose(outputs[key], y, atol=1e-5)
+        assert facts["outputs"][key]["shape"][1:] == list(y.shape[1:])
+    assert "largest difference" in capsys.readouterr().out
+    used = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"LayerNormalization", "Gelu", "MatMul"} <= used and not used & {"Einsum", "Gemm", "Tanh", "Erf", "If"}
+    assert ("Softmax" in used) == (name != "mixer")
+
+
+def test_images_are_normalised_before_and_all_is_in_the_metadata(folder, tmp_path):
+    out = tmp_path / "model.onnx"
+    outputs, facts = exported(folder / "vit", out, "--dtype=float16")
+    np.testing.assert_allclose(outputs["logits"], expected(folder / "vit")["logits"], atol=1e-2)
+    assert outputs["logits"].dtype == np.float32
+    assert facts["input"]["dtype"] == "float32" and facts["input"]["shape"] == ["batch", *models.SIZE, 3]
+    assert facts["class_names"] == ["cat", "dog", "émeu"] and facts["preprocessing"]["resize_to"] == 20
+    model = onnx.load(out)
+    stored = {x.key: x.value for x in model.metadata_props}
+    known = {name: x for name, x in facts.items() if x is not None}
+    assert {name: x if isinstance(known[name], str) else json.loads(x) for name, x in stored.items()} == known
+    assert max(np.prod(x.dims) for x in model.graph.initializer if x.data_type == onnx.TensorProto.FLOAT) <= 1
+
+
+@pytest.mark.parametrize("kind, operator", [(kind, found) for kind, (_, found) in onnx_graph.QUANTISERS.items()])
+def test_kernels_of_8_bits(folder, tmp_path, monkeypatch, kind, operator):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for i, pixels in enumerate(random_pixels((30, 40), 3)):
+        Image.fromarray(pixels).save(f"photos/{i}.png")
+    calibrated = ["--calibrate=photos"] if kind == "static" else []
+    outputs, facts = exported(folder / "vit", tmp_path / "model.onnx", f"--int8={kind}", *calibrated)
+    wanted = expected(folder / "vit")["logits"]
+    assert facts["int8"] == kind
+    assert 0 < np.abs(outputs["logits"] - wanted).max() < 0.1 * np.abs(wanted).max()
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(node.op_type == operator for node in graph.node) >= 10  # of 14 products, three of which have the same input
+    assert max(np.prod(x.dims) for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT) <= 13 * 32  # positions
+
+
+def test_stablehlo_runs_in_a_process_without_this_package(folder, tmp_path):
+    export.main([f"--model={folder / 'vit'}", str(tmp_path / "m.stablehlo"), "--to=stablehlo"])
+    facts = json.loads((tmp_path / "m.stablehlo.json").read_text())
+    np.save(tmp_path / "images.npy", images(facts))
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    arguments = ["m.stablehlo", "images.npy", "outputs.npz"]
+    subprocess.run([sys.executable, "-c", ALONE, *arguments], cwd=tmp_path, env=environment, check=True, timeout=120)
+    found = np.load(tmp_path / "outputs.npz")
+    for key, y in expected(folder / "vit").items():
+        np.testing.assert_allclose(found[key], y, atol=1e-5)
+
+
+def test_a_file_that_computes_something_else_is_not_left(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        onnx_graph, "run", lambda data, x: {"logits": np.ones((len(x), 3)), "probabilities": np.ones((len(x), 3))}
+    )
+    with pytest.raises(UserError, match="not written: it computes something else"):
+        export.main([f"--model={folder / 'vit'}", str(tmp_path / "out" / "model.onnx"), "--to=onnx"])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["m.onnx", "--to=onx"], "unknown format 'onx': did you mean onnx?"),
+        (["m.onnx", "--to=stablehlo"], "must end with .stablehlo"),
+        (["folder.onnx", "--to=onnx"], "folder.onnx is a folder"),
+        (["m.stablehlo", "--to=stablehlo", "--int8=weights"], "is for --to=onnx"),
+        (["m.onnx", "--to=onnx", "--int8=static"], "--calibrate=FOLDER go together"),
+        (["m.onnx", "--to=onnx", "--calibrate=photos"], "--calibrate=FOLDER go together"),
+        (["m.onnx", "--to=onnx", "--int8=static", "--calibrate=nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_options(folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.onnx").mkdir()
+    with pytest.raises(UserError) as error:
+        export.main([f"--model={folder / 'vit'}", *options])
+    assert message in str(error.value)
+
+
+def test_without_the_libraries_the_error_says_how_to_get_them(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(onnx_graph.NEEDED, "no_such_library", "--no-deps no-such-library")
+    with pytest.raises(UserError, match="needs no_such_library: pip install --no-deps no-such-library"):
+        export.main([f"--model={folder / 'vit'}", str(tmp_path / "m.onnx"), "--to=onnx"])
+
+
+def test_the_command_imports_no_library_of_onnx_before_it_is_needed():
+    code = "import sys, vit_jax.export.__main__; print([m for m in ('onnx', 'onnxruntime', 'jax2onnx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,213 @@
+"""ONNX by jax2onnx, and the quantisers of onnxruntime. None of them is imported before it is needed."""
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from vit_jax.errors import UserError
+from vit_jax.export.plain import plain
+from vit_jax.export.program import Program
+from vit_jax.files import json_text
+
+NEEDED = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxruntime": "onnxruntime",
+    "jax2onnx": "--no-deps jax2onnx",  # its own dependencies want an older orbax-checkpoint than training does
+}
+"""Modules, and what pip calls them."""
+OPSET = 21
+"""That of onnxruntime 1.18 and later; jax2onnx writes a newer one by default."""
+BLOCK = 64
+"""Inputs that share a scale in weights of 8 bits: all widths of the named ViTs are multiples."""
+MOST_BYTES = 2**31 - 2**20
+"""Of a file of protobuf."""
+Model = Any  # onnx.ModelProto
+
+
+def convert(program: Program) -> Model:
+    """A graph of any number of images, with the facts of the program as metadata."""
+    import jax2onnx
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    example = program.example(batch)
+    function = dataclasses.replace(program, dtype="float32").function(program.predictor.params)
+    names = sorted(jax.eval_shape(function, example))
+    with _quiet():
+        model = jax2onnx.to_onnx(
+            plain(lambda images: [function(images)[name] for name in names], example),
+            [example],
+            model_name=program.predictor.description.model_name or "vit_jax",
+            opset=OPSET,
+            input_names=["image"],
+            output_names=names,
+            normalization_mode="prefer_native",
+        )
+    _gemm_to_matmul(model)
+    return model if program.dtype == "float32" else _half(model)
+
+
+def _half(model: Model) -> Model:
+    """The same in float16, but for inputs and outputs, and the softmax of attention."""
+    from onnxruntime.transformers import float16
+
+    kept = [*float16.DEFAULT_OP_BLOCK_LIST, "Softmax"]
+    with _quiet():
+        return float16.convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True, op_block_list=kept)
+
+
+def _gemm_to_matmul(model: Model) -> None:
+    """Products of matrices that are written as Gemm become MatMul, which is what the quantisers for CPUs look for."""
+    import onnx
+
+    product = {"alpha": 1.0, "beta": 0.0, "transA": 0, "transB": 0}
+    for node in model.graph.node:
+        options = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
+        if node.op_type == "Gemm" and product | {"beta": 1.0} | options == product:
+            node.op_type = "MatMul"
+            del node.input[2:], node.attribute[:]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [x for x in model.graph.initializer if x.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def add_facts(model: Model, facts: Mapping[str, Any]) -> None:
+    """Writes them into the metadata, as JSON what is no text."""
+    import onnx
+
+    onnx.helper.set_model_props(
+        model, {k: x if isinstance(x, str) else json_text(x) for k, x in facts.items() if x is not None}
+    )
+    model.producer_name = "vit_jax"
+
+
+def to_bytes(model: Model) -> bytes:
+    """The file. UserError for one that is too large."""
+    if model.ByteSize() > MOST_BYTES:
+        raise UserError(
+            f"the model has {model.ByteSize() / 2**30:.1f} GiB, an ONNX file holds 2: use --dtype=float16, --int8=weights or "
+            "--to=stablehlo"
+        )
+    return model.SerializeToString()
+
+
+def run(data: bytes, images: Shaped[np.ndarray, "b h w 3"]) -> dict[str, np.ndarray]:
+    """What onnxruntime makes of images, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [y.name for y in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"image": images}), strict=True))
+
+
+# Numbers of 8 bits
+
+
+def quantise(model: Model, kind: str, images: Sequence[Shaped[np.ndarray, "1 h w 3"]] = ()) -> Model:
+    """The kernels as 8-bit numbers.
+
+    "weights": `MatMulNBits`, which computes in float32; a scale for every `BLOCK` inputs of an output.
+    "dynamic": products of 8-bit numbers; the scale of an activation is found when it is there, that of a kernel by output.
+    "static": the same with scales of activations that are found now, on `images`.
+    """
+    quantiser, operator = QUANTISERS[kind]
+    with _quiet():
+        quantised = quantiser(model, images)
+    if not any(node.op_type == operator for node in quantised.graph.node):
+        raise UserError("this model has no product of matrices of which kernels of 8 bits could be made")
+    return quantised
+
+
+def _weights(model: Model, images: Sequence[Any]) -> Model:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(model, bits=8, block_size=BLOCK, is_symmetric=True)
+    quantizer.process()
+    return quantizer.model.model
+
+
+def _dynamic(model: Model, images: Sequence[Any]) -> Model:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _prepared(model, simplified=True) as (source, target):
+        quantize_dynamic(source, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+        return _read(target)
+
+
+def _static(model: Model, images: Sequence[Any]) -> Model:
+    """Not `simplified`: that joins products and biases to Gemm, at which the quantiser fails."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(({"image": x} for x in self.batches), None)
+
+    with _prepared(model, simplified=False) as (source, target):
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]},
+        )
+        return _read(target)
+
+
+QUANTISERS = {
+    "weights": (_weights, "MatMulNBits"),
+    "dynamic": (_dynamic, "MatMulInteger"),
+    "static": (_static, "QuantizeLinear"),
+}
+"""What makes kernels of 8 bits, and an operator that it leaves."""
+
+
+@contextlib.contextmanager
+def _prepared(model: Model, *, simplified: bool) -> Iterator[tuple[str, str]]:
+    """A file with the model, simplified so that equal activations are quantised once, and the name of one to be written."""
+    import onnx
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = str(Path(folder, "float.onnx")), str(Path(folder, "int8.onnx"))
+        onnx.save(model, source)
+        quant_pre_process(source, source, skip_symbolic_shape=True, skip_optimization=not simplified)
+        yield source, target
+
+
+def _read(path: str) -> Model:
+    import onnx
+
+    return onnx.load(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries tell of every operation; errors are raised anyway."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        onnxruntime.set_default_logger_severity(2)

@@ -7,7 +7,8 @@
 digits with sentences in English and German, see data/digit_sentences.py. By wordings that no training has seen it names 97.0,
 98.9 and 99.7 % of the held-out digits (seeds 0 to 2), in about a minute on 2 CPU cores.
 `:MODEL,DATASET`: b16b, b16b_2, l16l, l16s or l16ti, and a folder with captions or tar shards; the image tower starts from
-AugReg's ImageNet-21k, the text tower from nothing unless `config.pretrained.txt` names a model of two towers. They and LiT's
+AugReg's ImageNet-21k, the text tower from nothing unless `config.pretrained.txt` names a model of two towers
+or, with `config.model.text.activation=gelu`, a BERT of Hugging Face. They and LiT's
 vocabulary are fetched. For a TPU pod slice: batches of 16,384.
 
 Published for text towers that started from BERT and learnt from CC12M and YFCC100M, zero-shot on ImageNet: 73.9 % with b16b_2
@@ -46,6 +47,8 @@ def get_config(arg: str = "digits") -> ml_collections.ConfigDict:
     config = common.get_config()
     models.use(config, name)
     config.model.temperature_init = 10.0
+    if tokenizer == "bert":
+        config.model.text.activation = "gelu_tanh"  # LiT's; Hugging Face's BERT has "gelu"
     image = zoo.LIT[name]["image"]["model_name"]
     config.pretrained = {"img": zoo.PUBLISHED[image][0], "txt": ""}
     config.freeze = ("img/.*",) if config.model.out_dim[0] is None else ("img/(?!head/).*",)

@@ -5,12 +5,14 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests import tiny
+from tests.checkpoint.peers import randomise, torch_peer
 from tests.tasks.test_contract import contrast
-from vit_jax import checkpoint, train
+from vit_jax import checkpoint, predictor, train
 from vit_jax.errors import UserError
+from vit_jax.models.bert import BertModel
 from vit_jax.run import experiment as experiments
 from vit_jax.run import start
 from vit_jax.run.signals import GracefulExit
@@ -169,3 +171,36 @@ def test_a_locked_tower_stays_and_costs_neither_state_nor_gradient(folder):
     images = jax.ShapeDtypeStruct((16, 8, 8, 3), np.float32)
     forward = jax.jit(experiment.task.model.module.apply).lower({"params": experiment.init_params()}, images=images)
     assert flops() - flops(freeze=("img/.*",)) > 1.5 * forward.cost_analysis()["flops"]  # the gradient costs two forwards
+
+
+def test_a_text_tower_starts_from_a_bert_of_transformers(folder, tmp_path):
+    """Its class token is the tower's; what was trained on top of it is left out."""
+    torch_peer("transformers")
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": 30}
+    peer = randomise(transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=9)))
+    peer.save_pretrained(tmp_path)
+    c = config(folder, pretrained={"txt": str(tmp_path), "img": ""})
+    bert = {"hidden_size": 24, "mlp_dim": 40, "num_layers": 2, "num_heads": 3}
+    c.model.text_model = "bert"
+    c.model.text = {"config": bert, "vocab_size": 30, "max_len": 9, "activation": "gelu"}
+    experiment, params = begun(c)
+    tower = {name.removeprefix("txt/"): x for name, x in params.items() if name.startswith("txt/BertEncoder_0")}
+    tokens = np.array([[2, 7, 9, 4, 0, 0, 0], [2, 5, 0, 0, 0, 0, 0]])
+    model = BertModel(num_classes=None, **c.model.text.to_dict())
+    with jax.default_matmul_precision("highest"):
+        z = jax.jit(model.apply)({"params": unflatten_dict(tower, sep="/")}, tokens)
+    with torch.inference_mode():
+        x = torch.from_numpy(tokens)
+        expected = peer.bert(x, attention_mask=(x != 0).long()).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(z, expected, atol=1e-5, rtol=0)
+    for field, value, message in (("activation", "gelu_tanh", "trained with activation='gelu'"), ("num_heads", 2, "3 heads")):
+        target = c.model.text.config if field == "num_heads" else c.model.text
+        before, target[field] = target[field], value
+        with pytest.raises(UserError, match=message):
+            begun(c)
+        target[field] = before
+    with pytest.raises(UserError, match="is a text tower alone: training starts from it by config.pretrained.txt"):
+        predictor.load(tmp_path)

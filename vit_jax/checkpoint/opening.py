@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.checkpoint import (
+    bert_text,
     describe,
     detectors,
     dinov3,
@@ -111,6 +112,8 @@ def _open(path: Path, arrays: Flat) -> Opened:
     theirs = wrappers.unwrap(arrays, path)
     if towers := image_text_files.open_image_text(path, theirs):
         return towers
+    if bert := bert_text.open_bert(path, theirs):
+        return bert
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
     folder = folder_of(path)

@@ -1,7 +1,7 @@
 """BERT (https://arxiv.org/abs/1810.04805) as the text tower of LiT, with the names of the published LiT checkpoints.
 
-Unlike a ViT it is post-LN: every branch is added first and normalised then. Its GELU is the tanh form. Names and the
-two-dimensional attention kernels are those of flaxformer, with which LiT was trained.
+Unlike a ViT it is post-LN: every branch is added first and normalised then. Names and the two-dimensional attention kernels
+are those of flaxformer, with which LiT was trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,15 @@ SIZES = {
     "large": {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16},
 }
 _NORM_EPS = 1e-12
+_SHARED = ("vocab_size", "max_len", "dropout_rate", "activation", "remat", "dtype")
 _INIT = nn.initializers.truncated_normal(0.02)
+
+
+def sizes(config: str | Mapping[str, int]) -> dict[str, int]:
+    """Those of a `BertModel.config`. UserError for a name that is none."""
+    if isinstance(config, str) and config not in SIZES:
+        raise unknown("config of BERT", config, SIZES)
+    return dict(SIZES[config]) if isinstance(config, str) else SIZES["base"] | dict(config)
 
 
 class BertModel(nn.Module):
@@ -33,6 +41,7 @@ class BertModel(nn.Module):
       num_classes: width of the result; None or 0 gives the class token as it is.
       vocab_size, max_len: sizes of the tables of words and positions; a text may be shorter.
       dropout_rate: of every branch and of the embeddings, in training.
+      activation: of the MLPs, see `layers.MlpBlock`; LiT's is the tanh form of GELU, that of BERT's own files the erf form.
       remat: see `layers.Encoder`.
       dtype: what every layer computes in; parameters stay float32.
     """
@@ -42,6 +51,7 @@ class BertModel(nn.Module):
     vocab_size: int = 30_522
     max_len: int = 512
     dropout_rate: float = 0.0
+    activation: str = "gelu_tanh"
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -52,11 +62,8 @@ class BertModel(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x) if self.num_classes else x
 
     def _encoder(self, **kwargs: Any) -> "BertEncoder":
-        if isinstance(self.config, str) and self.config not in SIZES:
-            raise unknown("config of BERT", self.config, SIZES)
-        sizes = SIZES[self.config] if isinstance(self.config, str) else SIZES["base"] | dict(self.config)
-        others = {name: getattr(self, name) for name in ("vocab_size", "max_len", "dropout_rate", "remat", "dtype")}
-        return BertEncoder(**sizes, **others, **kwargs)
+        others = {name: getattr(self, name) for name in _SHARED}
+        return BertEncoder(**sizes(self.config), **others, **kwargs)
 
 
 class BertEncoder(nn.Module):
@@ -69,6 +76,7 @@ class BertEncoder(nn.Module):
     vocab_size: int
     max_len: int
     dropout_rate: float = 0.0
+    activation: str = "gelu_tanh"
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -83,7 +91,8 @@ class BertEncoder(nn.Module):
         x = embed(token_ids=tokens, position_ids=jnp.arange(n)[None], segment_ids=jnp.zeros((1, n), int))
         x = nn.LayerNorm(_NORM_EPS, self.dtype, name="layer_norm")(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        layer = partial(rematerialised(_Layer, self.remat), self.mlp_dim, self.num_heads, self.dropout_rate, self.dtype)
+        sizes = {"mlp_dim": self.mlp_dim, "num_heads": self.num_heads, "activation": self.activation}
+        layer = partial(rematerialised(_Layer, self.remat), **sizes, dropout_rate=self.dropout_rate, dtype=self.dtype)
         return _EncoderBlock(layer, self.num_layers, name="encoder_block")(x, tokens != 0, train)
 
 
@@ -127,13 +136,14 @@ class _Layer(nn.Module):
 
     mlp_dim: int
     num_heads: int
+    activation: str
     dropout_rate: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], valid: Bool[Array, "b n"], train: bool) -> Float[Array, "b n d"]:
         x = _AttentionBlock(self.num_heads, self.dropout_rate, self.dtype, name="attention_block")(x, valid, train)
-        return _MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name="mlp_block")(x, train)
+        return _MlpBlock(self.mlp_dim, self.activation, self.dropout_rate, self.dtype, name="mlp_block")(x, train)
 
 
 class _AttentionBlock(nn.Module):
@@ -165,13 +175,14 @@ class _Projections(nn.Module):
 
 class _MlpBlock(nn.Module):
     mlp_dim: int
+    activation: str
     dropout_rate: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
         y = _Hidden(self.mlp_dim, self.dtype, name="mlp")(x)
-        y = _linear(x.shape[-1], self.dtype, name="dense_layer", activation="gelu_tanh")(y)
+        y = _linear(x.shape[-1], self.dtype, name="dense_layer", activation=self.activation)(y)
         y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
         return nn.LayerNorm(_NORM_EPS, self.dtype, name="layer_norm")(x + y)
 

@@ -179,6 +179,12 @@ def check_same_text(trained: Fields, fields: Fields, where: object) -> None:
     What differs in names or shapes of parameters is not told here, and options of training do not count.
     """
     ours, theirs = (_text_class(f.get("text_model", "text_transformer")) for f in (fields, trained))
+    if ours is theirs is BertModel:
+        heads, wanted = (bert.sizes(f["text"].get("config", "base"))["num_heads"] for f in (trained, fields))
+        if heads != wanted:
+            raise UserError(
+                f"{where} was trained with {heads} heads in its text tower, not {wanted}: set num_heads in its config"
+            )
     for field in dataclasses.fields(ours) if ours is theirs else ():
         if field.name in _OF_SHAPES_OR_TRAINING:
             continue

@@ -99,6 +99,8 @@ def check_usable(description: Description, source: Any) -> None:
     """Raises UserError for a checkpoint without two towers."""
     if description.model_type != "TwoTowers":
         raise UserError(f"{source} is a {description.model_type}, without a text tower")
+    if not description.model["image"]:
+        raise UserError(f"{source} is a text tower alone: training starts from it by config.pretrained.txt")
 
 
 def make_init(model: nn.Module, image_size: tuple[int, int], max_len: int) -> Callable[[jax.Array], Params]:
@@ -190,7 +192,8 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
         )
 
     def _text_tower(opened: Opened, init_params: Params, keep_head: bool) -> Params:
-        check_usable(opened.description, opened.path)
+        if opened.description.model_type != "TwoTowers":
+            check_usable(opened.description, opened.path)
         two_towers.check_same_text(opened.description.model, model.fields, opened.path)
         wanted, loaded = flatten_dict(init_params, sep="/"), opened.under("txt/")
         if not keep_head:

@@ -126,7 +126,7 @@ def test_our_file_has_features_and_draws(opened, tmp_path):
     np.testing.assert_allclose(outputs["reconstruction"][0][~hidden], outputs["image"][0][~hidden], atol=1e-3)
     assert np.abs(outputs["reconstruction"][0][hidden] - outputs["image"][0][hidden]).mean() > 1
     shown = loaded.task.show({name: x[0] for name, x in outputs.items()}, (30, 33))
-    assert "hidden, drawn to" in shown.text[0] and shown.draw(None).size == (3 * SIDE, SIDE)
+    assert "hidden, drawn to" in shown.text[0] and shown.draw(None).size == (3 * 140 + 2 * 4, 140)
     plain = models.build("ViT", {k: v for k, v in loaded.description.model.items() if k != "decoder"})
     seen = augment.normalize(outputs["image"], loaded.description.mean, loaded.description.std)
     expected = plain.apply({"params": {k: v for k, v in opened.params.items() if k != "decoder"}}, seen, method="features")

@@ -187,6 +187,14 @@ def pixels(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]
     return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
 
+def side_by_side(images: UInt8[np.ndarray, "n h w 3"], *, least: int = 128, gap: int = 4) -> UInt8[np.ndarray, "H W 3"]:
+    """Images in a row, with white between them; small ones are enlarged by a whole number, to a side of `least` pixels."""
+    scale = -(-least // min(images.shape[1:3])) if min(images.shape[1:3]) < least else 1
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+    return np.concatenate(list(images), axis=1)[:, :-gap]
+
+
 def make_show_vector(output: str, name: str) -> Callable[..., Shown]:
     """(outputs, size) → a vector that the task gives as `output`: the first numbers as text, all of them as JSON, as `name`."""
 

@@ -191,10 +191,10 @@ def make_show(patch: tuple[int, int]) -> Callable[..., Shown]:
         covered = backbone.cover(true[None], outputs["hidden"][None], patch)[0]
         of_pixels = outputs["hidden"].repeat(patch[0], axis=0).repeat(patch[1], axis=1)
         error = float(np.sqrt(np.square(true - drawn)[of_pixels].mean()))
-        triptych = np.concatenate(list(images.pixels(np.stack([covered, drawn, true]))), axis=1)
+        row = images.side_by_side(images.pixels(np.stack([covered, drawn, true])))
         text = [f"{outputs['hidden'].mean():.0%} hidden, drawn to ±{error:.1f} of 255"]
         shown = {"hidden": outputs["hidden"].tolist(), "rms_error": error, "features": outputs["features"].tolist()}
-        return Shown(text, shown, lambda image: Image.fromarray(triptych))
+        return Shown(text, shown, lambda image: Image.fromarray(row))
 
     return show
 

@@ -1,6 +1,8 @@
 """Detectors against transformers', on pictures that are not square and padded, with every BatchNorm and norm drawn anew."""
 
+import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.models import small, transformer_peer
+from vit_jax.checkpoint import Description, Opened
 from vit_jax.checkpoint import detr as checkpoint
+from vit_jax.checkpoint.detectors import write_detector
 from vit_jax.checkpoint.export import write_checkpoint
 from vit_jax.checkpoint.opening import open_checkpoint
 from vit_jax.models import detr, get_model
@@ -87,6 +91,10 @@ def test_it_is_transformers_detr(saved):
     assert outputs["logits"].shape == (3, 2, 7, 6) and outputs["boxes"].shape == (3, 2, 7, 4)
     np.testing.assert_allclose(outputs["logits"][-1], theirs.logits, atol=1e-5)
     np.testing.assert_allclose(outputs["boxes"][-1], theirs.pred_boxes, atol=1e-5)
+    features = jax.jit(functools.partial(detr.Detr(**fields).apply, method="features"))(nested(ours), images, valid)
+    np.testing.assert_allclose(features["patches"], theirs.encoder_last_hidden_state, atol=2e-5)
+    second = features["map"][1, :2, :4].mean(axis=(0, 1))  # 61x101 pixels at 1/32
+    np.testing.assert_allclose(features["cls"][1], second, atol=1e-6)
 
 
 def test_checkpoints_come_back_bit_for_bit_in_every_layout(saved):
@@ -147,6 +155,15 @@ def test_the_official_names_are_those_of_the_official_model():
     assert kind == "detr" and set(ours) == set(zeros)
     assert again["body"]["resnet"] == {"num_layers": (3, 4, 6, 3), "width": 64, "dilated": True}
     assert (again["mlp_dim"], again["num_heads"], again["num_classes"]) == (2048, 8, 91)
+
+    # transformers has dilation on timm's ResNet alone.
+    of_sizes = {"model_type": "DETR", "image_size": (64, 64), "grid": (4, 4), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    described = Description(**of_sizes, model=fields | {"body": again["body"]}, class_names=("x",) * 91)
+    written = write_detector(Opened(Path("x"), "", zeros, described))
+    config = written.files["config.json"]
+    assert (config["use_timm_backbone"], config["backbone"], config["dilation"]) == (True, "resnet50", True)
+    kind, same, _ = checkpoint.read(written.arrays, config, where="it")
+    assert kind == "detr-hf-timm" and same["body"] == again["body"]
 
 
 @pytest.mark.parametrize("name, millions", [("DETR-R50", 41.5), ("DETR-R101-DC5", 60.5), ("YOLOS-Ti", 6.5), ("YOLOS-S", 30.7)])

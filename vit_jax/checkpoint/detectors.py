@@ -12,6 +12,7 @@ from vit_jax.checkpoint.family import IMAGENET, Written
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError
+from vit_jax.models.batchnorm_resnet import SIZES
 
 _NAMES = {
     "detr": "official DETR",
@@ -54,24 +55,18 @@ def write_detector(opened: Opened) -> Written:
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    arrays = detr.write(opened.flat, fields, "yolos" if is_yolos else "detr-hf")
+    dilated = fields.get("body", {}).get("resnet", {}).get("dilated")
+    arrays = detr.write(opened.flat, fields, "yolos" if is_yolos else "detr-hf-timm" if dilated else "detr-hf")
     return Written(arrays, {"config.json": (_yolos_config if is_yolos else _detr_config)(fields) | labels})
 
 
 def _detr_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if "resnet" not in fields["body"] or fields["body"]["resnet"].get("dilated") or fields.get("norm_first"):
-        raise UserError("transformers' DETR with its own ResNet knows no ViT, no dilation and no pre-LN: convert with --to=npz")
+    if "resnet" not in fields["body"] or fields.get("norm_first"):
+        raise UserError("transformers' DETR knows no ViT and no pre-LN: convert with --to=npz")
     resnet = fields["body"]["resnet"]
     width = resnet.get("width", 64)
-    per_side = {
-        "attention_heads": fields.get("num_heads", 8),
-        "ffn_dim": fields.get("mlp_dim", 2048),
-    }
-    return {
-        "model_type": "detr",
-        "architectures": ["DetrForObjectDetection"],
+    body = {
         "use_timm_backbone": False,
-        "use_pretrained_backbone": False,
         "backbone": None,
         "backbone_config": {
             "model_type": "resnet",
@@ -81,6 +76,21 @@ def _detr_config(fields: Mapping[str, Any]) -> dict[str, Any]:
             "layer_type": "bottleneck",
             "out_features": ["stage4"],
         },
+    }
+    if resnet.get("dilated"):  # transformers' own ResNet does not dilate, timm's does
+        name = next((name for name, units in SIZES.items() if (list(units), 64) == (list(resnet["num_layers"]), width)), None)
+        if name is None:
+            raise UserError("transformers dilates timm's ResNet-50 and ResNet-101 alone: convert with --to=npz")
+        body = {"use_timm_backbone": True, "backbone": name.replace("R", "resnet"), "dilation": True}
+    per_side = {
+        "attention_heads": fields.get("num_heads", 8),
+        "ffn_dim": fields.get("mlp_dim", 2048),
+    }
+    return {
+        "model_type": "detr",
+        "architectures": ["DetrForObjectDetection"],
+        "use_pretrained_backbone": False,
+        **body,
         "d_model": fields.get("width", 256),
         "num_queries": fields.get("num_queries", 100),
         "encoder_layers": fields["num_encoder_layers"],

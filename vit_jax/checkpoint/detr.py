@@ -9,47 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint import rules
+from vit_jax.checkpoint import batchnorm_resnet, rules
 from vit_jax.checkpoint.family import count_blocks
 from vit_jax.checkpoint.rules import Flat, Rule, rule
 from vit_jax.errors import UserError, unknown
 
-_BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _PROJECTIONS = ("query", "key", "value")
-
-
-def _conv_and_norm(ours: tuple[str, str], theirs: tuple[str, str]) -> list[Rule]:
-    """A convolution without bias, and the frozen BatchNorm after it."""
-    (our_conv, our_norm), (conv, norm) = ours, theirs
-    kernel = rule(f"backbone/{our_conv}/kernel", f"{conv}.weight", rules.CONVOLUTION)
-    return [kernel, *(rule(f"backbone/{our_norm}/{name}", f"{norm}.{their}") for name, their in _BATCH_NORM.items())]
-
-
-def _torchvision(prefix: str) -> list[Rule]:
-    """A ResNet with the names of torchvision and timm."""
-    table = _conv_and_norm(("conv1", "bn1"), (f"{prefix}.conv1", f"{prefix}.bn1"))
-    for stage in range(1, 5):
-        ours, theirs = f"layer{stage}_{{i}}", f"{prefix}.layer{stage}.{{i}}"
-        for k in (1, 2, 3):
-            table += _conv_and_norm((f"{ours}/conv{k}", f"{ours}/bn{k}"), (f"{theirs}.conv{k}", f"{theirs}.bn{k}"))
-        shortcut = f"{theirs}.downsample.0", f"{theirs}.downsample.1"
-        table += _conv_and_norm((f"{ours}/conv_proj", f"{ours}/bn_proj"), shortcut)
-    return table
-
-
-def _transformers_resnet(prefix: str) -> list[Rule]:
-    """A ResNet with transformers' own names."""
-
-    def names(at: str) -> tuple[str, str]:
-        return f"{at}.convolution", f"{at}.normalization"
-
-    table = _conv_and_norm(("conv1", "bn1"), names(f"{prefix}.embedder.embedder"))
-    for stage in range(4):
-        ours, theirs = f"layer{stage + 1}_{{i}}", f"{prefix}.encoder.stages.{stage}.layers.{{i}}"
-        for k in range(3):
-            table += _conv_and_norm((f"{ours}/conv{k + 1}", f"{ours}/bn{k + 1}"), names(f"{theirs}.layer.{k}"))
-        table += _conv_and_norm((f"{ours}/conv_proj", f"{ours}/bn_proj"), names(f"{theirs}.shortcut"))
-    return table
 
 
 def _transformers_attention(ours: str, theirs: str) -> list[Rule]:
@@ -104,7 +69,7 @@ _TRANSFORMERS_NAMES = {
     },
 }
 _OFFICIAL = (
-    *_torchvision("backbone.0.body"),
+    *batchnorm_resnet.torchvision("backbone.0.body."),
     *_input_projection("input_proj"),
     rule("query_embed", "query_embed.weight"),
     *_layers("transformer.", rules.packed_attention, _OFFICIAL_NAMES, ("linear1", "linear2")),
@@ -147,8 +112,8 @@ _YOLOS = (
 )
 TABLES: dict[str, tuple[Rule, ...]] = {
     "detr": _OFFICIAL,
-    "detr-hf": (*_transformers_resnet(_BACKBONE), *_TRANSFORMERS),
-    "detr-hf-timm": (*_torchvision(_BACKBONE), *_TRANSFORMERS),
+    "detr-hf": (*batchnorm_resnet.transformers(f"{_BACKBONE}."), *_TRANSFORMERS),
+    "detr-hf-timm": (*batchnorm_resnet.torchvision(f"{_BACKBONE}."), *_TRANSFORMERS),
     "yolos": _YOLOS,
 }
 """Layouts by name."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.checkpoint import (
+    batchnorm_resnet,
     bert_text,
     describe,
     detectors,
@@ -114,6 +115,8 @@ def _open(path: Path, arrays: Flat) -> Opened:
         return towers
     if bert := bert_text.open_bert(path, theirs):
         return bert
+    if resnet := batchnorm_resnet.open_resnet(path, theirs):
+        return resnet
     family = _detect(theirs, path)
     theirs = family.normalize(theirs)
     folder = folder_of(path)
@@ -189,7 +192,7 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
             return timm.DEIT3
         is_dinov2 = holds("register_tokens", "mlp.w12") or ("mask_token" in names and holds("ls1.gamma"))
         return timm.DINOV2 if is_dinov2 else timm.TIMM
-    if holds("encoderblock", "MixerBlock_", "bbox_embed/"):
+    if holds("encoderblock", "MixerBlock_", "bbox_embed/", "layer1_0/"):
         return GOOGLE
     sample = ", ".join(sorted(names)[:5])
     raise UserError(

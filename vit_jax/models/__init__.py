@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from vit_jax.errors import unknown
-from vit_jax.models import detr, eomt, mae, mixer, segment, two_towers, vit
+from vit_jax.models import batchnorm_resnet, detr, eomt, mae, mixer, segment, two_towers, vit
 from vit_jax.models.architecture import Architecture
 from vit_jax.models.mixer import MlpMixer as MlpMixer
 from vit_jax.models.vit import VisionTransformer as VisionTransformer
@@ -17,6 +17,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Mixer": mixer.ARCHITECTURE,
     "DETR": detr.DETR,
     "YOLOS": detr.YOLOS,
+    "BatchNormResNet": batchnorm_resnet.ARCHITECTURE,
     "TokenDetector": detr.TOKENS,
     "EoMT": eomt.EOMT,
     "LinearSegmenter": segment.LINEAR,

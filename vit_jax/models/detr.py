@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vit_jax.errors import UserError
-from vit_jax.models import positions, vit
+from vit_jax.models import batchnorm_resnet, positions, vit
 from vit_jax.models.architecture import Architecture, Fields
 from vit_jax.models.batchnorm_resnet import SIZES, BatchNormResNet
 from vit_jax.models.decoder import Stack
@@ -125,20 +125,35 @@ class Detr(nn.Module):
         self, images: Float[Array, "b H W 3"], valid: Bool[Array, "b H W"] | None = None, *, train: bool = False
     ) -> Outputs:
         """`valid` is False on the padding of an image, at its right and bottom; "dropout" keys are needed when `train`."""
-        valid = jnp.ones(images.shape[:3], bool) if valid is None else valid
-        x, valid = self.backbone(images, valid, train=train)
-        b, h, w, _ = x.shape
-        places = positions.sine_of_image(valid, self.width).reshape(b, h * w, -1)
-        memory = self.input_proj(x).reshape(b, h * w, -1)
-        mask = valid.reshape(b, 1, 1, h * w)
-
-        # The encoder relates the cells, the decoder looks at them; positions are added again in every layer.
-        memory = self.encoder(memory, mask=mask, places=places, train=train)[-1] if self.num_encoder_layers else memory
+        memory, cells, places = self._encode(images, valid, train)
+        mask = cells.reshape(len(cells), 1, 1, -1)
         queries = self.query_embed[None].astype(self.dtype)
-        start = jnp.zeros((b, self.num_queries, self.width), self.dtype)
+        start = jnp.zeros((len(cells), self.num_queries, self.width), self.dtype)
         states = self.decoder(start, memory, memory_mask=mask, places=queries, memory_places=places, train=train)
         states = jnp.stack(states)
         return _outputs(self.class_embed(states), self.bbox_embed(states))
+
+    def features(
+        self, images: Float[Array, "b H W 3"], valid: Bool[Array, "b H W"] | None = None, *, train: bool = False
+    ) -> dict[str, Any]:
+        """What the decoder looks at: `map` (b, h, w, d), `patches` (b, h·w, d), and `cls` (b, d), their mean where valid."""
+        memory, cells, _ = self._encode(images, valid, train)
+        weights = cells.reshape(len(cells), -1, 1).astype(memory.dtype)
+        mean = (memory * weights).sum(axis=1) / weights.sum(axis=1)
+        return {"cls": mean, "map": memory.reshape(*cells.shape, self.width), "patches": memory}
+
+    def _encode(
+        self, images: Float[Array, "b H W 3"], valid: Bool[Array, "b H W"] | None, train: bool
+    ) -> tuple[Float[Array, "b n d"], Bool[Array, "b h w"], Float[Array, "b n d"]]:
+        """The cells of an image related to each other, which of them are valid, and their positions, added in every layer."""
+        valid = jnp.ones(images.shape[:3], bool) if valid is None else valid
+        x, cells = self.backbone(images, valid, train=train)
+        b, h, w, _ = x.shape
+        places = positions.sine_of_image(cells, self.width).reshape(b, h * w, -1)
+        memory = self.input_proj(x).reshape(b, h * w, -1)
+        if self.num_encoder_layers:
+            memory = self.encoder(memory, mask=cells.reshape(b, 1, 1, h * w), places=places, train=train)[-1]
+        return memory, cells, places
 
 
 class Yolos(nn.Module):
@@ -243,8 +258,7 @@ def _cut(fields: Fields) -> tuple[int, int] | None:
 def _grid(fields: Fields, image_size: tuple[int, int]) -> tuple[int, int]:
     if "vit" in fields["body"]:
         return vit.ARCHITECTURE.grid(fields["body"]["vit"], image_size)
-    stride = 16 if fields["body"]["resnet"].get("dilated") else 32
-    return tuple(-(-length // stride) for length in image_size)
+    return batchnorm_resnet.ARCHITECTURE.grid(fields["body"]["resnet"], image_size)
 
 
 def _detr(name: str, resnet: str, *, dilated: bool = False) -> tuple[str, Fields]:

@@ -30,12 +30,12 @@ def find_origin(settings: Settings, directory: Path | None = None) -> checkpoint
     """The description of what the run in a workdir started from, or a new one would; None if that is nothing."""
     if directory is not None and workdir.is_known(directory):
         return workdir.origin(directory)
-    source = next((tower for tower in ("", "img") if tower in settings.sources), None)
+    source = next((tower for tower in ("", "img", "backbone") if tower in settings.sources), None)
     if source is None:
         return None
     with _errors_name(source):
         opened = checkpoint.open_checkpoint(find_npz(settings.sources[source]))
-    of_images = source or not tasks.towers(settings)  # who has no texts trains the image tower alone
+    of_images = source or "txt" not in tasks.towers(settings)  # who has no texts trains the image tower alone
     return opened.image_tower().description if of_images else opened.description
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax.checkpoint import Description, load_pretrained
 from vit_jax.checkpoint.classes import match_classes
-from vit_jax.checkpoint.fit import check_shape
+from vit_jax.checkpoint.fit import check_fit, check_shape
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.data.device import augment
 from vit_jax.data.host.resize import Box
@@ -28,11 +28,14 @@ from vit_jax.data.loader import ExampleError
 from vit_jax.errors import UserError
 from vit_jax.models import vit
 from vit_jax.tasks import matching
+from vit_jax.tasks.images import valid_pixels
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
 DETECTORS = ("DETR", "YOLOS", "TokenDetector")
 """Keys of `models.ARCHITECTURES`."""
+TOWERS = ("backbone",)
+"""What `config.pretrained` may name a source of its own for: a ViT, or a ResNet of torchvision, timm or transformers."""
 COLORS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2d92", "#5ac8fa", "#af52de", "#ff9500")
 
 
@@ -115,6 +118,7 @@ def make_task(
         show=make_show(names),
         preview=make_preview(names),
         load=make_load(model, sizes.image_size),
+        towers=TOWERS,
     )
 
 
@@ -211,10 +215,7 @@ def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
 
 def _inputs(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tuple[Float[Array, "b H W 3"], Bool[Array, "b H W"]]:
     """Normalised images, 0 on padding, and which pixels are valid."""
-    height, width = batch["image"].shape[1:3]
-    rows = jnp.arange(height) < batch["extent"][:, :1]
-    columns = jnp.arange(width) < batch["extent"][:, 1:]
-    valid = rows[:, :, None] & columns[:, None]
+    valid = valid_pixels(batch)
     return augment.normalize(batch["image"], mean, std) * valid[..., None], valid
 
 
@@ -225,21 +226,33 @@ def in_pixels(boxes: Float[np.ndarray, "*n 4"], size: tuple[int, int]) -> Float[
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
-    """See `Task.load`: a detector of the same architecture, or a ViT that becomes the backbone of one."""
+    """See `Task.load`: a detector of the same architecture, or a ViT or ResNet that becomes the backbone of one."""
 
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
-        opened, body = sources[""], model.fields.get("body", {})
-        if opened.description.model_type not in DETECTORS:
-            if "vit" not in body:
-                raise UserError(f"{opened.path} is no detector, and no backbone of this one: give a detector of the same kind")
-            grid = vit.ARCHITECTURE.grid(body["vit"], image_size)
-            backbone = load_pretrained(
-                pretrained_path=opened, init_params=init_params["backbone"], model_config=body["vit"], grid=grid
-            )
-            return {**init_params, "backbone": backbone}
-        return _with_head(opened, flatten_dict(init_params, sep="/"), classes)
+        params = init_params
+        for _, opened in sorted(sources.items()):  # that of a whole model comes before that of its backbone
+            if opened.description.model_type in DETECTORS:
+                params = _with_head(opened, flatten_dict(init_params, sep="/"), classes)
+            else:
+                params = {**params, "backbone": _backbone(opened, model.fields.get("body", {}), params, image_size)}
+        return params
 
     return load
+
+
+def _backbone(opened: Opened, body: Mapping[str, Any], params: Params, image_size: tuple[int, int]) -> Params:
+    """The backbone's parameters from a file. UserError for another kind of model, or another size of it."""
+    if "vit" in body and opened.description.model_type != "BatchNormResNet":
+        grid = vit.ARCHITECTURE.grid(body["vit"], image_size)
+        return load_pretrained(pretrained_path=opened, init_params=params["backbone"], model_config=body["vit"], grid=grid)
+    if "resnet" in body and opened.description.model_type == "BatchNormResNet":
+        check_fit(opened.params, params["backbone"], opened.path)
+        return opened.params
+    wanted = {"vit": "a ViT", "resnet": "a ResNet"}.get(next(iter(body), ""), "no backbone")
+    raise UserError(
+        f"{opened.path} is a {opened.description.model_type}, and this detector stands on {wanted}: give a detector or "
+        "backbone of the same kind"
+    )
 
 
 def _with_head(opened: Opened, fresh: dict[str, Array], classes: Sequence[str] | None) -> Params:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from vit_jax import checkpoint, models
 from vit_jax.checkpoint.classes import match_classes
@@ -164,10 +164,23 @@ def patch_grid(model: Model, image_size: tuple[int, int]) -> tuple[int, int]:
     return models.architecture_of(model.type).grid(model.fields, image_size)
 
 
-def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"]) -> dict[str, Float[Array, "b ..."]]:
+def valid_pixels(batch: Batch) -> Bool[Array, "b H W"]:
+    """Which pixels of images are no padding, of which the `extent` (h, w) of each tells."""
+    height, width = batch["image"].shape[1:3]
+    rows = jnp.arange(height) < batch["extent"][:, :1]
+    columns = jnp.arange(width) < batch["extent"][:, 1:]
+    return rows[:, :, None] & columns[:, None]
+
+
+def image_features(
+    model: nn.Module, params: Any, images: Float[Array, "b H W c"], valid: Bool[Array, "b H W"] | None = None
+) -> dict[str, Float[Array, "b ..."]]:
     """Features of normalised images, in float32, after the last LayerNorm.
 
     That norm is the encoder's: a model with `fc_norm` has none there, and its tokens come as the last block leaves them.
+
+    Args:
+      valid: False on padding, for a model that heeds it.
 
     Returns:
       cls: (b, d), the class token, or the mean of the patches for a model that has none;
@@ -176,7 +189,10 @@ def image_features(model: nn.Module, params: Any, images: Float[Array, "b H W c"
     """
     if isinstance(images, Pack):
         raise UserError("features are of images of one size: set max_patches=0, or give --size=H,W")
-    outputs = model.apply({"params": params}, images, train=False, method="features")
+    if not hasattr(model, "features"):
+        raise UserError(f"a {type(model).__name__} has no features of images: give a ViT, Mixer, DETR or one of two towers")
+    options = {} if valid is None else {"valid": valid}
+    outputs = model.apply({"params": params}, images, **options, train=False, method="features")
     patches = outputs["map"].astype(jnp.float32)
     cls = patches.mean(axis=(1, 2)) if outputs["cls"] is None else outputs["cls"].astype(jnp.float32)
     return {"cls": cls, "patches": patches}

@@ -10,7 +10,7 @@ LAYERS = (
     ("models",),
     ("data",),
     ("settings",),
-    ("checkpoint", "preprocess"),
+    ("checkpoint", "preprocess", "pictures"),
     ("tasks",),
     ("optimize",),
     ("run",),

@@ -17,6 +17,7 @@ from PIL import Image
 from configs import (
     augreg,
     augreg_pretrain,
+    caption,
     clip,
     common,
     deit3,
@@ -46,11 +47,11 @@ from configs import (
 )
 from tests import command_line, tiny
 from tests.data import toy_tfds
-from vit_jax import checkpoint, models
+from vit_jax import checkpoint, models, tokenizer
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.optimize import trainable
-from vit_jax.run import start
+from vit_jax.run import experiment, start
 from vit_jax.settings import Settings
 from vit_jax.tools import plan
 from vit_jax.train import train_and_evaluate
@@ -141,6 +142,37 @@ def test_segment_takes_a_step(tmp_path, head):
     train_and_evaluate(config, tmp_path)
     assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
     assert 0 <= tiny.metrics(tmp_path, "mIoU_test")[1] <= 1
+
+
+def test_caption_takes_a_step_on_digits(tmp_path):
+    config = caption.get_config("show_attend_tell,digits")
+    config.update(SMALL | {"pp": {"train": "train[:8]", "test": "test[:5]"}})
+    config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
+    del config.model.body.vit.resnet
+    config.model.body.vit.transformer.update(ENCODER)
+    config.model.update({"width": 16, "embedding_dim": 16, "attention_dim": 16})
+    config.update({"accum_steps": 1, "evaluators": {}})
+    train_and_evaluate(config, tmp_path)
+    assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
+    assert 0 <= tiny.metrics(tmp_path, "CIDEr_test")[1] <= 10
+
+
+@pytest.mark.parametrize("decoder", caption.DECODERS)
+def test_captioners_of_the_papers_read_a_vocabulary_that_was_made_of_the_captions(tmp_path, decoder):
+    for i, text in enumerate(("A red dog.", "two cats", "a dog and two cats", "a red cat")):
+        Image.fromarray(np.full((20, 20, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(text)
+    assert tokenizer.main([str(tmp_path), str(tmp_path / "words.model"), "--vocab_size=30"]) == 0
+    config = caption.get_config(f"{decoder},{tmp_path}")
+    config.task.vocab = str(tmp_path / "words.model")
+    config.update({"trainer": "train", "pretrained": "", "pp": {"train": "train[:3]", "test": "train[3:]"}})
+    e = experiment.build(Settings.from_config(config))
+    example = e.task.train_example(e.train_source[0], rng=np.random.default_rng(0), exif_rotated=False)
+    assert e.task.preview({name: x[None] for name, x in example.items()}, jax.random.key(0))[1] == ["a red dog."]
+    shapes = flatten_dict(jax.eval_shape(e.init_params), sep="/")
+    assert shapes["output/kernel"].shape[1] == config.model.vocabulary
+    assert ("text_decoder/layer_5/mlp/Dense_0/kernel" in shapes) == (decoder == "cappa")
+    assert not any("text_decoder" in name and name.endswith("bias") for name in shapes)
 
 
 def test_detr_r50_freezes_norms_and_stem():

@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module with a function `cli`, what it does)
     "features": ("vit_jax.features", "write the features of images to a file"),
     "attention": ("vit_jax.attention", "draw where a model looks in images"),
     "export": ("vit_jax.export.__main__", "write a model as ONNX or StableHLO, for other programs"),
+    "tokenizer": ("vit_jax.tokenizer", "make the vocabulary of a captioner from the sentences of a dataset"),
     "convert": ("vit_jax.convert", "turn a checkpoint into the layout of another library"),
     "inspect": ("vit_jax.tools.inspection", "list what is inside a checkpoint"),
     "plan": ("vit_jax.tools.plan", "tell what memory and time a recipe takes before it is run"),

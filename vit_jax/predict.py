@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vit_jax import arguments, predictor
+from vit_jax import arguments, pictures, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host import inputs
 from vit_jax.data.listing import find_images, shown
@@ -25,7 +25,6 @@ from vit_jax.files import json_text
 from vit_jax.run import runtime
 from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Shown
-from vit_jax.tools import pictures
 
 
 def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bool = False) -> int:

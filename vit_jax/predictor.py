@@ -17,7 +17,7 @@ from vit_jax.checkpoint import Description, describe, pixels
 from vit_jax.checkpoint.classes import find_classes
 from vit_jax.checkpoint.fit import warn_of_empty_head
 from vit_jax.checkpoint.results import find_npz
-from vit_jax.checkpoint.texts import open_tokenizer
+from vit_jax.checkpoint.texts import find_vocabulary, open_tokenizer
 from vit_jax.data.host.text import Tokenizer
 from vit_jax.errors import UserError, printable, unknown
 from vit_jax.finite import check_outputs
@@ -285,7 +285,7 @@ def load(
     if size is not None:
         _check_whole_patches(size, description)
         description = _at_size(description, size)
-    task = tasks.of_description(description)
+    task = tasks.of_description(description, find_vocabulary(opened, vocab=vocab) if tasks.writes(description) else None)
     token_merging.check(task.model.module, tome)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     if size is None and head and tuple(description.image_size) == tuple(description.native_size):

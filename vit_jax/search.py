@@ -22,7 +22,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from vit_jax import arguments, predictor
+from vit_jax import arguments, pictures, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data import embedding_index
 from vit_jax.data.embedding_index import Index
@@ -32,7 +32,6 @@ from vit_jax.errors import UserError, command, printable
 from vit_jax.files import json_text, read_regular
 from vit_jax.predictor import Predictor
 from vit_jax.run import runtime
-from vit_jax.tools import pictures
 
 Found = list[tuple[str, float]]
 """Names of photos relative to the folder, and their scores, the best first."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import configs.caption
 import configs.common
 import configs.detect
 import configs.segment
@@ -24,6 +25,19 @@ from vit_jax.tools import plan
 from vit_jax.train import train_and_evaluate
 
 STEPS = 4
+
+
+def caption(tmp_path):
+    """Batches with other numbers of words on every device, some examples predicted in parallel, and all terms of the loss."""
+    c = configs.caption.get_config("cappa,digits")
+    c.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}, "position_embedding": "sincos2d"})
+    del c.model.body.vit.resnet
+    c.model.body.vit.transformer.update({"num_layers": 1, "mlp_dim": 16, "num_heads": 2})
+    c.model.update({"width": 16, "num_heads": 2, "mlp_dim": 16, "num_layers": 1})
+    c.task.update({"beams": 2, "doubly_stochastic": 0.1})
+    c.pp.update({"train": "train[:100]", "test": "test[:7]"})
+    c.update({"batch": 16, "batch_eval": 8, "progress_every": 1, "evaluators": {}})
+    return c
 
 
 def classify(tmp_path):
@@ -106,6 +120,7 @@ def self_distill(tmp_path):
 
 
 RECIPES = {
+    "caption": caption,
     "classify": classify,
     "contrast": contrast,
     "detect": detect,

@@ -29,8 +29,8 @@ def open_tokenizer(opened: Opened, *, vocab: str | os.PathLike | None = None) ->
         raise UserError(f"{opened.path} is a {opened.description.model_type}, which reads no texts")
     if not described:
         raise UserError(f"{opened.path} does not tell how texts become tokens: its description has no entry text")
-    name, file, max_len = (described.pop(key) for key in ("tokenizer", "vocab", "max_len"))
-    tokenizer = text.make(name, _find(opened.path, file) if vocab is None else fetch(vocab), max_len, **described)
+    name, _, max_len = (described.pop(key) for key in ("tokenizer", "vocab", "max_len"))
+    tokenizer = text.make(name, find_vocabulary(opened, vocab=vocab), max_len, **described)
     check_vocabulary(tokenizer, opened.description.model)
     return tokenizer
 
@@ -49,14 +49,16 @@ def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any], *, or_set: 
         )
 
 
-def _find(path: Path, file: str) -> Path:
-    """The vocabulary beside a checkpoint, or the published one. Raises UserError if there is none."""
+def find_vocabulary(opened: Opened, *, vocab: str | os.PathLike | None = None) -> Path:
+    """The vocabulary that is named, or lies beside a checkpoint, or is published. Raises UserError if there is none."""
+    if vocab is not None:
+        return fetch(vocab)
+    path, file = opened.path, opened.description.text.get("vocab", "")
     beside = folder_of(path) / file
     if not beside.is_file() and Path(file).stem in zoo.LIT:
         return fetch(f"{zoo.LIT_BUCKET}/{file}")
     if not beside.is_file():
         raise UserError(
-            f"{path} needs the vocabulary that its text tower was trained with: put it beside it, as {beside}, or name it "
-            "(--vocab)"
+            f"{path} needs the vocabulary that it was trained with: put it beside it, as {beside}, or name it (--vocab)"
         )
     return beside

@@ -36,11 +36,11 @@ class DigitCanvasSource(DrawnDigits):
         ink = np.zeros((SIDE, SIDE, 1), np.float32)
         resized = cv2.resize(digit["image"][..., 0].astype(np.float32) / 255, (side, side), interpolation=cv2.INTER_CUBIC)
         ink[top : top + side, left : left + side, 0] = resized.clip(0, 1)
-        paper, color = _two_colors(rng)
+        paper, color = two_colors(rng)
         return {"image": (paper + (color - paper) * ink).round().astype(np.uint8), "label": digit["label"]}
 
 
-def _two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Of paper and ink, the one brighter than the other by 80 of 255 or more."""
     while True:
         paper, color = rng.uniform(0, 255, (2, 3)).astype(np.float32)

@@ -47,7 +47,7 @@ class DigitScenesSource(DrawnDigits):
         labels: list[int] = []
         for _ in range(rng.integers(1, _MOST + 1)):
             digit = self._digits[int(rng.integers(len(self._digits)))]
-            ink = _resized_ink(digit["image"], int(rng.integers(*_SIZES)))
+            ink = resized_ink(digit["image"], int(rng.integers(*_SIZES)))
             box = _free_place(rng, ink.shape, boxes)
             color = rng.uniform(160, 255, 3).astype(np.float32)
             if box:
@@ -99,7 +99,7 @@ def _background(rng: np.random.Generator, split: str) -> UInt8[np.ndarray, "s s 
     return square[:, ::-1] if rng.random() < 0.5 else square
 
 
-def _resized_ink(digit: UInt8[np.ndarray, "8 8 1"], side: int) -> Float32[np.ndarray, "h w"]:
+def resized_ink(digit: UInt8[np.ndarray, "8 8 1"], side: int) -> Float32[np.ndarray, "h w"]:
     """How much ink there is, 0 to 1, cut to where there is some."""
     ink = cv2.resize(digit[..., 0].astype(np.float32) / 255, (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
     rows, columns = np.nonzero(ink > _INK)

@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.data import captions, detection, listing, segmentation, shards
 from vit_jax.data.digit_canvas import DigitCanvasSource
+from vit_jax.data.digit_pairs import DigitPairsSource
 from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
 from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
@@ -39,11 +40,11 @@ def get_source(
 ) -> Source:
     """Returns the examples of a split, such as `train`, `test`, `train[:98%]` or `train[-500:]`.
 
-    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas` (see their classes),
-    the path of an existing folder (see FolderSource, detection.open_folder for images with boxes, segmentation.open_folder for
-    images with masks, captions.open_folder and shards.open_folder for images with sentences), `unlabelled:FOLDER` (see
-    UnlabelledSource), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which alone the two tfds
-    folders are. A folder of several layouts is read in the one that offers what a task `needs`.
+    `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas`, `digit_pairs` (see
+    their classes), the path of an existing folder (see FolderSource, detection.open_folder for images with boxes,
+    segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences),
+    `unlabelled:FOLDER` (see UnlabelledSource), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
+    alone the two tfds folders are. A folder of several layouts is read in the one that offers what a task `needs`.
 
     Raises UserError for an unknown dataset, split or empty part.
     """
@@ -57,6 +58,8 @@ def get_source(
         return DigitSentencesSource(split)
     if dataset == "digit_canvas":
         return DigitCanvasSource(split)
+    if dataset == "digit_pairs":
+        return DigitPairsSource(split)
     if dataset.startswith(PREFIX):
         return UnlabelledSource(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)

@@ -12,15 +12,29 @@ from typing import Any
 
 from vit_jax import options
 from vit_jax.errors import UserError, unknown
-from vit_jax.evaluators import calibration, classify, detect, fewshot, knn, probe, retrieval, segment, zeroshot
+from vit_jax.evaluators import (
+    calibration,
+    caption,
+    classify,
+    detect,
+    fewshot,
+    grounding,
+    knn,
+    probe,
+    retrieval,
+    segment,
+    zeroshot,
+)
 from vit_jax.optimize.step import State
 from vit_jax.run.experiment import Experiment, model_params
 
 TYPES: dict[str, ModuleType] = {
     "calibration": calibration,
+    "caption": caption,
     "classify": classify,
     "detect": detect,
     "fewshot": fewshot,
+    "grounding": grounding,
     "knn": knn,
     "probe": probe,
     "retrieval": retrieval,

@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from vit_jax.errors import unknown
-from vit_jax.models import batchnorm_resnet, detr, eomt, mae, mixer, segment, two_towers, vit
+from vit_jax.models import batchnorm_resnet, captioner, detr, eomt, mae, mixer, segment, two_towers, vit
 from vit_jax.models.architecture import Architecture
 from vit_jax.models.mixer import MlpMixer as MlpMixer
 from vit_jax.models.vit import VisionTransformer as VisionTransformer
@@ -23,6 +23,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "LinearSegmenter": segment.LINEAR,
     "Segmenter": segment.SEGMENTER,
     "TwoTowers": two_towers.ARCHITECTURE,
+    "Captioner": captioner.CAPTIONER,
+    "AttendingLSTM": captioner.LSTM,
 }
 """By `config.model_type`. A new kind of model is a file that ends in its `ARCHITECTURE`, and a line here."""
 

@@ -34,19 +34,22 @@ class Attention(nn.Module):
     """softmax(q·kᵀ / √h)·v for every head, between linear maps `query`, `key`, `value` and `out`.
 
     As `attention.MultiHeadDotProductAttention`, but keys and values may differ in what is added to them, and may be kept.
+    The weights (b k n m) are sown as `intermediates`, for pictures.
     """
 
     width: int
     num_heads: int
     dropout_rate: float = 0.0
+    use_bias: bool = True
     dtype: Any = jnp.float32
 
     def setup(self):
         if self.width % self.num_heads:
             raise UserError(f"a width of {self.width} cannot be shared out to {self.num_heads} heads: choose a multiple")
         heads = (self.num_heads, self.width // self.num_heads)
-        self.query, self.key, self.value = (Linear(heads, kernel_init=PACKED_XAVIER, dtype=self.dtype) for _ in range(3))
-        self.out = Linear((self.width,), 2, dtype=self.dtype)
+        how = {"use_bias": self.use_bias, "dtype": self.dtype}
+        self.query, self.key, self.value = (Linear(heads, kernel_init=PACKED_XAVIER, **how) for _ in range(3))
+        self.out = Linear((self.width,), 2, **how)
         self.dropout = nn.Dropout(self.dropout_rate)
 
     def keys_values(self, keys: Float[Array, "b m d"], values: Float[Array, "b m d"]) -> KeysValues:
@@ -57,6 +60,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "b n d"]:
         k, v = keys_values
         weights = softmax_weights(self.query(queries), k, mask)
+        self.sow("intermediates", "weights", weights)
         weights = self.dropout(weights, deterministic=not train).astype(v.dtype)
         return self.out(jnp.einsum("bknm,bmkh->bnkh", weights, v))
 
@@ -75,6 +79,7 @@ class Layer(nn.Module):
     """Self-attention, cross-attention if `cross`, and MLP, each with a residual and a LayerNorm.
 
     x ← LN(x + f(x)) as in the paper, or with `norm_first` x ← x + f(LN(x)). Positions are added to queries and keys alone.
+    Without `use_bias` none of them has a bias.
     """
 
     width: int
@@ -85,18 +90,20 @@ class Layer(nn.Module):
     activation: str = "relu"
     dropout_rate: float = 0.1
     norm_eps: float = 1e-5
+    use_bias: bool = True
     dtype: Any = jnp.float32
 
     def setup(self):
-        attention = {"dropout_rate": self.dropout_rate, "dtype": self.dtype}
-        norm = {"epsilon": self.norm_eps, "dtype": self.dtype}
+        same = {"use_bias": self.use_bias, "dtype": self.dtype}
+        attention = {"dropout_rate": self.dropout_rate, **same}
+        norm = {"epsilon": self.norm_eps, **same}
         self.self_attention = Attention(self.width, self.num_heads, **attention)
         self.self_attention_norm = nn.LayerNorm(**norm)
         if self.cross:
             self.cross_attention = Attention(self.width, self.num_heads, **attention)
             self.cross_attention_norm = nn.LayerNorm(**norm)
         rates = {"dropout_rate": self.dropout_rate, "activation": self.activation}
-        self.mlp = MlpBlock(mlp_dim=self.mlp_dim, **rates, dtype=self.dtype)
+        self.mlp = MlpBlock(mlp_dim=self.mlp_dim, **rates, **same)
         self.mlp_norm = nn.LayerNorm(**norm)
         self.dropout = nn.Dropout(self.dropout_rate)
 
@@ -155,6 +162,7 @@ class Stack(nn.Module):
     activation: str = "relu"
     dropout_rate: float = 0.1
     norm_eps: float = 1e-5
+    use_bias: bool = True
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -211,7 +219,7 @@ class Stack(nn.Module):
         return self.norm(x) if self.final_norm else x, tuple(kept)
 
 
-_OF_A_STACK = ("num_layers", "cross", "parent", "name")
+_OF_A_STACK = ("num_layers", "cross", "use_bias", "parent", "name")
 
 
 class Transformer(nn.Module):

@@ -89,12 +89,13 @@ class MlpBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     activation: str = "gelu_tanh"
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
         init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
-        dense = partial(Linear, dtype=self.dtype, **init)
+        dense = partial(Linear, use_bias=self.use_bias, dtype=self.dtype, **init)
         d = x.shape[-1]
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)

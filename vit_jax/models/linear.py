@@ -23,11 +23,13 @@ class Linear(nn.Module):
     """f(x)·kernel + bias over the last `axes` dimensions of x, which become `features`: flax's `DenseGeneral` after f.
 
     `activation`, f: None, or one of `ACTIVATIONS`, whose result is not kept for the backward pass but computed again.
+    Without `use_bias` there is no parameter for the bias, which is 0.
     """
 
     features: tuple[int, ...]
     axes: int = 1
     activation: str | None = None
+    use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Any = jnp.float32
@@ -43,7 +45,8 @@ class Linear(nn.Module):
         def kernel_init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
             return self.kernel_init(key, (math.prod(inputs), math.prod(self.features)), dtype).reshape(shape)
 
-        return self.param("kernel", kernel_init, (*inputs, *self.features)), self.param("bias", self.bias_init, self.features)
+        kernel = self.param("kernel", kernel_init, (*inputs, *self.features))
+        return kernel, self.param("bias", self.bias_init, self.features) if self.use_bias else jnp.zeros(self.features)
 
 
 def linear(

@@ -63,6 +63,7 @@ RESULTS = {
             },
         }
     },
+    "caption": {"caption": TEXT, "score": NUMBER},
     "contrast": {"embedding": {"type": "array", "items": NUMBER}},
 }
 

@@ -4,6 +4,7 @@ The options are the keywords of the module's `make_task`. Without a type the tas
 `config.distill` names a teacher.
 """
 
+from pathlib import Path
 from types import ModuleType
 
 from vit_jax import options
@@ -11,11 +12,12 @@ from vit_jax.checkpoint import Description
 from vit_jax.data import features
 from vit_jax.errors import UserError, unknown
 from vit_jax.settings import Preprocessing, Settings
-from vit_jax.tasks import classify, contrast, detect, distill, reconstruct, segment, self_distill
+from vit_jax.tasks import caption, classify, contrast, detect, distill, reconstruct, segment, self_distill
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Context, Loss, Model, Shown, Task
 
 TYPES: dict[str, ModuleType] = {
+    "caption": caption,
     "classify": classify,
     "contrast": contrast,
     "detect": detect,
@@ -73,8 +75,13 @@ def check_usable(description: Description, source: object) -> None:
     TYPES[kind].check_usable(description, source)
 
 
-def of_description(description: Description) -> Task:
-    """The task that a model was trained for, as its description says, to predict with it."""
+def writes(description: Description) -> bool:
+    """Whether the task of a model writes texts, for which it needs its vocabulary."""
+    return getattr(TYPES.get(description.task.get("type")), "WRITES", False)
+
+
+def of_description(description: Description, vocab: Path | None = None) -> Task:
+    """The task that a model was trained for, as its description says, to predict with it; `vocab` is its vocabulary."""
     height, width = description.image_size
     how, names = dict(description.preprocessing), description.class_names
     pp = Preprocessing(crop=height, crop_width=width, eval_resize=how.pop("resize_to", None), **how)
@@ -92,6 +99,6 @@ def of_description(description: Description) -> Task:
         "label": features.Label(names),
         "boxes": features.Boxes(names),
         "segmentation": features.Segmentation(names),
-        "text": features.Text(),
+        "text": features.Text(vocab),
     }
     return make(Setup(settings, offered, description))

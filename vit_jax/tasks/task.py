@@ -80,6 +80,13 @@ class Model(NamedTuple):
     module: nn.Module
 
 
+class Written(NamedTuple):
+    """A sentence, and of each of its words the places of the tokens that make it."""
+
+    text: str
+    words: list[tuple[str, list[int]]]
+
+
 class Shown(NamedTuple):
     """A prediction for people: lines of text, for programs: a JSON object, and, where it can be drawn, as a picture.
 
@@ -116,6 +123,7 @@ class Task:
       frozen: () → other trees by name, on the host, that the loss reads and nobody trains.
       init_carry: () → the carry before the first step.
       tokenize: texts → tokens (n, max_len), of a task that reads texts and has their vocabulary.
+      write: outputs of `predict` for n examples → n `Written`, of a task that writes texts.
       files: what a trained model needs beside its parameters and description, such as a vocabulary; copied there.
       totals: batch → sums over its examples that a loss divides by, such as the number of boxes.
       leaves: parameters by suffix, "" and with `config.ema_decay` "_ema" → those that are scored, and written as
@@ -149,6 +157,7 @@ class Task:
     embed: Callable[[Params, Context, Batch, jax.Array], Tree] | None = None
     loss_of: Callable[[Params, Context, Tree], Loss] | None = None
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "n l"]] | None = None
+    write: Callable[[Mapping[str, np.ndarray]], list[Written]] | None = None
     files: tuple[Path, ...] = ()
 
 

@@ -7,13 +7,12 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from vit_jax import models, predictor
+from vit_jax import models, pictures, predictor
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import eval_view
 from vit_jax.errors import UserError, printable
 from vit_jax.models import resnet, vit
-from vit_jax.tools import pictures
-from vit_jax.tools.pictures import Captioned
+from vit_jax.pictures import Captioned
 
 COLUMN = 224
 """How wide the pictures of the first row are, in pixels."""

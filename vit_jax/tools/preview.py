@@ -17,17 +17,16 @@ from absl import flags
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from vit_jax import overrides, tasks
+from vit_jax import overrides, pictures, tasks
 from vit_jax.data import memory, sources
 from vit_jax.errors import UserError
 from vit_jax.files import COMPILED_PROGRAMS
+from vit_jax.pictures import GAP, LINE, fitted
 from vit_jax.report.samples import augmented
 from vit_jax.run import runtime
 from vit_jax.run.start import find_origin
 from vit_jax.settings import Settings
 from vit_jax.tasks.setup import Setup
-from vit_jax.tools import pictures
-from vit_jax.tools.pictures import GAP, LINE, fitted
 
 _OUT = flags.DEFINE_string("out", None, "The picture to write, such as grid.png.")
 _ROWS = flags.DEFINE_integer("rows", 6, "How many images.", lower_bound=1)

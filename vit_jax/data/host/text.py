@@ -1,4 +1,4 @@
-"""From texts to tokens of a fixed length, as the text towers were trained with them.
+"""From texts to tokens of a fixed length, as the text towers were trained with them, and back.
 
 WordPiece equals TensorFlow Text's `BertTokenizer`, which LiT was trained with: it differs from Hugging Face's in rare
 characters (ligatures, ß, control characters, words of more than 100 bytes). SentencePiece runs in Google's own library,
@@ -43,6 +43,8 @@ _CHINESE = (
 """What BERT takes for characters that are words of their own."""
 _CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+"""Bytes that stand for themselves in byte-pair encoding."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,20 @@ class Tokenizer:
         """How many tokens there are: a model needs an embedding for each."""
         return self._state["size"]
 
+    @property
+    def start_token(self) -> int | None:
+        """What stands in front of every text; None for nothing."""
+        return None
+
+    @property
+    def stop_token(self) -> int:
+        """What the first of ends a text."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens, none of which starts or ends it."""
+        raise NotImplementedError
+
     def _read(self, path: Path) -> None:
         """Fills `_state`: "size", and what `_encode` needs."""
         raise NotImplementedError
@@ -126,6 +142,18 @@ class BertTokenizer(Tokenizer):
     def cls_token(self) -> int:
         return self._state["cls"]
 
+    @property
+    def start_token(self) -> int:
+        return self.cls_token
+
+    @property
+    def stop_token(self) -> int:
+        return 0  # what fills up
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        words = self._state["words"]
+        return " ".join(words.get(int(i), "[UNK]") for i in tokens).replace(" ##", "")
+
     def _read(self, path: Path) -> None:
         words = path.read_text(encoding="utf-8").split("\n")
         words = words[:-1] if words[-1] == "" else words
@@ -135,6 +163,7 @@ class BertTokenizer(Tokenizer):
         vocab.setdefault("[UNK]", len(words))  # a row more, as TensorFlow does it
         pieces = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
         self._state.update(cls=vocab["[CLS]"], unknown=vocab["[UNK]"], size=max(vocab.values()) + 1, pieces=pieces, known={})
+        self._state["words"] = {i: word for word, i in vocab.items()}
 
     def _encode(self, text: str) -> list[int]:
         return [self.cls_token, *(i for word in _bert_words(text) for i in self._pieces(word))]
@@ -173,6 +202,13 @@ class SentencepieceTokenizer(Tokenizer):
     def eos_token(self) -> int:
         return self._state["eos"]
 
+    @property
+    def stop_token(self) -> int:
+        return self.eos_token
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._state["decode"]([int(i) for i in tokens])
+
     def _read(self, path: Path) -> None:
         if path.suffix == ".json":
             model = tokenizers.Tokenizer.from_file(str(path))
@@ -181,13 +217,15 @@ class SentencepieceTokenizer(Tokenizer):
             ends = [i for i in (model.token_to_id(name) for name in ("</s>", "<eos>")) if i is not None]
             size = model.get_vocab_size(with_added_tokens=True)
             encode = lambda text: model.encode(text, add_special_tokens=False).ids  # noqa: E731
+            decode = model.decode
         else:
             model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             names = [name for name in ("</s>", "<eos>") if model.piece_to_id(name) != model.unk_id()]
-            ends, size, encode = [model.piece_to_id(name) for name in names], model.vocab_size(), model.encode
+            ends, size = [model.piece_to_id(name) for name in names], model.vocab_size()
+            encode, decode = model.encode, model.decode
         if not ends:
             raise UserError(f"{path} has no token </s> or <eos> for the end of a text")
-        self._state.update(eos=ends[0], size=size, encode=encode)
+        self._state.update(eos=ends[0], size=size, encode=encode, decode=decode)
 
     def _encode(self, text: str) -> list[int]:
         if self.strip_punctuation:
@@ -214,6 +252,19 @@ class ClipTokenizer(Tokenizer):
     @property
     def eot_token(self) -> int:
         return self._state["end"]
+
+    @property
+    def start_token(self) -> int:
+        return self._state["start"]
+
+    @property
+    def stop_token(self) -> int:
+        return self.eot_token
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        letters = "".join(self._state["model"].id_to_token(int(i)) or "" for i in tokens)
+        data = bytes(_letter_bytes().get(letter, 32) for letter in letters.replace("</w>", " "))
+        return data.decode(errors="replace").strip()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -311,9 +362,14 @@ def _openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]
 
 def _byte_letters() -> list[str]:
     """The letter that stands for each byte, printable bytes first, as GPT-2 numbers them."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    return [chr(b) for b in _PRINTABLE] + [chr(256 + i) for i in range(256 - len(_PRINTABLE))]
+
+
+@functools.cache
+def _letter_bytes() -> dict[str, int]:
+    """The byte that each letter stands for."""
+    others = [b for b in range(256) if b not in _PRINTABLE]
+    return {letter: b for letter, b in zip(_byte_letters(), [*_PRINTABLE, *others], strict=True)}
 
 
 def _clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:

@@ -72,12 +72,13 @@ def _check_photo(opened: checkpoint.Opened, again: checkpoint.Opened, to: str) -
 
 def _pixels(photo: np.ndarray, description: checkpoint.Description, **changes: bool) -> np.ndarray:
     """What the model sees of a photo."""
-    if description.preprocessing.get("max_patches"):
-        fields = models.architecture_of(description.model_type).vit_fields(description.model)
-        how = {name: description.preprocessing.get(name, False) for name in ("interpolation", "antialias", "max_patches")}
-        seen = patches.joined(patches.eval_patches(photo, exif_rotated=False, patch=fields["patches"]["size"], **how))
-        return (seen - np.float32(description.mean)) / np.float32(description.std)
-    seen = eval_image(photo, crop=description.image_size, **{**description.preprocessing, **changes})
+    how = {**description.preprocessing, **changes}
+    if how.get("max_patches"):
+        patch = models.architecture_of(description.model_type).vit_fields(description.model)["patches"]["size"]
+        options = {name: how[name] for name in ("interpolation", "antialias", "max_patches") if name in how}
+        seen = patches.joined(patches.eval_patches(photo, exif_rotated=False, patch=patch, **options), patch)
+    else:
+        seen = eval_image(photo, crop=description.image_size, **how)
     return (seen - np.float32(description.mean)) / np.float32(description.std)
 
 

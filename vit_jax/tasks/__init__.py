@@ -27,6 +27,9 @@ TYPES: dict[str, ModuleType] = {
     "self_distill": self_distill,
 }
 
+OF_ANY_SHAPE = ("classify", "contrast")
+"""The tasks that take images of different shapes in one batch, see `shapes`."""
+
 __all__ = ["TYPES", "Context", "Loss", "Model", "Setup", "Shown", "Task", "chosen", "make", "of_description", "check_usable"]
 
 
@@ -54,6 +57,8 @@ def make(setup: Setup) -> Task:
     kind = task_options["type"]
     if kind not in TYPES:
         raise unknown("config.task.type", kind, TYPES)
+    if (most := setup.settings.pp.max_patches) and kind not in OF_ANY_SHAPE:
+        raise UserError(f"config.pp.max_patches={most} is for the tasks {' and '.join(OF_ANY_SHAPE)}, not {kind}")
     make_task = TYPES[kind].make_task
     task = make_task(setup, **options.checked(make_task, task_options, "config.task", reserved=("type",)))
     for tower in setup.settings.sources:

@@ -33,7 +33,6 @@ def normalisation(settings: Settings, origin: checkpoint.Description | None) -> 
 def train_image(settings: Settings) -> Callable:
     """(encoded image or array, rng=, exif_rotated=) → uint8 image of the model's size: what the host does in training."""
     pp = settings.pp
-    _check_size(settings)
     return functools.partial(
         view.train_image,
         crop=settings.image_size,
@@ -49,7 +48,6 @@ def train_image(settings: Settings) -> Callable:
 def eval_image(settings: Settings) -> Callable:
     """(encoded image or array, exif_rotated=) → float32 image of the model's size: what the host does in evaluation."""
     options = preprocessing(settings)
-    _check_size(settings)
 
     def evaluated(image: Any, *, exif_rotated: bool):
         return view.eval_image(decode(image, exif_rotated=exif_rotated), crop=settings.image_size, **options)
@@ -63,20 +61,6 @@ def preprocessing(settings: Settings) -> dict[str, Any]:
     names = ("interpolation", "antialias", "floor_cut")
     more = {"max_patches": pp.max_patches} if pp.max_patches else {}
     return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names} | more
-
-
-def _check_size(settings: Settings) -> None:
-    if settings.pp.max_patches:
-        raise UserError(f"config.pp.max_patches={settings.pp.max_patches} is for the tasks classify and contrast alone")
-
-
-def pixels_of_origin(settings: Settings, origin: checkpoint.Description) -> dict[str, Any]:
-    """What of `config.pp` makes other pixels of a photo than the origin's own files say, and what these say, by field."""
-    said = {"resize_to": None, "interpolation": "bilinear", "antialias": False, "floor_cut": False} | origin.preprocessing
-    ours = preprocessing(settings)
-    if said["resize_to"] == ours["resize_to"] is None:  # nothing is cut
-        ours.pop("floor_cut")
-    return {name.replace("resize_to", "eval_resize"): said[name] for name in ours if ours[name] != said[name]}
 
 
 def make_augment(settings: Settings) -> Callable:

@@ -15,6 +15,7 @@ from tests.models import small
 from vit_jax import checkpoint, convert, models, predictor
 from vit_jax.checkpoint import image_text_files
 from vit_jax.errors import UserError
+from vit_jax.export.program import Program
 from vit_jax.models.two_towers import scores
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -155,15 +156,18 @@ def test_siglip_2_sees_photos_in_their_own_shapes(tmp_path):
     with torch.inference_mode():
         y = model(input_ids=torch.from_numpy(np.tile(TOKENS[:1], (4, 1))), **inputs)
     expected = np.asarray(y.image_embeds)
-    assert convert.main([str(tmp_path), str(tmp_path / "npz"), "--to=npz"]) == 0
-    checkpoint.write_checkpoint(checkpoint.open_checkpoint(tmp_path / "npz"), tmp_path / "hf", "hf")
-    for source in (tmp_path, tmp_path / "hf"):
-        loaded = predictor.load(source, batch_size=3)
-        assert loaded.description.preprocessing["max_patches"] == 23
-        with jax.default_matmul_precision("highest"):
-            np.testing.assert_allclose(loaded.embed_images(PHOTOS), expected, atol=1e-5)
+    opened = checkpoint.open_checkpoint(tmp_path)
+    again = checkpoint.open_checkpoint(checkpoint.write_checkpoint(opened, tmp_path / "npz", "npz"))
+    hf = checkpoint.open_checkpoint(checkpoint.write_checkpoint(again, tmp_path / "hf", "hf"))
+    assert as_json(hf) == as_json(opened) and convert._check_photo(opened, hf, "hf") == 0
+    loaded = predictor.load(tmp_path, batch_size=4)
+    assert loaded.description.preprocessing["max_patches"] == 23
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(loaded.embed_images(PHOTOS), expected, atol=1e-5)
     with pytest.raises(UserError, match="keeps the shapes of photos: to see its attention give one size, --size=21,21"):
         loaded.attention(PHOTOS)
+    with pytest.raises(UserError, match="give one size to export it, --size=21,21"):
+        Program(loaded)
     with pytest.raises(UserError, match="tome=1 is for images of one size"):
         predictor.load(tmp_path, tome=1)(PHOTOS)
     for how in ({"size": (28, 28)}, {"head": False}):  # one size, given or the model's own

@@ -34,6 +34,9 @@ class Program:
     def __post_init__(self):
         if self.predictor.task.needs[0] != "image":
             raise UserError(f"{self.predictor.source} does not read images: only models of images are exported")
+        if self.predictor.description.preprocessing.get("max_patches"):
+            size = ",".join(map(str, self.predictor.image_size))
+            raise UserError(f"{self.predictor.source} keeps the shapes of photos: give one size to export it, --size={size}")
 
     @property
     def image_dtype(self) -> Any:

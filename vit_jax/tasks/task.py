@@ -1,7 +1,8 @@
 """What a task is: all that the loop, the evaluators and the commands need to know of it.
 
 A batch is a flat dict of arrays with the examples in front: `image`, `label`, `seed`; `boxes`, `box_labels`, `box_valid`;
-`tokens`; `segmentation`; in evaluation `valid`, False on padding. An example is the same without the leading axis.
+`tokens`; `segmentation`; in evaluation `valid`, False on padding. An example is the same without the leading axis. Where images
+have shapes of their own, `image` holds their patches, and `grid` how these lie, see `shapes`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

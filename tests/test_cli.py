@@ -134,7 +134,7 @@ def test_a_model_that_is_not_there_is_said_to_be_so_and_where_published_ones_are
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
     for name, words in (
-        ("nope", "no such checkpoint: nope (the folder holds no parameter file). Name a file, the workdir of a run, or hf://"),
+        ("nope", "no such checkpoint: nope (there is no such file or folder). Name a file, the workdir of a run, or hf://"),
         ("ViT-B_16", "A published file of this model is gs://vit_models/augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1"),
         ("Ti_16", "wd_0.03-do_0.0-sd_0.0.npz (37 MiB)"),
     ):

@@ -112,9 +112,8 @@ def _existing(path: str | os.PathLike) -> Path:
     if not folder.is_dir():
         raise UserError(f"no such checkpoint: {path} (the folder {folder} does not exist)")
     found = [printable(p.name) for p in sorted(folder.iterdir()) if p.suffix in (".npz", ".safetensors", *_TORCH)]
-    raise UserError(
-        f"no such checkpoint: {path} (the folder holds {', '.join(found[:10]) or 'no parameter file'}){_where_published(path)}"
-    )
+    instead = f"the folder holds {', '.join(found[:10])}" if found else "there is no such file or folder"
+    raise UserError(f"no such checkpoint: {path} ({instead}){_where_published(path)}")
 
 
 def _where_published(path: Path) -> str:

@@ -92,6 +92,11 @@ class BatchNormResNet(nn.Module):
     freeze_stem: bool = True
     dtype: Any = jnp.float32
 
+    def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
+        """`map` (b, h, w, c), `patches` (b, h·w, c), and `cls`, which is None."""
+        x = self(images)
+        return {"cls": None, "map": x, "patches": x.reshape(len(x), -1, x.shape[-1])}
+
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         x = _conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images.astype(self.dtype))

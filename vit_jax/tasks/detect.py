@@ -99,6 +99,8 @@ def make_task(
         raise UserError(f"{setup.settings.dataset} offers {', '.join(setup.features)}: detection needs boxes for each image")
     names = setup.features["boxes"].names
     settings = setup.settings
+    if (kind := settings.model_type if settings.model else setup.origin and setup.origin.model_type) not in DETECTORS:
+        raise UserError(f"a {kind} is no detector, which {', '.join(DETECTORS)} are: it can be the start of one's backbone")
     model = setup.build_model(num_classes=len(names))
     mean, std = setup.normalisation
     sizes = Sizes(tuple(settings.image_size), tuple(short_sides), crop, flip=settings.pp.flip)

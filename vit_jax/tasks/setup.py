@@ -39,7 +39,8 @@ class Setup:
     def build_model(self, **changes: Any) -> Model:
         """The recipe's model, or that of the origin where the recipe names none, with some fields changed.
 
-        The activation and epsilon that the parameters were trained with count, whatever a recipe's table says.
+        The activation and epsilon that the parameters were trained with count, whatever a recipe's table says, and so does an
+        attention in windows or by sigmoids where the recipe names none.
         """
         settings, origin = self.settings, self.origin
         if not settings.model and origin is None:
@@ -66,9 +67,12 @@ def _with_numerics_of(origin: checkpoint.Description, fields: Mapping[str, Any],
     if path:
         key, *rest = path
         return fields | ({key: _with_numerics_of(origin, fields[key], rest)} if fields.get(key) else {})
-    transformer = dict(fields.get("transformer", {}))
-    for name in ("activation", "norm_eps"):
-        theirs = origin.model.get("transformer", {}).get(name)
+    transformer, trained = dict(fields.get("transformer", {})), origin.model.get("transformer", {})
+    names = ["activation", "norm_eps"]
+    if transformer.get("attention", "softmax") == "softmax" and trained.get("attention", "softmax") != "softmax":
+        names += ["attention", "window_size", "global_blocks"]  # a recipe that says nothing; from softmax one may go to any
+    for name in names:
+        theirs = trained.get(name)
         if theirs is not None and transformer.get(name) != theirs:
             log.info("model    %s=%s, as in the checkpoint", name, theirs)
             transformer[name] = theirs

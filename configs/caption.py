@@ -3,7 +3,7 @@
     python -m vit_jax.main --workdir=runs/words --config=configs/caption.py:show_attend_tell,digits
     python -m vit_jax.predict --model=runs/words --draw=drawn IMAGE…
 
-Of a folder with captions both learn what the papers did; nobody has repeated their scores with this code.
+No score was measured here. Of a folder with captions both learn what the papers did; nobody has repeated their scores.
 `cappa`: a ViT-B/16 and a decoder of 6 layers from nothing, on a billion images of the web, for a TPU pod slice
 (https://arxiv.org/abs/2306.07915).
 `show_attend_tell`: an LSTM on AugReg's ViT-B/16, which stays as it is and is fetched; published is BLEU-4 24.3 on COCO, for an

@@ -107,7 +107,8 @@ def summary(opened: checkpoint.Opened) -> list[str]:
     if d.text:
         told = ", ".join(f"{name}={value}" for name, value in d.text.items() if name not in ("tokenizer", "vocab"))
         lines.append(f"tokens      {d.text['tokenizer']} by {printable(d.text['vocab'])}, {told}")
-    without = "none: images are compared with texts" if d.model_type == "TwoTowers" else "none, features only"
+    nothing = {"TwoTowers": "images are compared with texts", "Captioner": "it writes", "AttendingLSTM": "it writes"}
+    without = f"none: {nothing[d.model_type]}" if d.model_type in nothing else "none, features only"
     return [*lines, f"classes     {f'{len(names)}: {classes}' if names else without}"]
 
 
@@ -122,13 +123,15 @@ def _told(name: str, kind: str, fields: Mapping[str, Any]) -> list[str]:
 def compare(a: checkpoint.Opened, b: checkpoint.Opened) -> float:
     """The largest difference of the two on one random image, relative to the largest number: logits, or else features.
 
-    Of two towers it is that of the embeddings of the image and of a random text.
+    Of two towers it is that of the embeddings of the image and of a random text, of a captioner that of a random sentence.
     """
     rng, d = np.random.default_rng(0), a.description
     inputs: tuple[Any, ...] = (rng.normal(size=(1, *d.native_size, 3)).astype(np.float32),)
     if d.model_type == "TwoTowers":
         text = d.model["text"]
         inputs += (rng.integers(1, text.get("vocab_size", _LEAST), (1, min(text.get("max_len") or _LEAST, _LEAST))),)
+    if "vocabulary" in d.model:
+        inputs += (rng.integers(0, d.model["vocabulary"], (1, min(d.model.get("max_length", _LEAST), _LEAST))),)
     pairs = zip(*(_outputs(opened, *inputs) for opened in (a, b)), strict=True)
     return float(np.max([np.abs(x - y).max() / max(1e-6, np.abs(x).max()) for x, y in pairs]))
 

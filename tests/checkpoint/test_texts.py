@@ -15,7 +15,7 @@ from vit_jax import checkpoint, models
 from vit_jax.checkpoint import describe, token_files
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.texts import open_tokenizer
-from vit_jax.data.host import text
+from vit_jax.data.host import byte_pairs
 from vit_jax.errors import UserError
 
 BERT = {"config": {"hidden_size": 64, "mlp_dim": 40, "num_layers": 1, "num_heads": 1}, "vocab_size": 30, "max_len": 20}
@@ -99,7 +99,7 @@ def siglip2(folder):
 
 def clip(folder, **options):
     merges = [("c", "a"), ("ca", "t</w>"), ("p", "h"), ("o", "t"), ("ph", "ot"), ("phot", "o</w>")]
-    letters = text._byte_letters()
+    letters = byte_pairs.byte_letters()
     words = [*letters, *(f"{c}</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     return transformers().CLIPTokenizer({word: i for i, word in enumerate(words)}, merges, **options)
 

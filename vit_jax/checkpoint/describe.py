@@ -36,7 +36,7 @@ class Description:
       preprocessing: keywords of `view.eval_view` beside the crop, which is image_size; or with max_patches, where images keep
         their shapes, of `patches.eval_patches`.
       head: what a logit means, "softmax" (one class an image) or "sigmoid" (each class for itself).
-      text: what makes tokens of texts, {"tokenizer": "bert", "sentencepiece" or "clip", "vocab": a file beside this one,
+      text: what makes tokens of texts, {"tokenizer": a key of `data.host.text.TOKENIZERS`, "vocab": a file beside this one,
         "max_len": tokens a text} and options of that tokenizer; {} for a model without a text tower.
       task: what the model was trained for, {"type": …} and the task's own entries.
       dataset, step, metrics: the training run, where there was one.
@@ -227,7 +227,12 @@ def _preprocessing(entries: Entries) -> dict[str, Any]:
     return {name: read[name] for name in entries.content}
 
 
-_TOKENIZER_OPTIONS = {"bert": (), "sentencepiece": ("lower", "strip_punctuation", "pad_token"), "clip": ("pad_token",)}
+_TOKENIZER_OPTIONS = {
+    "bert": (),
+    "sentencepiece": ("lower", "strip_punctuation", "pad_token"),
+    "clip": ("pad_token",),
+    "gpt2": (),
+}
 
 
 def _text(entries: Entries) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vit_jax.checkpoint import (
     describe,
     detectors,
     dinov3,
+    encoder_decoder,
     eomt,
     google,
     huggingface,
@@ -104,6 +105,8 @@ def _open(path: Path, arrays: Flat) -> Opened:
         return detector
     if masks := eomt.open_eomt(path, arrays):
         return masks
+    if captioner := encoder_decoder.open_captioner(path, arrays):
+        return captioner
     if segmenter := segmenters.open_segmenter(path, arrays, _open):
         return segmenter
     if towers := two_towers.open_towers(path, arrays):

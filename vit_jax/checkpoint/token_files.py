@@ -16,7 +16,7 @@ _GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "Siglip2To
 _GEMMA_SIZE = 256_000
 _CLIP_END = "<|endoftext|>"
 _WORDS = "tokenizer.json", "vocab.json"
-_CLASSES = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer", "siglip2": "Siglip2Tokenizer"}
+_CLASSES = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer", "siglip2": "Siglip2Tokenizer", "gpt2": "GPT2Tokenizer"}
 
 
 def describe(kind: str, folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vit_jax import preprocess
-from vit_jax.data.host import text
+from vit_jax.data.host import byte_pairs, text
 from vit_jax.errors import UserError
 
 LETTERS = string.ascii_lowercase + string.digits + "жéßσ猫犬한ᄒ"
@@ -81,7 +81,7 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 def clip_vocabulary(tmp_path_factory) -> Path:
     """`vocab.json` with `merges.txt`: all bytes, and a few merges."""
     merges = [("c", "a"), ("ca", "t</w>"), ("p", "h"), ("o", "t"), ("ph", "ot"), ("phot", "o</w>"), ("a", "t</w>")]
-    letters = text._byte_letters()
+    letters = byte_pairs.byte_letters()
     words = [*letters, *(f"{c}</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     folder = tmp_path_factory.mktemp("clip")
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))

@@ -6,7 +6,6 @@ byte-pair encoding in Hugging Face's `tokenizers`.
 """
 
 import functools
-import gzip
 import logging
 import re
 import string
@@ -21,8 +20,9 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from jaxtyping import Int32
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 
+from vit_jax.data.host import byte_pairs
 from vit_jax.errors import UserError, unknown
 
 log = logging.getLogger("vit_jax")
@@ -41,10 +41,6 @@ _CHINESE = (
     "\uf900-\ufaff\U0002f800-\U0002fa1f"
 )
 """What BERT takes for characters that are words of their own."""
-_CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-"""Bytes that stand for themselves in byte-pair encoding."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +259,7 @@ class ClipTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         letters = "".join(self._state["model"].id_to_token(int(i)) or "" for i in tokens)
-        data = bytes(_letter_bytes().get(letter, 32) for letter in letters.replace("</w>", " "))
-        return data.decode(errors="replace").strip()
+        return byte_pairs.from_letters(letters.replace("</w>", " ")).strip()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -273,16 +268,16 @@ class ClipTokenizer(Tokenizer):
 
     def _read(self, path: Path) -> None:
         if path.name.endswith((".txt", ".gz")):
-            model = _clip_model(*_openai_vocabulary(path))
+            model = byte_pairs.clip_model(*byte_pairs.openai_vocabulary(path))
         elif path.name == "vocab.json":
-            model = _clip_model(*models.BPE.read_file(str(path), str(path.with_name("merges.txt"))))
+            model = byte_pairs.clip_model(*models.BPE.read_file(str(path), str(path.with_name("merges.txt"))))
         else:
             model = tokenizers.Tokenizer.from_file(str(path))
             model.no_padding()
             model.no_truncation()
-        start, end = (model.token_to_id(name) for name in (_CLIP_START, _CLIP_END))
+        start, end = (model.token_to_id(name) for name in (byte_pairs.CLIP_START, byte_pairs.CLIP_END))
         if start is None or end is None:
-            raise UserError(f"{path} is no vocabulary of CLIP: it lacks {_CLIP_START} or {_CLIP_END}")
+            raise UserError(f"{path} is no vocabulary of CLIP: it lacks {byte_pairs.CLIP_START} or {byte_pairs.CLIP_END}")
         self._state.update(start=start, end=end, size=model.get_vocab_size(with_added_tokens=True), model=model)
 
     def _encode(self, text: str) -> list[int]:
@@ -293,7 +288,51 @@ class ClipTokenizer(Tokenizer):
         return ids + [self.eot_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
 
 
-TOKENIZERS = {"bert": BertTokenizer, "sentencepiece": SentencepieceTokenizer, "clip": ClipTokenizer}
+@dataclass(frozen=True)
+class Gpt2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding, which keeps upper case, between two <|endoftext|>, which also fill up.
+
+    `vocab_path`: `tokenizer.json`, or `vocab.json` with `merges.txt` beside it.
+    """
+
+    @property
+    def start_token(self) -> int:
+        return self._state["end"]
+
+    @property
+    def stop_token(self) -> int:
+        return self._state["end"]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        path = Path(self.vocab_path)
+        return (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return byte_pairs.from_letters("".join(self._state["model"].id_to_token(int(i)) or "" for i in tokens)).strip()
+
+    def _read(self, path: Path) -> None:
+        if path.name == "vocab.json":
+            model = tokenizers.Tokenizer(models.BPE(*models.BPE.read_file(str(path), str(path.with_name("merges.txt")))))
+            model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            model.add_special_tokens([byte_pairs.CLIP_END])
+        else:
+            model = tokenizers.Tokenizer.from_file(str(path))
+            model.no_padding()
+            model.no_truncation()
+        end = model.token_to_id(byte_pairs.CLIP_END)
+        if end is None:
+            raise UserError(f"{path} is no vocabulary of GPT-2: it lacks {byte_pairs.CLIP_END}")
+        self._state.update(end=end, size=model.get_vocab_size(with_added_tokens=True), model=model)
+
+    def _encode(self, text: str) -> list[int]:
+        return [self.start_token, *self._state["model"].encode(text, add_special_tokens=False).ids]
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        return ids + [self.stop_token] * (self.max_len - len(ids))
+
+
+TOKENIZERS = {"bert": BertTokenizer, "sentencepiece": SentencepieceTokenizer, "clip": ClipTokenizer, "gpt2": Gpt2Tokenizer}
 
 
 def make(tokenizer_name: str, vocab_path: str | Path, max_len: int, **options: Any) -> Tokenizer:
@@ -348,36 +387,3 @@ def _casefold(text: str) -> str:
     for _ in range(2):
         text = _IGNORABLE.sub("", unicodedata.normalize("NFKC", text).casefold())
     return unicodedata.normalize("NFC", text)
-
-
-def _openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Words and merges from the file of OpenAI's release, which holds the merges alone."""
-    data = path.read_bytes()
-    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49_152 - 256 - 2 + 1] if line]
-    letters = _byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _CLIP_START, _CLIP_END]
-    return {word: i for i, word in enumerate(words)}, merges
-
-
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte, printable bytes first, as GPT-2 numbers them."""
-    return [chr(b) for b in _PRINTABLE] + [chr(256 + i) for i in range(256 - len(_PRINTABLE))]
-
-
-@functools.cache
-def _letter_bytes() -> dict[str, int]:
-    """The byte that each letter stands for."""
-    others = [b for b in range(256) if b not in _PRINTABLE]
-    return {letter: b for letter, b in zip(_byte_letters(), [*_PRINTABLE, *others], strict=True)}
-
-
-def _clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    pieces = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=_CLIP_END)
-    model = tokenizers.Tokenizer(pieces)
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    model.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    words = pre_tokenizers.Split(Regex(_CLIP_WORD), "removed", invert=True)
-    model.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    model.add_special_tokens([_CLIP_START, _CLIP_END])
-    return model

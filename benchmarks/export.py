@@ -107,7 +107,7 @@ def print_accuracy(model: str) -> None:
         photos = Path(folder, "photos")
         photos.mkdir()
         for i in range(128):
-            Image.fromarray(np.asarray(train[i]["image"])).convert("RGB").save(photos / f"{i}.png")
+            Image.fromarray(np.asarray(train[i]["image"])[..., 0]).convert("RGB").save(photos / f"{i}.png")
         files, logits = write_files(model, Path(folder, "files"), photos), {}
         print(f"\n| {len(labels)} test digits | KB | right | as float32 says | logits differ by |\n|---|---|---|---|---|")
         for kind, path in files.items():

@@ -112,6 +112,15 @@ class Model:
         """The embeddings of texts, each of length 1, in the same space: the product of two tells how well they go together."""
         return self.predictor.embed_texts(texts)
 
+    def export(self, out: str | os.PathLike, **options: Any) -> Path:
+        """Writes the model as `out`, NAME.onnx or, with `to="stablehlo"`, NAME.stablehlo, for other programs.
+
+        `options` are those of `export.files.write`: `dtype="float16"`, `int8="dynamic"`, `preprocess=True`.
+        """
+        from vit_jax.export import files
+
+        return files.write(self.predictor, out, **options)
+
     def logits(self, inputs: ArrayLike) -> Float[Array, "b classes"]:
         """What the module makes of normalised images (b h w 3)."""
         with token_merging.merging(self.predictor.tome):

@@ -9,18 +9,18 @@ from tests.models import small
 from vit_jax import checkpoint, models
 from vit_jax.checkpoint import describe
 
-TRANSFORMER = {"num_layers": 2, "mlp_dim": 40, "num_heads": 2}
+TRANSFORMER = {"num_layers": 1, "mlp_dim": 40, "num_heads": 2}
 VIT = {"hidden_size": 32, "patches": {"size": [4, 4]}, "transformer": TRANSFORMER, "num_classes": 3}
 DINO = VIT | {
     "num_classes": None,
     "num_registers": 2,
     "transformer": TRANSFORMER | {"activation": "gelu", "layer_scale": True, "norm_eps": 1e-6},
 }
-HYBRID = VIT | {"resnet": {"num_layers": [1], "width_factor": 1}, "patches": {"size": [1, 1]}}
+HYBRID = VIT | {"resnet": {"num_layers": [], "width_factor": 0.5}, "patches": {"size": [1, 2]}}
 MIXER = {
     "hidden_dim": 32,
     "patches": {"size": [4, 4]},
-    "num_blocks": 2,
+    "num_blocks": 1,
     "tokens_mlp_dim": 24,
     "channels_mlp_dim": 40,
     "num_classes": 3,

@@ -34,16 +34,17 @@ Model = Any  # onnx.ModelProto
 
 
 def convert(program: Program) -> Model:
-    """A graph of any number of images, with the facts of the program as metadata."""
+    """A graph of any number of images."""
     import jax2onnx
 
     (batch,) = jax.export.symbolic_shape("batch")
     example = program.example(batch)
     function = dataclasses.replace(program, dtype="float32").function(program.predictor.params)
+    outputs = plain(function, example)
     names = sorted(jax.eval_shape(function, example))
     with _quiet():
         model = jax2onnx.to_onnx(
-            plain(lambda images: [function(images)[name] for name in names], example),
+            lambda images: [y for _, y in sorted(outputs(images).items())],
             [example],
             model_name=program.predictor.description.model_name or "vit_jax",
             opset=OPSET,
@@ -80,7 +81,7 @@ def _gemm_to_matmul(model: Model) -> None:
     model.graph.initializer.extend(kept)
 
 
-def add_facts(model: Model, facts: Mapping[str, Any]) -> None:
+def _add_facts(model: Model, facts: Mapping[str, Any]) -> None:
     """Writes them into the metadata, as JSON what is no text."""
     import onnx
 
@@ -90,8 +91,14 @@ def add_facts(model: Model, facts: Mapping[str, Any]) -> None:
     model.producer_name = "vit_jax"
 
 
-def to_bytes(model: Model) -> bytes:
-    """The file. UserError for one that is too large."""
+def to_bytes(
+    program: Program, facts: Mapping[str, Any], int8: str | None, images: Sequence[Shaped[np.ndarray, "1 h w 3"]]
+) -> bytes:
+    """The file, with `facts` as metadata; `int8` and `images` are those of `quantise`. UserError for one that is too large."""
+    model = convert(program)
+    if int8:
+        model = quantise(model, int8, images)
+    _add_facts(model, facts)
     if model.ByteSize() > MOST_BYTES:
         raise UserError(
             f"the model has {model.ByteSize() / 2**30:.1f} GiB, an ONNX file holds 2: use --dtype=float16, --int8=weights or "

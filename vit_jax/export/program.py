@@ -57,7 +57,8 @@ class Program:
             if task.evaluators == ("classify",) and not description.class_names:
                 inputs = augment.normalize(pixels, mean, std)
                 return images.image_features(task.model.module, params, inputs)
-            outputs = task.predict(params, {"image": pixels.astype(jnp.float32)})
+            extent = jnp.broadcast_to(jnp.int32(pixels.shape[1:3]), (pixels.shape[0], 2))  # detectors: no part is padding
+            outputs = task.predict(params, {"image": pixels.astype(jnp.float32), "extent": extent})
             return {name: y.astype(jnp.float32) if jnp.issubdtype(y.dtype, jnp.floating) else y for name, y in outputs.items()}
 
         return run

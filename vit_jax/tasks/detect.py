@@ -210,7 +210,7 @@ def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
         images, valid = _inputs(batch, mean, std)
         outputs = model.apply({"params": params}, images, valid, train=False)
-        return matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((len(images), 2)))
+        return matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((images.shape[0], 2)))
 
     return predict
 

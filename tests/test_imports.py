@@ -1,6 +1,8 @@
 """The structure of the house: imports run one way, and nothing below knows what stands above it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vit_jax"
@@ -68,6 +70,12 @@ def test_imports_point_down():
             if subject(name) in height and height.get(subject(other), len(LAYERS)) > height[subject(name)]:
                 up.append(f"{name} -> {other}")
     assert not up
+
+
+def test_prediction_does_without_what_training_reads_and_saves_with():
+    code = "import sys, vit_jax.predict; print(sorted({'grain', 'orbax', 'tensorboard', 'tensorstore'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_settings_name_the_rules_that_there_are():

@@ -7,8 +7,7 @@ from PIL import Image
 from configs import detect_vit
 from vit_jax import models
 from vit_jax.checkpoint import Description
-from vit_jax.data.features import Boxes
-from vit_jax.data.loader import ExampleError
+from vit_jax.data.features import Boxes, ExampleError
 from vit_jax.settings import Settings
 from vit_jax.tasks import detect
 from vit_jax.tasks.detect import Sizes

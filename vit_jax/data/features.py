@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Image:
@@ -56,6 +58,10 @@ class Text:
 
 
 Feature = Image | Label | Labels | Boxes | Segmentation | Text
+
+
+class ExampleError(UserError):
+    """What is wrong with an example, as the rest of a sentence that begins with its name: "has label 12"."""
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vit_jax.data.features import Source
+from vit_jax.data.features import ExampleError, Source
 from vit_jax.data.host.decode import ImageError
 from vit_jax.errors import UserError
 
@@ -91,10 +91,6 @@ def load(source: Source, index: int, make_example: MakeExample) -> dict[str, np.
     except UserError as e:
         separator = " " if isinstance(e, ExampleError) else ": "
         raise type(e)(f"{source.where(index)}{separator}{e}") from e
-
-
-class ExampleError(UserError):
-    """What is wrong with an example, as the rest of a sentence that begins with its name: "has label 12"."""
 
 
 class _TrainExample(grain.transforms.RandomMap):

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.checkpoint import Description
-from vit_jax.data.loader import ExampleError
+from vit_jax.data.features import ExampleError
 from vit_jax.errors import UserError, printable
 from vit_jax.tasks import images, shapes
 from vit_jax.tasks.setup import Setup

@@ -22,9 +22,9 @@ from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.fit import check_fit, check_shape
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.data.device import augment
+from vit_jax.data.features import ExampleError
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import Picture, View
-from vit_jax.data.loader import ExampleError
 from vit_jax.errors import UserError
 from vit_jax.models import vit
 from vit_jax.tasks import matching

@@ -16,6 +16,7 @@ from vit_jax import checkpoint, convert, models, predictor
 from vit_jax.checkpoint import image_text_files
 from vit_jax.errors import UserError
 from vit_jax.export.program import Program
+from vit_jax.models.packed import Pack
 from vit_jax.models.two_towers import scores
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -278,3 +279,39 @@ def test_siglip_of_openclip(tmp_path, monkeypatch):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     with pytest.raises(UserError, match="no_causal_mask is false; it must be true"):
         checkpoint.open_checkpoint(tmp_path / "open_clip_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["SiglipVisionModel", "Siglip2VisionModel"])
+def test_an_image_tower_alone(tmp_path, name):
+    """Of SigLIP 2 in a batch of two shapes, which is filled up."""
+    torch_peer("transformers")
+    import torch
+    import transformers
+
+    cls = getattr(transformers, name)
+    sizes = CASES[name.replace("Vision", "")]["vision_config"]
+    model = randomise(cls(cls.config_class(**sizes)))
+    model.save_pretrained(tmp_path / "theirs")
+    opened = checkpoint.open_checkpoint(tmp_path / "theirs")
+    assert opened.description.image_size == (21, 21) and opened.description.class_names == ()
+    images = small.random_images(21, 21, batch=2)
+    inputs, x = images, {"pixel_values": torch.from_numpy(images.transpose(0, 3, 1, 2).copy())}
+    if name == "Siglip2VisionModel":
+        assert opened.description.preprocessing["max_patches"] == 256
+        grids = np.array([[2, 4], [1, 5]])
+        patches = np.random.default_rng(0).normal(size=(2, 9, 147)).astype(np.float32)
+        mask = np.arange(9) < grids.prod(axis=1)[:, None]
+        inputs = Pack(patches, grids[:, None])
+        x = {"pixel_values": patches, "pixel_attention_mask": mask.astype(np.int32), "spatial_shapes": grids}
+        x = {name: torch.from_numpy(value) for name, value in x.items()}
+    with torch.inference_mode():
+        expected = model(**x).pooler_output.numpy()
+    module = models.build("ViT", opened.description.model)
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(module.apply)({"params": opened.params}, inputs)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    written = load_file(checkpoint.write_checkpoint(opened, tmp_path / "ours", "hf"))
+    before = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert written.keys() == before.keys() and all(written[n].tobytes() == x.tobytes() for n, x in before.items())
+    assert as_json(checkpoint.open_checkpoint(tmp_path / "ours")) == as_json(opened)
+    assert isinstance(cls.from_pretrained(tmp_path / "ours"), cls)

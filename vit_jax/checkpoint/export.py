@@ -16,6 +16,7 @@ from vit_jax.checkpoint import (
     eomt,
     huggingface,
     image_text_export,
+    image_tower,
     mae,
     npz,
     segmenters,
@@ -33,6 +34,8 @@ def _as(family: Family) -> Callable[[Opened], Written]:
 
 
 def _as_transformers(opened: Opened) -> Written:
+    if opened.description.model.get("classifier") == "map" and not opened.description.model.get("num_classes"):
+        return image_tower.write_image_tower(opened)
     transformer = opened.description.model["transformer"]
     family = huggingface.DINOV2 if transformer.get("layer_scale") else huggingface.VIT
     return _as(dinov3.FAMILY if transformer.get("rope_theta") else family)(opened)

@@ -70,12 +70,7 @@ def _layout_for(description: Description, to: str) -> Layout:
     if layout is SIGLIP and description.resize == RESIZE[SIGLIP2.name]:
         layout = SIGLIP2
     expected = {CLIP.name: _OF_CLIP, OPENCLIP.name: _OF_OPENCLIP}.get(layout.name, _OF_SIGLIP)
-    faults = [
-        f"{where}.{name}={fields[where].get(name)}"
-        for where, wanted in expected.items()
-        for name, value in wanted.items()
-        if fields[where].get(name) != value
-    ]
+    faults = _differences(fields, expected)
     image, text = fields["image.transformer"], fields["text"]
     acts = {image["activation"], text.get("activation")}
     if not acts <= set(_THEIR_ACTIVATIONS) or (layout is OPENCLIP and (len(acts) > 1 or "gelu_tanh" in acts)):
@@ -91,6 +86,28 @@ def _layout_for(description: Description, to: str) -> Layout:
     return layout
 
 
+def check_image_tower(description: Description, layout: Layout) -> None:
+    """Raises UserError for a ViT that a layout cannot express as its image tower alone."""
+    model = description.model
+    fields = {"image": _complete(VisionTransformer, model), "image.transformer": _complete(Encoder, model["transformer"])}
+    faults = _differences(fields, {name: _OF_SIGLIP[name] for name in fields})
+    if fields["image.transformer"]["activation"] not in _THEIR_ACTIVATIONS:
+        faults.append(f"the activation {fields['image.transformer']['activation']}")
+    if len(set(description.grid)) > 1 or len(set(model["patches"]["size"])) > 1:
+        faults.append("a grid or patches that are no squares")
+    if faults:
+        raise UserError(f"{layout.name} cannot express {', '.join(faults)}: convert with --to=npz")
+
+
+def _differences(fields: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{where}.{name}={fields[where].get(name)}"
+        for where, wanted in expected.items()
+        for name, value in wanted.items()
+        if fields[where].get(name) != value
+    ]
+
+
 def _complete(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with the defaults of a module."""
     return {name: field.default for name, field in cls.__dataclass_fields__.items()} | dict(fields)
@@ -99,10 +116,7 @@ def _complete(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _hf_files(description: Description, layout: Layout) -> dict[str, Any]:
     """config.json and preprocessor_config.json."""
     model, is_clip = description.model, layout is CLIP
-    image, encoder, text = model["image"], model["image"]["transformer"], _complete(TextTransformer, model["text"])
-    kind = {CLIP.name: "clip", SIGLIP.name: "siglip"}.get(layout.name, "siglip2")
-    (side, _), (patch, _) = description.native_size, image["patches"]["size"]
-    patches = (side // patch) ** 2
+    text, kind = _complete(TextTransformer, model["text"]), _kind(layout)
     width = model["out_dim"][1] if isinstance(model["out_dim"], list | tuple) else model["out_dim"]
     config = {
         "model_type": kind,
@@ -117,22 +131,44 @@ def _hf_files(description: Description, layout: Layout) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": f"{kind}_vision_model",
-            "patch_size": patch,
-            **({"num_patches": patches} if layout is SIGLIP2 else {"image_size": side}),
-            **_encoder_config(image["hidden_size"], _complete(Encoder, encoder)),
+            **image_config(description, layout),
             **({"projection_dim": width} if is_clip else {}),
         },
     } | ({"projection_dim": width} if is_clip else {})
+    return {"config.json": config, "preprocessor_config.json": preprocessor(description, layout)}
+
+
+def _kind(layout: Layout) -> str:
+    """How transformers calls it."""
+    return {CLIP.name: "clip", SIGLIP.name: "siglip"}.get(layout.name, "siglip2")
+
+
+def _sizes(description: Description) -> tuple[Mapping[str, Any], int, int]:
+    """The fields of the ViT that sees the images, its patch and the images that its positions are for, in pixels a side."""
+    image = description.model.get("image", description.model)
+    return image, image["patches"]["size"][0], description.native_size[0]
+
+
+def image_config(description: Description, layout: Layout) -> dict[str, Any]:
+    """What config.json says of the image tower."""
+    image, patch, side = _sizes(description)
+    return {
+        "patch_size": patch,
+        **({"num_patches": (side // patch) ** 2} if layout is SIGLIP2 else {"image_size": side}),
+        **_encoder_config(image["hidden_size"], _complete(Encoder, image["transformer"])),
+    }
+
+
+def preprocessor(description: Description, layout: Layout) -> dict[str, Any]:
+    """preprocessor_config.json."""
+    kind, (_, patch, side) = _kind(layout), _sizes(description)
     pixels = hf_pixels.write(description, kind)
     pixels["image_processor_type"] = {"clip": "CLIPImageProcessor"}.get(kind, "SiglipImageProcessor")
-    if layout is SIGLIP2:
-        pixels = {name: x for name, x in pixels.items() if name not in ("size", "crop_size", "do_center_crop")}
-        pixels |= {
-            "image_processor_type": "Siglip2ImageProcessor",
-            "patch_size": patch,
-            "max_num_patches": description.preprocessing.get("max_patches") or patches,
-        }
-    return {"config.json": config, "preprocessor_config.json": pixels}
+    if layout is not SIGLIP2:
+        return pixels
+    pixels = {name: x for name, x in pixels.items() if name not in ("size", "crop_size", "do_center_crop")}
+    most = description.preprocessing.get("max_patches") or (side // patch) ** 2
+    return pixels | {"image_processor_type": "Siglip2ImageProcessor", "patch_size": patch, "max_num_patches": most}
 
 
 _THEIR_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}

@@ -16,7 +16,7 @@ from vit_jax.errors import UserError, printable
 
 log = logging.getLogger("vit_jax")
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -75,7 +75,7 @@ def _hf_sizes(folder: Path, theirs: Flat) -> _Sizes:
     end = text.whole("eos_token_id", 49_407, low=0) if is_clip else None
     return _Sizes(
         heads=(image.whole("num_attention_heads", 12), text.whole("num_attention_heads", 8 if is_clip else 12)),
-        activations=tuple(_ACTIVATIONS[part.text("hidden_act", act, tuple(_ACTIVATIONS))] for part in (image, text)),
+        activations=tuple(ACTIVATIONS[part.text("hidden_act", act, tuple(ACTIVATIONS))] for part in (image, text)),
         norm_eps=tuple(part.number("layer_norm_eps", eps, 1e-16, 1) for part in (image, text)),
         end_token=None if end == LEGACY_END else end,
     )
@@ -150,7 +150,7 @@ def _description(layout: Layout, flat: Flat, sizes: _Sizes, blocks: tuple[int, i
         text=token_files.describe(TOKENS[layout.name], folder, fields["text"]),
         task={"type": "contrast", "loss": loss, "max_len": fields["text"]["max_len"]},
     )
-    return dataclasses.replace(described, **_pixels(layout, folder, native, p))
+    return dataclasses.replace(described, **pixels_of(layout, folder, native, p))
 
 
 def _fields(flat: Flat, sizes: _Sizes, blocks: tuple[int, int]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _pixels_of_any_shape(preprocessor: Entries, native: tuple[int, int], patch: 
     return {"mean": pixels.mean, "std": pixels.std, "preprocessing": how, "image_size": native}
 
 
-def _pixels(layout: Layout, folder: Path, native: tuple[int, int], patch: int) -> dict[str, Any]:
+def pixels_of(layout: Layout, folder: Path, native: tuple[int, int], patch: int) -> dict[str, Any]:
     """What photos go through, as entries of a description."""
     if layout in (OPENCLIP, OPENCLIP_SIGLIP):
         is_clip = layout is OPENCLIP

@@ -21,6 +21,7 @@ from vit_jax.checkpoint import (
     google,
     huggingface,
     image_text_files,
+    image_tower,
     lora_file,
     mae,
     readers,
@@ -113,6 +114,8 @@ def _open(path: Path, arrays: Flat) -> Opened:
         return towers
     if autoencoder := mae.open_autoencoder(path, arrays, _open):
         return autoencoder
+    if tower := image_tower.open_image_tower(path, arrays):
+        return tower
     theirs = wrappers.unwrap(arrays, path)
     if towers := image_text_files.open_image_text(path, theirs):
         return towers

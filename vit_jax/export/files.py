@@ -37,10 +37,8 @@ def check(out: str | os.PathLike, *, to: str, dtype: str, int8: str | None, cali
         raise UserError(f"--int8={int8} is for --to=onnx and --dtype=float32, of which kernels of 8 bits are made")
     if (int8 == "static") != (calibrate is not None):
         raise UserError("--int8=static and --calibrate=FOLDER go together: scales of activations are found on its images")
-    needed = FORMATS[to].NEEDED
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        commands = " && ".join(f"pip install {needed[name]}" for name in missing)
-        raise UserError(f"--to={to} needs {', '.join(missing)}: {commands}")
+    if missing := [name for name in FORMATS[to].NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--to={to} needs {', '.join(missing)}: {FORMATS[to].INSTALL}")
     return path
 
 

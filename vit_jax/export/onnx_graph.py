@@ -17,13 +17,9 @@ from vit_jax.export.plain import plain
 from vit_jax.export.program import Program
 from vit_jax.files import json_text
 
-NEEDED = {
-    "onnx": "onnx",
-    "onnx_ir": "onnx-ir",
-    "onnxruntime": "onnxruntime",
-    "jax2onnx": "--no-deps jax2onnx",  # its own dependencies want an older orbax-checkpoint than training does
-}
-"""Modules, and what pip calls them."""
+NEEDED = ("onnx", "onnx_ir", "onnxruntime", "jax2onnx")
+INSTALL = "pip install onnx onnx-ir onnxruntime && pip install --no-deps jax2onnx"
+"""The dependencies that jax2onnx names want an older orbax-checkpoint than training does, and nothing of them is used."""
 OPSET = 21
 """That of onnxruntime 1.18 and later; jax2onnx writes a newer one by default."""
 BLOCK = 64
@@ -42,7 +38,7 @@ def convert(program: Program) -> Model:
     function = dataclasses.replace(program, dtype="float32").function(program.predictor.params)
     outputs = plain(function, example)
     names = sorted(jax.eval_shape(function, example))
-    with _quiet():
+    with _quiet(), _refusing():
         model = jax2onnx.to_onnx(
             lambda images: [y for _, y in sorted(outputs(images).items())],
             [example],
@@ -54,6 +50,15 @@ def convert(program: Program) -> Model:
         )
     _gemm_to_matmul(model)
     return model if program.dtype == "float32" else _half(model)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Says in words what jax2onnx cannot convert."""
+    try:
+        yield
+    except NotImplementedError as e:
+        raise UserError(f"jax2onnx cannot convert this model ({str(e).splitlines()[0]}): try --to=stablehlo") from e
 
 
 def _half(model: Model) -> Model:

@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 
 from vit_jax.export.program import Program
 
-NEEDED = {"flatbuffers": "flatbuffers"}
+NEEDED, INSTALL = ("flatbuffers",), "pip install flatbuffers"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

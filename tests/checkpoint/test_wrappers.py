@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoint import tiny_files
 from tests.checkpoint.hostile import assert_refused
 from vit_jax import checkpoint
+from vit_jax.checkpoint import timm as timm_layout
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +111,14 @@ def test_the_originals_own_checkpoint_is_read(caplog, tmp_path, older):
         assert_refused(checkpoint.open_checkpoint, tmp_path / "checkpoint_90", "flax")
 
 
-def test_without_a_config_it_is_said_what_is_assumed(caplog, timm):
+def test_without_a_config_it_is_said_what_is_assumed(caplog, monkeypatch, timm):
     _, theirs, _ = timm
     folder = timm[0] / "alone"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_args": {"num_heads": 4}}')
     assert opened(folder, theirs).description.mean == (127.5,) * 3
     assert "127.5 and 127.5 are assumed; --mean and --std, or config.pp's, set others" in caplog.text
+    (folder / "config.json").unlink()
+    monkeypatch.setattr(timm_layout, "_published_heads", lambda width: 4)
+    opened(folder, theirs)
+    assert "neither heads nor activation: 4 heads and gelu, as published models have them, are assumed" in caplog.text

@@ -144,6 +144,9 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
     mean, std = (cfg.numbers(name, None) for name in ("mean", "std"))
     told = f"{_pixels(usual)} are assumed; --mean and --std, or config.pp's, set others (DeiT, DINO, MAE: ImageNet's)"
     assumed = () if mean and std else (f"no config.json tells mean and std: {told}",)
+    if not config.content:
+        usual_heads = f"{transformer['num_heads']} heads and {transformer['activation']}, as published models have them"
+        assumed += (f"it tells neither heads nor activation: {usual_heads}, are assumed",)
     return Facts(
         model,
         size,
@@ -174,7 +177,7 @@ def _deit3_facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
     facts = _timm_facts(flat, config, preprocessor)
     if not facts.assumed:
         return facts
-    assumed = ("ImageNet's mean and std are assumed, as in its code",)
+    assumed = ("ImageNet's mean and std are assumed, as in its code", *facts.assumed[1:])
     return dataclasses.replace(facts, mean=IMAGENET[0], std=IMAGENET[1], resize=POSITION_RULES["DeiT III"], assumed=assumed)
 
 

@@ -17,7 +17,7 @@ import vit_jax.api
 from tests import towers
 from tests.export import models
 from tests.serve import models as serve_models
-from vit_jax import predictor
+from vit_jax import checkpoint, predictor
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export
 from vit_jax.export import files, onnx_graph
@@ -199,6 +199,12 @@ def test_wrong_options(folder, tmp_path, monkeypatch, options, message):
     with pytest.raises(UserError) as error:
         export.main([f"--model={folder / 'vit'}", *options])
     assert message in str(error.value)
+
+
+def test_a_text_tower_alone_is_no_model_of_images(folder, tmp_path):
+    checkpoint.save(predictor.load(folder / "siglip").params["txt"], tmp_path / "model.npz")
+    with pytest.raises(UserError, match="'embedding/kernel' is missing"):
+        export.main([f"--model={tmp_path}", str(tmp_path / "m.onnx"), "--to=onnx"])
 
 
 def test_without_the_libraries_the_error_says_how_to_get_them(folder, tmp_path, monkeypatch):

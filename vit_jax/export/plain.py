@@ -40,16 +40,16 @@ def _named(call: Callable, args: Sequence[Any], options: Mapping[str, Any], cont
     module = context.module
     if type(module) is nn.LayerNorm and context.method_name == "__call__":
         own = module.variables["params"]
-        return layer_norm(args[0], own["scale"], own["bias"], module.epsilon).astype(module.dtype)
+        return plain_layer_norm(args[0], own["scale"], own["bias"], module.epsilon).astype(module.dtype)
     if context.method_name == "attend" and len(args) > 2 and options.get("mask") is None:
         q, k, v = (x.swapaxes(1, 2) for x in args[:3])
         logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
-        return jnp.matmul(softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
+        return jnp.matmul(attention_softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
     return call(*args, **options)
 
 
 @jax.jit
-def layer_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float) -> Array:
+def plain_layer_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float) -> Array:
     """(x − mean) / √(variance + epsilon) · scale + bias, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
@@ -57,7 +57,7 @@ def layer_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[A
 
 
 @jax.jit
-def softmax(x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
+def attention_softmax(x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
     """Along the last axis."""
     x = jnp.exp(x - x.max(axis=-1, keepdims=True))
     return x / x.sum(axis=-1, keepdims=True)
@@ -112,9 +112,9 @@ def _in_words(name: str, params: Mapping[str, Any], inputs: Sequence[Any]) -> Ar
     if name == "custom_vjp_call":
         form = _GELUS.get(frozenset(eqn.primitive.name for eqn in params["call_jaxpr"].jaxpr.eqns))
         return None if form is None else nn.gelu(x, approximate=form)
-    if name in ("jit", "pjit") and params["name"] == "softmax" and len(inputs) == 1:
+    if name in ("jit", "pjit") and params["name"] == attention_softmax.__name__:
         return jax.nn.softmax(x)
-    if name in ("jit", "pjit") and params["name"] == "layer_norm":
+    if name in ("jit", "pjit") and params["name"] == plain_layer_norm.__name__:
         return nn.LayerNorm(float(inputs[3])).apply({"params": {"scale": inputs[1], "bias": inputs[2]}}, x)
     if name == "pad" and all(low >= 0 and high >= 0 and not inner for low, high, inner in params["padding_config"]):
         return jnp.pad(x, [(low, high) for low, high, _ in params["padding_config"]], constant_values=inputs[1])

@@ -42,7 +42,8 @@ class Linear(nn.Module):
     def parameters(self, inputs: Sequence[int]) -> tuple[Float[Array, "*in_and_out"], Float[Array, "*out"]]:
         """(kernel, bias), which are drawn as for a matrix."""
         if self.has_variable("params", "kernel"):  # `param` would trace how they are drawn to compare shapes
-            return self.get_variable("params", "kernel"), self.get_variable("params", "bias")
+            bias = self.get_variable("params", "bias") if self.use_bias else jnp.zeros(self.features)
+            return self.get_variable("params", "kernel"), bias
 
         def kernel_init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
             return self.kernel_init(key, (math.prod(inputs), math.prod(self.features)), dtype).reshape(shape)

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from vit_jax import arguments, predictor
+from vit_jax import arguments, pictures, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host.decode import decode
 from vit_jax.data.listing import find_images, shown
@@ -26,7 +26,7 @@ from vit_jax.files import read_regular
 from vit_jax.models import attention_maps
 from vit_jax.run import runtime
 from vit_jax.tasks import prompts
-from vit_jax.tools import look, pictures
+from vit_jax.tools import look
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 from tqdm import tqdm
 
-from vit_jax import arguments, predictor
+from vit_jax import arguments, pictures, predictor
 from vit_jax.checkpoint import pixels
 from vit_jax.data.host import inputs
 from vit_jax.data.host.decode import decode
@@ -24,7 +24,7 @@ from vit_jax.errors import UserError, command
 from vit_jax.files import read_regular, write_atomically
 from vit_jax.finite import finite_rows
 from vit_jax.run import runtime
-from vit_jax.tools import look, pictures
+from vit_jax.tools import look
 
 SUFFIXES = (".npz", ".safetensors")
 

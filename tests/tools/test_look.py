@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from tests.models import small
+from vit_jax import pictures
 from vit_jax.checkpoint import describe
 from vit_jax.errors import UserError
 from vit_jax.predictor import Predictor
-from vit_jax.tools import look, pictures
+from vit_jax.tools import look
 
 SIZE = (24, 40)
 FIELDS = {"hidden_size": 32, "patches": {"size": (8, 8)}, "num_classes": 7, "transformer": small.ENCODER}

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: .venv/installed
 	$(BIN)/python -m vit_jax.demo
@@ -15,6 +15,9 @@ lint: .venv/installed-test
 
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict
+
+notebooks: .venv/installed-docs
+	$(BIN)/python docs/notebooks/run.py
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {v}: make PYTHON=python3.12 …")'

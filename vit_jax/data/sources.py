@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from vit_jax.data import captions, detection, listing, segmentation, shards
+from vit_jax.data import captions, detection, listing, parquet, segmentation, shards
 from vit_jax.data.digit_canvas import DigitCanvasSource
 from vit_jax.data.digit_pairs import DigitPairsSource
 from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
@@ -42,7 +42,8 @@ def get_source(
 
     `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas`, `digit_pairs` (see
     their classes), the path of an existing folder (see FolderSource, detection.open_folder for images with boxes,
-    segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences),
+    segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences,
+    parquet.open_folder for Parquet files with labels),
     `unlabelled:FOLDER` (see UnlabelledSource), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
     alone the two tfds folders are. A folder of several layouts is read in the one that offers what a task `needs`.
 
@@ -64,7 +65,7 @@ def get_source(
         return UnlabelledSource(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        layouts = sorted((detection, segmentation, captions, shards), key=lambda layout: layout.OFFERS not in needs)
+        layouts = sorted((detection, segmentation, captions, shards, parquet), key=lambda layout: layout.OFFERS not in needs)
         known = (source for layout in layouts if (source := layout.open_folder(path, split)))
         return next(known, None) or FolderSource(path, split)
     if shards.is_pattern(path):

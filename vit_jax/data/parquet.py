@@ -1,0 +1,150 @@
+"""Images with classes in Parquet files, as the datasets library of Hugging Face writes them: columns of images and of labels.
+
+An image is a struct of `bytes` and `path`, a label a number whose names stand in the file's metadata, as a ClassLabel. A
+group of rows is read when one of its rows is wanted, and kept with others up to `KEPT` bytes.
+"""
+
+import contextlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.features import Image, Label, Source, digest
+from vit_jax.data.listing import MOVED, shown
+from vit_jax.data.splits import TEST_NAMES, meant, split_range
+from vit_jax.errors import UserError, printable
+from vit_jax.files import open_regular
+
+OFFERS = "label"
+KEPT = 1 << 30
+"""Bytes of groups of rows that are kept."""
+_SPLITS = ("train", *TEST_NAMES)
+
+
+class ParquetSource(Source):
+    """The rows of some files, in their order. Raises UserError for files without an image or a label with names."""
+
+    exif_rotated = True
+
+    def __init__(self, files: list[Path], split: str):
+        groups, counts, columns = [], [], None
+        for n, file in enumerate(files):
+            with _opened(file) as table:
+                found = _columns(table, file)
+                groups += [(n, i) for i in range(table.metadata.num_row_groups)]
+                counts += [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+            if found != (columns := columns or found):
+                raise UserError(f"{shown(file)} has other columns or classes than {shown(files[0])}")
+        self._image, self._label, names = columns
+        self.features = {"image": Image(), "label": Label(names)}
+        _, self._part = split_range(split, {split.partition("[")[0]: sum(counts)})
+        self._files, self._groups, self._starts = files, groups, np.cumsum([0, *counts])
+        self._kept: OrderedDict[int, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        group, row = self._place(index)
+        images, labels = self._rows(group)
+        image, label = images[row].as_py(), labels[row].as_py()
+        if not (isinstance(image, dict) and image.get("bytes")):
+            raise UserError(f"{self.where(index)} has no bytes of an image: write the dataset with its images embedded")
+        if label is None or not 0 <= label < self.num_classes:
+            raise UserError(f"{self.where(index)} has label {label}, allowed are 0 to {self.num_classes - 1}")
+        return {"image": image["bytes"], "label": int(label)}
+
+    def where(self, index: int) -> str:
+        group, row = self._place(index)
+        file, number = self._groups[group]
+        return f"{shown(self._files[file])}: row {row} of group {number}"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        names = [(file.name, file.stat().st_size) for file in self._files]
+        return super().fingerprint() | {"names": digest(names), "first": self._part.start}
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(number of the group of rows, row in it) of an example."""
+        number = self._part[index]
+        group = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return group, number - int(self._starts[group])
+
+    def _rows(self, group: int) -> tuple[Any, Any]:
+        """The columns of a group, kept or read anew."""
+        with self._lock:
+            if group in self._kept:
+                self._kept.move_to_end(group)
+                return self._kept[group][0]
+        file, number = self._groups[group]
+        with _opened(self._files[file]) as opened:
+            table = opened.read_row_group(number, columns=[self._image, self._label])
+        columns = table[self._image], table[self._label]
+        with self._lock:
+            self._kept[group] = columns, table.nbytes
+            while sum(size for _, size in self._kept.values()) > KEPT and len(self._kept) > 1:
+                self._kept.popitem(last=False)
+        return columns
+
+
+def open_folder(path: str, split: str) -> ParquetSource | None:
+    """The rows of `train-*.parquet`, `test-*.parquet` in a folder or its folder `data`, or in its folders `train` and `test`.
+
+    None for a folder without these. `test` may also be called `val`, `valid` or `validation`. Raises UserError for a split that
+    is not there, and as ParquetSource does.
+    """
+    root, asked = Path(path), split.partition("[")[0]
+    found = {
+        name: sorted({*_files(root, name), *_files(root / "data", name), *root.glob(f"{name}/*.parquet")}) for name in _SPLITS
+    }
+    found = {name: files for name, files in found.items() if files}
+    if "train" not in found:
+        return None
+    name = meant(asked, found)
+    if name is None:
+        raise UserError(f"{shown(root)} has files for {', '.join(found)}, not for {asked!r}: name parts, such as 'train[99%:]'")
+    return ParquetSource(found[name], split)
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """split.parquet, split-00000-of-00002.parquet, …"""
+    return [x for x in folder.glob(f"{split}*.parquet") if x.name[len(split)] in ".-_"]
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as e:
+        raise UserError(f"{shown(file)}: Parquet files need pyarrow: pip install pyarrow") from e
+    try:
+        with open_regular(file) as f:
+            yield parquet.ParquetFile(f)
+    except ArrowInvalid as e:
+        raise UserError(f"{shown(file)} is no Parquet file, or is cut off: {e}") from e
+    except OSError as e:
+        raise UserError(f"{shown(file)} cannot be read: {e}{MOVED}") from e
+
+
+def _columns(table: Any, file: Path) -> tuple[str, str, tuple[str, ...]]:
+    """(column of images, column of labels, names of the classes)."""
+    schema = table.schema_arrow
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {name: x for name, x in described.items() if isinstance(x, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{shown(file)} does not say what its columns are: write it by datasets' to_parquet") from None
+    images = [name for name, x in kinds.items() if x.get("_type") == "Image" and name in schema.names]
+    labels = [name for name, x in kinds.items() if x.get("_type") == "ClassLabel" and name in schema.names]
+    if len(images) != 1 or len(labels) != 1:
+        has = ", ".join(f"{printable(name)} ({printable(str(x.get('_type')))})" for name, x in kinds.items())
+        raise UserError(f"{shown(file)} needs one column of kind Image and one of kind ClassLabel; it has {has or 'none'}")
+    names = kinds[labels[0]].get("names")
+    if not isinstance(names, list) or len(names) < 2:
+        raise UserError(f"{shown(file)}: column {printable(labels[0])} has no names of two classes or more")
+    return images[0], labels[0], tuple(map(str, names))

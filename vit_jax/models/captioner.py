@@ -94,6 +94,10 @@ class Captioner(nn.Module):
     def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
         return self.backbone(images, train=train)
 
+    def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
+        """Those of the ViT."""
+        return self.backbone.vit.features(images, train=train)
+
     def decode(
         self,
         memory: Memory,
@@ -172,6 +176,10 @@ class AttendingLSTM(nn.Module):
 
     def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
         return self.backbone(images, train=train)
+
+    def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
+        """Those of the ViT."""
+        return self.backbone.vit.features(images, train=train)
 
     def decode(self, memory: Memory, tokens: Int[Array, "b n"], *, train: bool = False) -> Float[Array, "b n v"]:
         """logits[:, t] score the token behind tokens[:, :t + 1]."""

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -20,7 +21,7 @@ from tests.serve import models as serve_models
 from vit_jax import checkpoint, predictor
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export
-from vit_jax.export import files, onnx_graph
+from vit_jax.export import files, onnx_graph, stablehlo
 from vit_jax.export.program import Program, random_pixels
 
 onnx = pytest.importorskip("onnx")
@@ -199,6 +200,19 @@ def test_wrong_options(folder, tmp_path, monkeypatch, options, message):
     with pytest.raises(UserError) as error:
         export.main([f"--model={folder / 'vit'}", *options])
     assert message in str(error.value)
+
+
+def test_merged_tokens_are_for_stablehlo(tmp_path):
+    made = predictor.load(models.write(tmp_path / "gap", "ViT", models.VIT | {"classifier": "gap"}), tome=2)
+    with pytest.raises(UserError, match="exported as StableHLO"):
+        files.write(made, tmp_path / "m.onnx")
+    files.write(made, tmp_path / "m.stablehlo", to="stablehlo", preprocess=True)
+    pixels = random_pixels(models.SIZE, 2)
+    found = stablehlo.run((tmp_path / "m.stablehlo").read_bytes(), pixels)["logits"]
+    examples = [{"image": x.astype(np.float32)} for x in pixels]
+    np.testing.assert_allclose(found, made.predict_examples(examples, 2)["logits"], atol=1e-5)
+    whole = dataclasses.replace(made, tome=0).predict_examples(examples, 2)["logits"]
+    assert np.abs(found - whole).max() > 1e-3
 
 
 def test_a_text_tower_alone_is_no_model_of_images(folder, tmp_path):

@@ -33,6 +33,8 @@ def convert(program: Program) -> Model:
     """A graph of any number of images."""
     import jax2onnx
 
+    if program.predictor.tome:
+        raise UserError(f"a model that merges tokens (tome={program.predictor.tome}) is exported as StableHLO, not as ONNX")
     (batch,) = jax.export.symbolic_shape("batch")
     example = program.example(batch)
     function = dataclasses.replace(program, dtype="float32").function(program.predictor.params)
@@ -74,14 +76,15 @@ def _gemm_to_matmul(model: Model) -> None:
     """Products of matrices that are written as Gemm become MatMul, which is what the quantisers for CPUs look for."""
     import onnx
 
-    product = {"alpha": 1.0, "beta": 0.0, "transA": 0, "transB": 0}
+    product, dropped = {"alpha": 1.0, "beta": 0.0, "transA": 0, "transB": 0}, set()
     for node in model.graph.node:
         options = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
         if node.op_type == "Gemm" and product | {"beta": 1.0} | options == product:
             node.op_type = "MatMul"
+            dropped |= set(node.input[2:])
             del node.input[2:], node.attribute[:]
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [x for x in model.graph.initializer if x.name in used]
+    dropped -= {name for node in model.graph.node for name in node.input}
+    kept = [x for x in model.graph.initializer if x.name not in dropped]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from vit_jax import tasks
 from vit_jax.data.device import augment
 from vit_jax.errors import UserError
+from vit_jax.models import token_merging
 from vit_jax.predictor import Predictor
 from vit_jax.tasks import images
 
@@ -61,7 +62,7 @@ class Program:
             outputs = task.predict(params, {"image": pixels.astype(jnp.float32), "extent": extent})
             return {name: y.astype(jnp.float32) if jnp.issubdtype(y.dtype, jnp.floating) else y for name, y in outputs.items()}
 
-        return run
+        return token_merging.merging(self.predictor.tome)(run)
 
     def inputs(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Shaped[np.ndarray, "b h w 3"]:
         """Images as the program takes them."""

@@ -146,7 +146,8 @@ def _pretrained_params(experiment: Experiment, paths: Mapping[str, str | Path], 
 def _with_few_drawn(load: Callable[[Params], Params], init_params: Callable[[], Params]) -> Params:
     """`load(init_params())` of a classifier, for which only those of the fresh parameters are drawn that `load` passes on.
 
-    They are told by a mark in place of the numbers, a NaN, which no file may hold. To compile the drawing of all takes 15 s for S/16.
+    They are told by a mark in place of the numbers: a NaN, which no file may hold. Compiling the drawing of all takes 15 s of
+    CPU for S/16.
     """
     marked = jax.tree.map(lambda x: np.broadcast_to(_MARK, x.shape), jax.eval_shape(init_params))
     params = flatten_dict(load(marked), sep="/")

@@ -63,6 +63,15 @@ def preprocessing(settings: Settings) -> dict[str, Any]:
     return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names} | more
 
 
+def pixels_of_origin(settings: Settings, origin: checkpoint.Description) -> dict[str, Any]:
+    """What of `config.pp` makes other pixels of a photo than the origin's own files say, and what these say, by field."""
+    said = {"resize_to": None, "interpolation": "bilinear", "antialias": False, "floor_cut": False} | origin.preprocessing
+    ours = preprocessing(settings)
+    if said["resize_to"] == ours["resize_to"] is None:  # nothing is cut
+        ours.pop("floor_cut")
+    return {name.replace("resize_to", "eval_resize"): said.get(name) for name in ours if ours[name] != said.get(name)}
+
+
 def make_augment(settings: Settings) -> Callable:
     """(uint8 images, seeds) → uint8 images: flips and colours, on the devices."""
     a = settings.augment

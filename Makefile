@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m vit_jax.demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

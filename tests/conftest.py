@@ -8,24 +8,25 @@ import os
 import jax
 import pytest
 
+from tests import compiling
 from vit_jax.run import runtime
 
+compiling.quickly()
 runtime.set_xla_flags()  # before any test asks for the devices
+
+# Files that take longest, in that order: one at the end would have a worker to itself while the others wait.
+FIRST = ("tasks/test_contract", "optimize/test_parallel", "test_docs", "test_recipes", "test_train", "run/test_kill")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"tests/{name}.py": i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"  # one for all workers
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)  # for processes that tests start
-    jax.config.update("jax_disable_most_optimizations", True)
+    compiling.once((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")  # one for all workers
 
 
 @pytest.fixture(scope="module")

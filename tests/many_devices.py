@@ -7,7 +7,6 @@ holds a checkpoint, the run goes on from it to `MORE` steps.
 
 import contextlib
 import itertools
-import os
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from tests import tiny
+from tests import compiling, tiny
 from vit_jax import train
 from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.run import cluster, experiment
@@ -87,14 +86,7 @@ def run(
 
 def start(module: str, *arguments: str, devices: int, environment: dict[str, str] | None = None, **options) -> subprocess.Popen:
     """`python -m MODULE` with virtual devices."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # or compiling takes minutes
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    env = os.environ | flags | cache | (environment or {})
+    env = compiling.with_devices(devices) | (environment or {})
     return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, env=env, **options)
 
 

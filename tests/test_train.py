@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tests import tiny
+from tests import compiling, tiny
 from vit_jax import convert, evaluators, models, predictor
 from vit_jax.checkpoint import load
 from vit_jax.checkpoint.state import Checkpointer
@@ -101,9 +100,8 @@ def test_a_complete_run_started_again_changes_nothing(undisturbed: Path):
 def test_eight_devices_learn_and_count_what_one_does(tmp_path: Path):
     """Without dropout, whose keys are per device. 37 test images on 8 devices: a remainder on every batch."""
     script = "import sys; from tests import tiny, test_train; test_train.three_steps(sys.argv[1])"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "8")], cwd=REPOSITORY, env=env, stdout=-3)
+    command = [sys.executable, "-c", script, str(tmp_path / "8")]
+    other = subprocess.Popen(command, cwd=REPOSITORY, env=compiling.with_devices(8), stdout=-3)
     three_steps(str(tmp_path / "1"))
     assert other.wait(timeout=300) == 0
     log = (tmp_path / "8" / "train.log").read_text()

@@ -1,7 +1,6 @@
 """Checkpoints of the training state: whole or not at all, kept as asked, and never restored damaged."""
 
 import logging
-import os
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests import compiling
 from vit_jax.checkpoint import checksums
 from vit_jax.checkpoint.state import Checkpointer, WriteError, steps_in
 from vit_jax.errors import UserError
@@ -316,11 +316,10 @@ def two(directory: Path, what: str) -> list[str]:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     script = "import sys; from tests.checkpoint import test_state; test_state.one_of_two(*sys.argv[1:])"
     commands = [[sys.executable, "-c", script, str(directory), port, str(i), what] for i in range(2)]
-    options = {"cwd": REPOSITORY, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    both = [subprocess.Popen(command, **options) for command in commands]
+    options = {"cwd": REPOSITORY, "env": compiling.with_devices(2), "text": True}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) for command in commands]
     outputs = [process.communicate(timeout=90) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     return [out.splitlines()[-1] if out else "" for out, _ in outputs]

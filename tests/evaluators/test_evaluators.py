@@ -1,15 +1,13 @@
 """`config.evaluators`: names, schedules, what is refused; and the evaluation of a checkpoint by any of them."""
 
 import json
-import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import compiling, tiny
 from tests.evaluators import small
 from vit_jax import checkpoint
 from vit_jax.errors import UserError
@@ -151,10 +149,8 @@ def test_four_devices_give_what_one_gives(tmp_path):
     alone = {}
     for _, evaluator in make_evaluators(e):
         alone |= evaluator(e.parallelism.place(params))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     command = [sys.executable, "-c", FOUR_DEVICES, str(tmp_path), json.dumps(configured)]
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, env=compiling.with_devices(4), check=True, stdout=subprocess.PIPE, text=True).stdout
     for line in output.splitlines():
         found = json.loads(line)
         assert found.keys() == alone.keys()

@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator
 
-import jax
 import pytest
+
+from tests import compiling
 
 
 @pytest.fixture(scope="module", autouse=True)
 def optimised() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.clear_caches()  # or what another module has compiled in its way would be used
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+    with compiling.as_for_users():
+        yield

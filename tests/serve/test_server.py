@@ -26,7 +26,7 @@ def server(tmp_path_factory):
     flat = {name: np.asarray(x) for name, x in flatten_dict(made.params, sep="/").items()}
     write_checkpoint(Opened(folder, "ours", flat, made.description), folder, "npz")
     command = [sys.executable, "-m", "vit_jax.serve", f"--model={folder}", "--port=0", "--batch=2", "--wait=1000"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         assert line.startswith("http://127.0.0.1:") and str(folder) in line

@@ -1,7 +1,7 @@
 """Ten steps in every way to use devices, for tests that start processes with devices of their own.
 
-python -m tests.many_devices FOLDER NAME… runs `WAYS[NAME]` on all devices of this process and, where the variables of
-`vit_jax.cluster` are set, of the others; every process writes what it found to FOLDER/NAME_PROCESS.npz. Where FOLDER/NAME
+python -m tests.many_devices FOLDER/NAME… runs `KINDS[NAME]` on all devices of this process and, where the variables of
+`vit_jax.run.cluster` are set, of the others; every process writes what it found to FOLDER/NAME_PROCESS.npz. Where FOLDER/NAME
 holds a checkpoint, the run goes on from it to `MORE` steps.
 """
 
@@ -116,15 +116,15 @@ def _bytes_on_first_device(tree) -> int:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    begun = [parallelism for parallelism in sys.argv[2:] if (out / parallelism).exists()]  # before any process writes
+    workdirs = [Path(argument) for argument in sys.argv[1:]]
+    begun = [workdir for workdir in workdirs if workdir.exists()]  # before any process writes
     cluster.join()
-    for parallelism in sys.argv[2:]:
+    for workdir in workdirs:
         batches: list[dict] = []
-        go_on = parallelism in begun
-        found = run(parallelism, workdir=out / parallelism, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)
+        go_on = workdir in begun
+        found = run(workdir.name, workdir=workdir, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)
         seeds = np.stack([batch["seed"] for batch in batches[:STEPS]])
-        np.savez(out / f"{parallelism}_{jax.process_index()}.npz", **found, seeds=seeds)
+        np.savez(workdir.with_name(f"{workdir.name}_{jax.process_index()}.npz"), **found, seeds=seeds)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,18 @@ def one_device(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def eight_devices(folder: Path, one_device) -> Path:
-    """Every way on 8 devices from nothing."""
-    child = many_devices.start("tests.many_devices", str(folder / "eight"), *many_devices.KINDS, devices=8)
+    """Every way on 8 devices from nothing; then, in the same process, one goes on from the checkpoint of one device."""
+    shutil.copytree(folder / "one", folder / "grown" / "tensor")
+    workdirs = [*(folder / "eight" / parallelism for parallelism in many_devices.KINDS), folder / "grown" / "tensor"]
+    child = many_devices.start("tests.many_devices", *map(str, workdirs), devices=8)
     assert child.wait(timeout=400) == 0
     return folder / "eight"
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path, one_device) -> Path:
-    with many_devices.two("tests.many_devices", str(folder / "two"), *TWO_PROCESSES, devices=4) as children:
+    workdirs = [str(folder / "two" / parallelism) for parallelism in TWO_PROCESSES]
+    with many_devices.two("tests.many_devices", *workdirs, devices=4) as children:
         assert [child.wait(timeout=400) for child in children] == [0, 0]
     return folder / "two"
 
@@ -93,10 +96,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_in_another_way_on_one(
     _assert_same(onwards, one_more)
 
 
-def test_a_checkpoint_of_one_device_goes_on_on_eight(one_more, folder: Path):
-    shutil.copytree(folder / "one", folder / "grown" / "tensor")
-    child = many_devices.start("tests.many_devices", str(folder / "grown"), "tensor", devices=8)
-    assert child.wait(timeout=400) == 0
+def test_a_checkpoint_of_one_device_goes_on_on_eight(one_more, eight_devices: Path, folder: Path):
     _assert_same(np.load(folder / "grown" / "tensor_0.npz"), one_more)
 
 

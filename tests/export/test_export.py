@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -101,6 +102,7 @@ def test_onnx_gives_what_the_model_gives(folder, tmp_path, name, capsys):
     assert sum(node.op_type == "Gelu" for node in nodes) == (2 if name == "mixer" else 1)  # nothing is computed twice
     assert {"LayerNormalization", "Gelu", "MatMul"} <= used and not used & {"Einsum", "Gemm", "Tanh", "Erf", "If"}
     assert ("Softmax" in used) == (name != "mixer")
+    assert jnp.cumsum(jnp.ones((2, 3)), 1).shape == (2, 3), "jax2onnx leaves a cumsum that takes its axis by name alone"
 
 
 def test_images_are_normalised_before_and_all_is_in_the_metadata(folder, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
@@ -40,7 +41,7 @@ def convert(program: Program) -> Model:
     function = dataclasses.replace(program, dtype="float32").function(program.predictor.params)
     outputs = plain(function, example)
     names = sorted(jax.eval_shape(function, example))
-    with _quiet(), _refusing():
+    with _quiet(), _refusing(), _restoring():
         model = jax2onnx.to_onnx(
             lambda images: [y for _, y in sorted(outputs(images).items())],
             [example],
@@ -61,6 +62,16 @@ def _refusing() -> Iterator[None]:
         yield
     except NotImplementedError as e:
         raise UserError(f"jax2onnx cannot convert this model ({str(e).splitlines()[0]}): try --to=stablehlo") from e
+
+
+@contextlib.contextmanager
+def _restoring() -> Iterator[None]:
+    """Undoes what jax2onnx leaves changed in JAX: a cumsum that takes fewer kinds of arguments."""
+    cumsum = jnp.cumsum
+    try:
+        yield
+    finally:
+        jnp.cumsum = cumsum
 
 
 def _half(model: Model) -> Model:

@@ -39,7 +39,7 @@ def sine_of_image(valid: Bool[Array, "b h w"], d: int) -> Float[Array, "b h w d"
         raise UserError(f"positions of an image need a width that is a multiple of 4, not {d}")
 
     def along(axis: int) -> Float[Array, "b h w d/2"]:
-        place = jnp.cumsum(valid, axis, dtype=jnp.float32)
+        place = jnp.cumsum(valid, axis=axis, dtype=jnp.float32)
         last = jnp.take(place, jnp.array([-1]), axis)
         return sinusoid(place / (last + 1e-6) * (2 * math.pi), d // 2)
 

@@ -42,7 +42,8 @@ class Accelerator(NamedTuple):
 _TPU = "https://docs.cloud.google.com/tpu/docs/{}, data centre network: https://jax-ml.github.io/scaling-book/tpus"
 _GPU = "https://www.nvidia.com/en-us/data-center/{}, links: https://jax-ml.github.io/scaling-book/gpus"
 
-# Sheets of NVIDIA print twice these FLOPs, for sparse matrices; all but v4's twice these links, for both directions.
+# Sheets of NVIDIA print twice these FLOPs, for sparse matrices; all but v4's twice these links, for both directions. They were
+# not at hand: the figures are those that others quote from them, but A100's network, which is one port of 200 Gbit/s a GPU.
 ACCELERATORS = {
     "A100": Accelerator("A100 80 GB SXM", "cuda", 312e12, 156e12, 80e9, 2.039e12, 300e9, 8, 25e9, _GPU.format("a100")),
     "H100": Accelerator("H100 SXM", "cuda", 989e12, 494e12, 80e9, 3.35e12, 450e9, 8, 50e9, _GPU.format("h100")),

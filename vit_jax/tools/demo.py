@@ -3,7 +3,7 @@
     python -m vit_jax.demo
     python -m vit_jax.demo --workdir=runs/demo --seed=1
 
-Everything is written below the workdir, where it replaces what an earlier demo left. It took 133 s on 2 CPU cores.
+Everything is written below the workdir, where it replaces what an earlier demo left. It took 133 to 160 s on 2 CPU cores.
 """
 
 import json

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from vit_jax import evaluators, fit_head, report
 from vit_jax.checkpoint.state import Checkpointer, WriteError
 from vit_jax.data import loader, memory
 from vit_jax.errors import UserError
+from vit_jax.optimize.step import State
 from vit_jax.run import start
 from vit_jax.run import workdir as workdirs
 from vit_jax.run.experiment import Experiment, build, make_update, model_params
@@ -70,16 +72,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         writer = Writer(directory, start_step=done, total_steps=settings.total_steps)
         progress = Progress(experiment, writer, checkpointer, stop)
         try:
-            # A fitted head is scored and kept, so that it is not fitted again
             if fits_head:
-                metrics = evaluators.scores(experiment, state, [evaluator for _, evaluator in due_evaluators])
-                writer.scalars(0, metrics)
-                log.info("step 0  %s", format_metrics(metrics))
-                if progress.improves(metrics, complete=True):
-                    write_model(experiment, directory / "model_best.npz", state, 0, metrics)
-                if settings.total_steps == 0:
-                    write_model(experiment, directory / "model.npz", state, 0, metrics)
-                progress.save(0, state, metrics)
+                _keep_fitted(experiment, state, [evaluator for _, evaluator in due_evaluators], progress, directory)
             _leave_if_asked(stop)
             if done >= settings.total_steps and not fits_head:
                 if not workdirs.has_model(directory):  # what stopped the last step came after it
@@ -132,6 +126,20 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         if settings.report and (done < settings.total_steps or fits_head or not (directory / report.FILE).exists()):
             report.of_run(experiment, state, directory)
         return experiment.parallelism.read(model_params(experiment, state)[""])
+
+
+def _keep_fitted(
+    experiment: Experiment, state: State, chosen: Sequence[evaluators.Evaluator], progress: Progress, directory: Path
+) -> None:
+    """Scores a fitted head and saves it as step 0, so that it is not fitted again."""
+    metrics = evaluators.scores(experiment, state, chosen)
+    progress.writer.scalars(0, metrics)
+    log.info("step 0  %s", format_metrics(metrics))
+    if progress.improves(metrics, complete=True):
+        write_model(experiment, directory / "model_best.npz", state, 0, metrics)
+    if experiment.settings.total_steps == 0:
+        write_model(experiment, directory / "model.npz", state, 0, metrics)
+    progress.save(0, state, metrics)
 
 
 def _leave_if_asked(stop: GracefulExit) -> None:

@@ -18,9 +18,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax.errors import UserError
-from vit_jax.models import vit
-from vit_jax.models.architecture import Architecture, Fields
+from vit_jax.models import on_vit, vit
+from vit_jax.models.architecture import Architecture
 from vit_jax.models.decoder import Stack
 from vit_jax.models.layers import ACTIVATIONS
 from vit_jax.models.linear import Linear
@@ -45,7 +44,21 @@ class Encoder(nn.Module):
         return features["patches"] if self.patches else features["layers"][-1]
 
 
-class Captioner(nn.Module):
+class _OnViT(nn.Module):
+    """What both decoders do with their `Encoder`, which is `backbone`."""
+
+    def __call__(self, images: Float[Array, "b H W 3"], tokens: Int[Array, "b n"], **how: Any) -> Float[Array, "b n v"]:
+        return self.decode(self.encode(images, train=how.get("train", False)), tokens, **how)
+
+    def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
+        return self.backbone(images, train=train)
+
+    def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
+        """Those of the ViT."""
+        return self.backbone.vit.features(images, train=train)
+
+
+class Captioner(_OnViT):
     """ViT → pre-LN Transformer decoder with cross-attention → the scores of the next token.
 
     Attributes:
@@ -88,16 +101,6 @@ class Captioner(nn.Module):
         if not self.tied:
             self.output = Linear((self.vocabulary,), kernel_init=nn.initializers.zeros, dtype=self.dtype)
 
-    def __call__(self, images: Float[Array, "b H W 3"], tokens: Int[Array, "b n"], **how: Any) -> Float[Array, "b n v"]:
-        return self.decode(self.encode(images, train=how.get("train", False)), tokens, **how)
-
-    def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
-        return self.backbone(images, train=train)
-
-    def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
-        """Those of the ViT."""
-        return self.backbone.vit.features(images, train=train)
-
     def decode(
         self,
         memory: Memory,
@@ -135,7 +138,7 @@ class Captioner(nn.Module):
         return jnp.einsum("bnd,vd->bnv", x, embedding, preferred_element_type=jnp.float32)
 
 
-class AttendingLSTM(nn.Module):
+class AttendingLSTM(_OnViT):
     """ViT → LSTM with soft attention over the patches → the scores of the next token.
 
     Before every word the state h asks where to look: weights α = softmax(e) with e = v·tanh(W a + U h), "additive", or
@@ -170,16 +173,6 @@ class AttendingLSTM(nn.Module):
         self.output_hidden, self.output_seen = (Linear((self.embedding_dim,), dtype=self.dtype) for _ in range(2))
         self.output = Linear((self.vocabulary,), dtype=self.dtype)
         self.dropout = nn.Dropout(self.dropout_rate)
-
-    def __call__(self, images: Float[Array, "b H W 3"], tokens: Int[Array, "b n"], **how: Any) -> Float[Array, "b n v"]:
-        return self.decode(self.encode(images, train=how.get("train", False)), tokens, **how)
-
-    def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
-        return self.backbone(images, train=train)
-
-    def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
-        """Those of the ViT."""
-        return self.backbone.vit.features(images, train=train)
 
     def decode(self, memory: Memory, tokens: Int[Array, "b n"], *, train: bool = False) -> Float[Array, "b n v"]:
         """logits[:, t] score the token behind tokens[:, :t + 1]."""
@@ -264,28 +257,11 @@ def looks(intermediates: Mapping[str, Any], patches: int) -> Float[Array, "b n p
     return mean / mean.sum(axis=-1, keepdims=True)
 
 
-def _check(fields: Fields) -> None:
-    if set(fields["body"]) != {"vit"}:
-        raise UserError(f"the body of a captioner must be a vit with its fields, not {', '.join(fields['body']) or 'nothing'}")
-    vit.ARCHITECTURE.build({**fields["body"]["vit"], "num_classes": None})
+def _architecture(cls: type[nn.Module], first: str, last: str) -> Architecture:
+    """The blocks are those of the decoder."""
+    how = {"block": r"text_decoder/layer_(\d+)/.*", "choices": {"activation": ACTIVATIONS, "attention": ATTENTIONS}}
+    return on_vit.architecture(cls, "captioner", first=first, last=last, **how)
 
 
-def architecture(cls: type[nn.Module], first: str, last: str) -> Architecture:
-    """The blocks are those of the decoder; those of the ViT are a tower of their own."""
-    return Architecture(
-        cls=cls,
-        sizes={},
-        num_layers=lambda fields: {"backbone": vit.ARCHITECTURE.num_layers(fields["body"]["vit"])},
-        first=first,
-        block=r"text_decoder/layer_(\d+)/.*",
-        last=last,
-        cut=lambda fields: vit.ARCHITECTURE.cut(fields["body"]["vit"]),
-        grid=lambda fields, size: vit.ARCHITECTURE.grid(fields["body"]["vit"], size),
-        backbone="body.vit",
-        choices={"activation": ACTIVATIONS, "attention": ATTENTIONS},
-        check=_check,
-    )
-
-
-CAPTIONER = architecture(Captioner, "embedding|position_embedding", "(text_norm|output)/.*")
-LSTM = architecture(AttendingLSTM, "embedding", "(initial_hidden|initial_cell|keys|cell|output|output_hidden|output_seen)/.*")
+CAPTIONER = _architecture(Captioner, "embedding|position_embedding", "(text_norm|output)/.*")
+LSTM = _architecture(AttendingLSTM, "embedding", "(initial_hidden|initial_cell|keys|cell|output|output_hidden|output_seen)/.*")

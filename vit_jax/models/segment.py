@@ -15,8 +15,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError
-from vit_jax.models import vit
-from vit_jax.models.architecture import Architecture, Fields
+from vit_jax.models import on_vit, vit
+from vit_jax.models.architecture import Architecture
 from vit_jax.models.batchnorm_resnet import FrozenBatchNorm
 from vit_jax.models.layers import ACTIVATIONS, EncoderBlock
 from vit_jax.models.linear import Linear
@@ -137,27 +137,10 @@ def _of_length_one(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _check(fields: Fields) -> None:
-    if set(fields["body"]) != {"vit"}:
-        raise UserError(f"the body of a segmenter must be a vit with its fields, not {', '.join(fields['body']) or 'nothing'}")
-    vit.ARCHITECTURE.build({**fields["body"]["vit"], "num_classes": None})
-
-
 def architecture(cls: type[nn.Module], first: str, last: str) -> Architecture:
-    """The blocks are those of the mask Transformer; those of the ViT are a tower of their own."""
-    return Architecture(
-        cls=cls,
-        sizes={},
-        num_layers=lambda fields: {"backbone": vit.ARCHITECTURE.num_layers(fields["body"]["vit"])},
-        first=first,
-        block=r"mask_block_(\d+)/.*",
-        last=last,
-        cut=lambda fields: vit.ARCHITECTURE.cut(fields["body"]["vit"]),
-        grid=lambda fields, size: vit.ARCHITECTURE.grid(fields["body"]["vit"], size),
-        backbone="body.vit",
-        choices={"activation": ACTIVATIONS},
-        check=_check,
-    )
+    """The blocks are those of the mask Transformer."""
+    how = {"block": r"mask_block_(\d+)/.*", "choices": {"activation": ACTIVATIONS}}
+    return on_vit.architecture(cls, "segmenter", first=first, last=last, **how)
 
 
 LINEAR = architecture(LinearSegmenter, "", "(bn|conv_seg)/.*")

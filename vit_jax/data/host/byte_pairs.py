@@ -40,7 +40,16 @@ def from_letters(letters: str) -> str:
     return bytes(_letter_bytes().get(letter, 32) for letter in letters).decode(errors="replace")
 
 
+def read_json(path: Path) -> tokenizers.Tokenizer:
+    """A `tokenizer.json` of Hugging Face, which neither pads nor cuts."""
+    model = tokenizers.Tokenizer.from_file(str(path))
+    model.no_padding()
+    model.no_truncation()
+    return model
+
+
 def clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's encoding from its words and merges."""
     pieces = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=CLIP_END)
     model = tokenizers.Tokenizer(pieces)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")

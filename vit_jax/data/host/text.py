@@ -94,7 +94,8 @@ class Tokenizer:
     @property
     def files(self) -> tuple[Path, ...]:
         """What it was read from."""
-        return (Path(self.vocab_path),)
+        path = Path(self.vocab_path)
+        return (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,)
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +112,11 @@ class Tokenizer:
         """What the first of ends a text."""
         raise NotImplementedError
 
+    @property
+    def fill_token(self) -> int:
+        """What follows the end."""
+        return self.stop_token
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens, none of which starts or ends it."""
         raise NotImplementedError
@@ -125,7 +131,8 @@ class Tokenizer:
 
     def _fit(self, ids: list[int]) -> list[int]:
         """Exactly `max_len` tokens, of at most `max_len` less `_ends`."""
-        raise NotImplementedError
+        ids = ids + [self.stop_token] * self._ends
+        return ids + [self.fill_token] * (self.max_len - len(ids))
 
 
 @dataclass(frozen=True)
@@ -174,12 +181,20 @@ class BertTokenizer(Tokenizer):
             known[word] = ids
         return known[word]
 
-    def _fit(self, ids: list[int]) -> list[int]:
-        return ids + [0] * (self.max_len - len(ids))
+
+@dataclass(frozen=True)
+class _PaddedTokenizer(Tokenizer):
+    """What follows the end of a text is `pad_token`, or the end itself for None."""
+
+    pad_token: int | None = None
+
+    @property
+    def fill_token(self) -> int:
+        return self.stop_token if self.pad_token is None else self.pad_token
 
 
 @dataclass(frozen=True)
-class SentencepieceTokenizer(Tokenizer):
+class SentencepieceTokenizer(_PaddedTokenizer):
     """SentencePiece with a sticky end: the last token is always </s>, or padding.
 
     `vocab_path`: a `.model`, or a `tokenizer.json` of Hugging Face.
@@ -192,7 +207,6 @@ class SentencepieceTokenizer(Tokenizer):
 
     lower: bool = False
     strip_punctuation: bool = False
-    pad_token: int | None = None
 
     @property
     def eos_token(self) -> int:
@@ -207,9 +221,7 @@ class SentencepieceTokenizer(Tokenizer):
 
     def _read(self, path: Path) -> None:
         if path.suffix == ".json":
-            model = tokenizers.Tokenizer.from_file(str(path))
-            model.no_padding()
-            model.no_truncation()
+            model = byte_pairs.read_json(path)
             ends = [i for i in (model.token_to_id(name) for name in ("</s>", "<eos>")) if i is not None]
             size = model.get_vocab_size(with_added_tokens=True)
             encode = lambda text: model.encode(text, add_special_tokens=False).ids  # noqa: E731
@@ -228,13 +240,9 @@ class SentencepieceTokenizer(Tokenizer):
             text = " ".join(text.translate(_NO_PUNCTUATION).split())
         return self._state["encode"](text.lower() if self.lower else text)
 
-    def _fit(self, ids: list[int]) -> list[int]:
-        ids = [*ids, self.eos_token]
-        return ids + [self.eos_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
-
 
 @dataclass(frozen=True)
-class ClipTokenizer(Tokenizer):
+class ClipTokenizer(_PaddedTokenizer):
     """CLIP's byte-pair encoding in lower case, between <|startoftext|> and <|endoftext|>, which a cut text keeps.
 
     `vocab_path`: `tokenizer.json`, or `vocab.json` with `merges.txt` beside it, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
@@ -242,8 +250,6 @@ class ClipTokenizer(Tokenizer):
     Attributes:
       pad_token: what follows the end; None takes the end itself, as OpenAI's models on Hugging Face do (OpenCLIP: 0).
     """
-
-    pad_token: int | None = None
 
     @property
     def eot_token(self) -> int:
@@ -261,20 +267,13 @@ class ClipTokenizer(Tokenizer):
         letters = "".join(self._state["model"].id_to_token(int(i)) or "" for i in tokens)
         return byte_pairs.from_letters(letters.replace("</w>", " ")).strip()
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        path = Path(self.vocab_path)
-        return (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,)
-
     def _read(self, path: Path) -> None:
         if path.name.endswith((".txt", ".gz")):
             model = byte_pairs.clip_model(*byte_pairs.openai_vocabulary(path))
         elif path.name == "vocab.json":
             model = byte_pairs.clip_model(*models.BPE.read_file(str(path), str(path.with_name("merges.txt"))))
         else:
-            model = tokenizers.Tokenizer.from_file(str(path))
-            model.no_padding()
-            model.no_truncation()
+            model = byte_pairs.read_json(path)
         start, end = (model.token_to_id(name) for name in (byte_pairs.CLIP_START, byte_pairs.CLIP_END))
         if start is None or end is None:
             raise UserError(f"{path} is no vocabulary of CLIP: it lacks {byte_pairs.CLIP_START} or {byte_pairs.CLIP_END}")
@@ -282,10 +281,6 @@ class ClipTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return [self._state["start"], *self._state["model"].encode(text.strip(), add_special_tokens=False).ids]
-
-    def _fit(self, ids: list[int]) -> list[int]:
-        ids = [*ids, self.eot_token]
-        return ids + [self.eot_token if self.pad_token is None else self.pad_token] * (self.max_len - len(ids))
 
 
 @dataclass(frozen=True)
@@ -303,11 +298,6 @@ class Gpt2Tokenizer(Tokenizer):
     def stop_token(self) -> int:
         return self._state["end"]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        path = Path(self.vocab_path)
-        return (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,)
-
     def decode(self, tokens: Sequence[int]) -> str:
         return byte_pairs.from_letters("".join(self._state["model"].id_to_token(int(i)) or "" for i in tokens)).strip()
 
@@ -317,9 +307,7 @@ class Gpt2Tokenizer(Tokenizer):
             model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             model.add_special_tokens([byte_pairs.CLIP_END])
         else:
-            model = tokenizers.Tokenizer.from_file(str(path))
-            model.no_padding()
-            model.no_truncation()
+            model = byte_pairs.read_json(path)
         end = model.token_to_id(byte_pairs.CLIP_END)
         if end is None:
             raise UserError(f"{path} is no vocabulary of GPT-2: it lacks {byte_pairs.CLIP_END}")
@@ -327,9 +315,6 @@ class Gpt2Tokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return [self.start_token, *self._state["model"].encode(text, add_special_tokens=False).ids]
-
-    def _fit(self, ids: list[int]) -> list[int]:
-        return ids + [self.stop_token] * (self.max_len - len(ids))
 
 
 TOKENIZERS = {"bert": BertTokenizer, "sentencepiece": SentencepieceTokenizer, "clip": ClipTokenizer, "gpt2": Gpt2Tokenizer}

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
+    parser.add_argument("images", **arguments.SHARED["images"] | {"nargs": "*"})
     arguments.add_shared(parser, "--model", "--model_name")
     parser.add_argument("--out", metavar="DIR", help="the folder to write a picture of each image to")
     parser.add_argument("--layers", action="store_true", help="another picture of each image: every head of every layer")

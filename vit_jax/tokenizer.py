@@ -9,7 +9,6 @@ Texts are lower-cased. Padding is token 0, the end of a text 1, an unknown piece
 import argparse
 import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import sentencepiece
 
@@ -26,9 +25,7 @@ _LEAST = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the file and tells how many tokens it has."""
     args = _parser().parse_args(argv)
-    out = Path(args.out).expanduser()
-    if out.suffix != ".model":
-        raise UserError(f"{args.out} must end with .model, as SentencePiece's files do")
+    out = arguments.output_file(args.out, (".model",), "OUT")
     if args.vocab_size < _LEAST:
         raise UserError(f"--vocab_size={args.vocab_size} must be at least {_LEAST}")
     source = sources.get_source(args.dataset, args.split, needs=("text",))

@@ -40,7 +40,7 @@ def make_evaluator(
         inside, areas = [], []
         for i, one in enumerate(experiment.task.write(outputs)):
             boxes = _boxes(source, i)
-            for word, places in one.words:
+            for word, places in one.words():
                 of_word = [box for label, box in boxes if names[label] == word]
                 if len(of_word) == 1:
                     inside.append(share(outputs["attention"][i, places].mean(axis=0), of_word[0]))

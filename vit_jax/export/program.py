@@ -35,6 +35,8 @@ class Program:
     def __post_init__(self):
         if self.predictor.task.needs[0] != "image":
             raise UserError(f"{self.predictor.source} does not read images: only models of images are exported")
+        if self.predictor.task.write is not None:
+            raise UserError(f"{self.predictor.source} writes sentences word by word: models that answer at once are exported")
         if self.predictor.description.preprocessing.get("max_patches"):
             size = ",".join(map(str, self.predictor.image_size))
             raise UserError(f"{self.predictor.source} keeps the shapes of photos: give one size to export it, --size={size}")

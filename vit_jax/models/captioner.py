@@ -28,34 +28,15 @@ Memory = Float[Array, "b m c"]
 ATTENTIONS = ("additive", "dot")
 
 
-class Encoder(nn.Module):
-    """The tokens of a `VisionTransformer` after its last norm: all of them, class token and registers first, or the patches."""
-
-    fields: Mapping[str, Any]
-    patches: bool = False
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        self.vit = vit.VisionTransformer(**{**self.fields, "num_classes": None}, dtype=self.dtype)
-        nn.share_scope(self, self.vit)
-
-    def __call__(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
-        features = self.vit.features(images, train=train, norm_layers=True)
-        return features["patches"] if self.patches else features["layers"][-1]
-
-
 class _OnViT(nn.Module):
-    """What both decoders do with their `Encoder`, which is `backbone`."""
+    """What both decoders do with their ViT, which is `backbone`."""
 
     def __call__(self, images: Float[Array, "b H W 3"], tokens: Int[Array, "b n"], **how: Any) -> Float[Array, "b n v"]:
         return self.decode(self.encode(images, train=how.get("train", False)), tokens, **how)
 
-    def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
-        return self.backbone(images, train=train)
-
     def features(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> dict[str, Any]:
         """Those of the ViT."""
-        return self.backbone.vit.features(images, train=train)
+        return self.backbone.features(images, train=train)
 
 
 class Captioner(_OnViT):
@@ -89,7 +70,7 @@ class Captioner(_OnViT):
     model_name: str | None = None
 
     def setup(self):
-        self.backbone = Encoder(self.body["vit"], dtype=self.dtype)
+        self.backbone = vit.VisionTransformer(**{**self.body["vit"], "num_classes": None}, dtype=self.dtype)
         same = ("num_layers", "width", "num_heads", "mlp_dim", "activation", "dropout_rate", "norm_eps", "use_bias", "dtype")
         self.text_decoder = Stack(**{name: getattr(self, name) for name in same}, cross=True, norm_first=True)
         self.text_norm = nn.LayerNorm(self.norm_eps, self.dtype)
@@ -100,6 +81,10 @@ class Captioner(_OnViT):
         self.dropout = nn.Dropout(self.dropout_rate)
         if not self.tied:
             self.output = Linear((self.vocabulary,), kernel_init=nn.initializers.zeros, dtype=self.dtype)
+
+    def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
+        """All tokens after the last norm, class token and registers first."""
+        return self.backbone.features(images, train=train, norm_layers=True)["layers"][-1]
 
     def decode(
         self,
@@ -165,7 +150,7 @@ class AttendingLSTM(_OnViT):
     model_name: str | None = None
 
     def setup(self):
-        self.backbone = Encoder(self.body["vit"], patches=True, dtype=self.dtype)
+        self.backbone = vit.VisionTransformer(**{**self.body["vit"], "num_classes": None}, dtype=self.dtype)
         self.embedding = self.param("embedding", nn.initializers.normal(0.1), (self.vocabulary, self.embedding_dim))
         self.initial_hidden, self.initial_cell = (Linear((self.width,), dtype=self.dtype) for _ in range(2))
         self.keys = Linear((self.attention_dim,), dtype=self.dtype)
@@ -173,6 +158,10 @@ class AttendingLSTM(_OnViT):
         self.output_hidden, self.output_seen = (Linear((self.embedding_dim,), dtype=self.dtype) for _ in range(2))
         self.output = Linear((self.vocabulary,), dtype=self.dtype)
         self.dropout = nn.Dropout(self.dropout_rate)
+
+    def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
+        """The patches after the last norm."""
+        return self.backbone.features(images, train=train)["patches"]
 
     def decode(self, memory: Memory, tokens: Int[Array, "b n"], *, train: bool = False) -> Float[Array, "b n v"]:
         """logits[:, t] score the token behind tokens[:, :t + 1]."""

@@ -4,6 +4,7 @@ In training the decoder reads the true words before each one (teacher forcing), 
 them (CapPa's parallel prediction, https://arxiv.org/abs/2306.07915). Sentences are written by beam search.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
@@ -27,8 +27,8 @@ from vit_jax.errors import UserError, printable
 from vit_jax.models import captioner, vit
 from vit_jax.models.generate import beam_search
 from vit_jax.settings import Settings
-from vit_jax.tasks import images
-from vit_jax.tasks.contrast import make_train_example
+from vit_jax.tasks import images, shapes
+from vit_jax.tasks.contrast import make_eval_example, make_train_example
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task, Written
 
@@ -66,7 +66,8 @@ def make_task(
     """
     settings = setup.settings
     known = dict(setup.origin.text) if setup.origin and not tokenizer else {}
-    told = {"tokenizer": tokenizer, "max_len": max_len, **tokenizer_options} if tokenizer else known
+    given = {name: value for name, value in (("tokenizer", tokenizer), ("max_len", max_len)) if value}
+    told = {**known, **given, **tokenizer_options}
     if not told.get("tokenizer") or not told.get("max_len"):
         raise UserError("config.task.tokenizer and max_len are not set: name one of " + ", ".join(text.TOKENIZERS))
     vocab = fetch(vocab) if vocab else getattr(setup.features.get("text"), "vocab", None)
@@ -79,7 +80,6 @@ def make_task(
     model = setup.build_model()
     _check(settings, model, words, parallel, beams)
     mean, std = setup.normalisation
-    train_image = images.train_image(settings)
     grid = images.patch_grid(model, settings.image_size)
     prepared = _prepare(images.make_augment(settings), mean, std)
     weights = {"parallel": parallel, "smoothing": settings.label_smoothing, "doubly_stochastic": doubly_stochastic}
@@ -87,8 +87,8 @@ def make_task(
     return Task(
         model=model,
         needs=NEEDS,
-        train_example=make_train_example(lambda image, **how: {"image": train_image(image, **how)}, words),
-        eval_example=make_eval_example(images.eval_image(settings)),
+        train_example=make_train_example(shapes.train_fields(settings, model), words),
+        eval_example=make_eval_example(shapes.eval_fields(settings, model), None),
         init=make_init(model.module, settings.image_size, _room(words)),
         loss=make_loss(model.module, prepared, words, grid, **weights),
         totals=lambda batch: {"tokens": shifted(batch["tokens"], words)[2].sum(dtype=jnp.float32)},
@@ -133,15 +133,6 @@ def _room(words: Tokenizer) -> int:
 
 
 # Examples
-
-
-def make_eval_example(eval_image: Callable) -> Callable[..., dict[str, np.ndarray]]:
-    """(example, exif_rotated=) → image. Its sentences are compared as texts."""
-
-    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
-        return {"image": eval_image(example["image"], exif_rotated=exif_rotated)}
-
-    return eval_example
 
 
 def shifted(tokens: Int[Array, "b l"], words: Tokenizer) -> tuple[Int[Array, "b n"], Int[Array, "b n"], Bool[Array, "b n"]]:
@@ -269,9 +260,9 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
         )
         rest = {name: x for name, x in init_params.items() if name != "backbone"}
         if whole:
-            given = {name: np.asarray(x) for name, x in opened.flat.items() if not name.startswith(("backbone/", "extras/"))}
-            check_fit(unflatten_dict(given, sep="/"), rest, opened.path)
-            rest = unflatten_dict({name: given[name] for name in flatten_dict(rest, sep="/")}, sep="/")
+            given = {name: x for name, x in opened.params.items() if name != "backbone"}
+            check_fit(given, rest, opened.path)
+            rest = given
         return {**rest, "backbone": backbone}
 
     return load
@@ -282,7 +273,7 @@ def make_write(words: Tokenizer) -> Callable[[Mapping[str, np.ndarray]], list[Wr
 
     def write(outputs: Mapping[str, np.ndarray]) -> list[Written]:
         found = [content(tokens[:length], words) for tokens, length in zip(outputs["tokens"], outputs["lengths"], strict=True)]
-        return [Written(words.decode(tokens), by_word(tokens, words)) for tokens in found]
+        return [Written(words.decode(tokens), functools.partial(by_word, tokens, words)) for tokens in found]
 
     return write
 
@@ -317,17 +308,17 @@ def make_show(words: Tokenizer) -> Callable[..., Shown]:
     write = make_write(words)
 
     def show(outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Shown:
-        sentence, of_words = write({name: outputs[name][None] for name in ("tokens", "lengths")})[0]
+        written = write({name: outputs[name][None] for name in ("tokens", "lengths")})[0]
 
         def draw(image: Image.Image) -> Image.Image:
             small = pictures.resized(image.convert("RGB"), _PANEL)
             panels = [("", small)]
-            for word, places in of_words:
+            for word, places in written.words():
                 panels.append((word, pictures.heat_over(small, outputs["attention"][places].mean(axis=0))))
             rows = [panels[i : i + 5] for i in range(0, len(panels), 5)]
-            return pictures.sheet(rows, printable(sentence))
+            return pictures.sheet(rows, printable(written.text))
 
-        return Shown([printable(sentence)], {"caption": sentence, "score": float(outputs["score"])}, draw)
+        return Shown([printable(written.text)], {"caption": written.text, "score": float(outputs["score"])}, draw)
 
     return show
 

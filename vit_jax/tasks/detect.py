@@ -232,8 +232,8 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
 
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
         params = init_params
-        for _, opened in sorted(sources.items()):  # that of a whole model comes before that of its backbone
-            if opened.description.model_type in DETECTORS:
+        for tower, opened in sorted(sources.items()):  # that of a whole model comes before that of its backbone
+            if not tower and opened.description.model_type in DETECTORS:
                 params = _with_head(opened, flatten_dict(init_params, sep="/"), classes)
             else:
                 params = {**params, "backbone": _backbone(opened, model.fields.get("body", {}), params, image_size)}

@@ -82,10 +82,10 @@ class Model(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A sentence, and of each of its words the places of the tokens that make it."""
+    """A sentence, and what tells each of its words with the places of the tokens that make it."""
 
     text: str
-    words: list[tuple[str, list[int]]]
+    words: Callable[[], list[tuple[str, list[int]]]]
 
 
 class Shown(NamedTuple):

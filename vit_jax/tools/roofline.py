@@ -8,7 +8,7 @@ faster than its instructions; what runs reach of the peak is published, and give
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import unknown
 from vit_jax.tools.hlo import Work
 
 
@@ -37,6 +37,10 @@ class Accelerator(NamedTuple):
     close: int
     network: float
     source: str
+
+    def rate(self, dtype: str) -> float:
+        """FLOPs a second of products in a dtype."""
+        return self.float32 if dtype == "float32" else self.bfloat16
 
 
 _TPU = "https://docs.cloud.google.com/tpu/docs/{}, data centre network: https://jax-ml.github.io/scaling-book/tpus"
@@ -86,7 +90,7 @@ def find(name: str) -> Accelerator:
     for known, accelerator in ACCELERATORS.items():
         if name.lower() == known.lower():
             return accelerator
-    raise UserError(unknown("accelerator", name, ACCELERATORS))
+    raise unknown("accelerator", name, ACCELERATORS)
 
 
 def predict(
@@ -100,7 +104,7 @@ def predict(
       model_flops: of a step of all devices, without what is computed again.
       sent: bytes that a device sends to others in a step.
     """
-    rate = accelerator.float32 if dtype == "float32" else accelerator.bfloat16
+    rate = accelerator.rate(dtype)
     times = [(w.flops / rate * w.times, w.bytes / accelerator.bandwidth * w.times) for w in work]
     compute, memory, instructions = (sum(x) for x in zip(*((c, m, max(c, m)) for c, m in times), strict=True))
     exchange = exchange_seconds(sent, devices, accelerator)
@@ -123,7 +127,7 @@ def exchange_seconds(sent: float, devices: int, accelerator: Accelerator) -> flo
 
 def in_words(p: Prediction, *, accelerator: Accelerator, model_flops: float, devices: int, batch: int, dtype: str) -> list[str]:
     """Lines of a plan."""
-    rate = accelerator.float32 if dtype == "float32" else accelerator.bfloat16
+    rate = accelerator.rate(dtype)
     reached = model_flops / devices / rate / p.fastest
     least, most = p.expected
     where = "a pod" if accelerator.platform == "tpu" else "a machine"
@@ -131,7 +135,7 @@ def in_words(p: Prediction, *, accelerator: Accelerator, model_flops: float, dev
     return [
         f"time     a prediction for {devices} x {accelerator.name}, by its published peaks, not a measurement",
         f"  expect  {_seconds(least)} to {_seconds(most)} a step, {batch / most:,.0f} to {batch / least:,.0f} images a second: "
-        f"runs reach {REACHED[0]:.0%} to {REACHED[1]:.0%} of the peak",
+        f"at {REACHED[0]:.0%} (assumed) to {REACHED[1]:.0%} (the most published) of the peak",
         f"  no step is faster than {_seconds(p.fastest)}, {batch / p.fastest:,.0f} images a second, {reached:.0%} of the peak:",
         f"    arithmetic alone {_seconds(p.compute)}, memory alone {_seconds(p.memory)}, the longer of both by instruction "
         f"{_seconds(p.instructions)} (mostly {longer}),",

@@ -210,10 +210,8 @@ class Predictor:
     def _features(self) -> Callable:
         def run(params: Params, batch: dict[str, Any], *, kind: str) -> dict[str, Any]:
             inputs = images.inputs(batch, self.description.mean, self.description.std)
-            valid = images.valid_pixels(batch) if "extent" in batch else None
-            inputs = inputs if valid is None else inputs * valid[..., None]
             with token_merging.merging(self.tome):
-                outputs = images.image_features(self.task.model.module, params, inputs, valid)
+                outputs = images.image_features(self.task.model.module, params, inputs, images.valid_pixels(batch))
             return {name: outputs[name] for name in KINDS[kind]}
 
         return jax.jit(run, static_argnames="kind")

@@ -145,7 +145,8 @@ def make_features(
     model = experiment.task.model.module
 
     def run(params: Params, batch: Batch) -> Batch:
-        features = images.image_features(model, params, images.inputs(batch, mean, std))
+        inputs = images.inputs(batch, mean, std)
+        features = images.image_features(model, params, inputs, images.valid_pixels(batch))
         return {"cls": features["cls"], "label": batch["label"]}
 
     rows = make_rows(experiment, run)

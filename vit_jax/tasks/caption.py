@@ -16,15 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from vit_jax import pictures
-from vit_jax.checkpoint import Description, check_fit, load_pretrained
-from vit_jax.checkpoint.hub import fetch
+from vit_jax.checkpoint import Description, check_fit
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.segmenters import backbone_of
 from vit_jax.data.device import augment
 from vit_jax.data.host import text
 from vit_jax.data.host.text import Tokenizer
 from vit_jax.errors import UserError, printable
-from vit_jax.models import captioner, vit
+from vit_jax.models import captioner
 from vit_jax.models.generate import beam_search
 from vit_jax.settings import Settings
 from vit_jax.tasks import images, shapes
@@ -70,7 +69,7 @@ def make_task(
     told = {**known, **given, **tokenizer_options}
     if not told.get("tokenizer") or not told.get("max_len"):
         raise UserError("config.task.tokenizer and max_len are not set: name one of " + ", ".join(text.TOKENIZERS))
-    vocab = fetch(vocab) if vocab else getattr(setup.features.get("text"), "vocab", None)
+    vocab = setup.vocabulary(vocab)
     if not vocab:
         raise UserError(
             f"config.task.vocab is empty: give the {told['tokenizer']} tokenizer's file, or make one: vit-jax tokenizer --help"
@@ -252,12 +251,7 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
         opened = sources[""]
         whole = opened.description.model_type in CAPTIONERS
-        backbone = load_pretrained(
-            pretrained_path=backbone_of(opened) if whole else opened,
-            init_params=init_params["backbone"],
-            model_config=body,
-            grid=vit.ARCHITECTURE.grid(body, image_size),
-        )
+        backbone = images.load_backbone(backbone_of(opened) if whole else opened, body, init_params, image_size)
         rest = {name: x for name, x in init_params.items() if name != "backbone"}
         if whole:
             given = {name: x for name, x in opened.params.items() if name != "backbone"}

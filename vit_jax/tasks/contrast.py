@@ -15,7 +15,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from vit_jax.checkpoint import Description, check_fit, load_pretrained
-from vit_jax.checkpoint.hub import fetch
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.texts import check_vocabulary
 from vit_jax.data.host import text
@@ -59,7 +58,7 @@ def make_task(
     if loss == "sigmoid" and model.fields.get("bias_init") is None:
         raise UserError("config.task.loss=sigmoid needs a bias: set config.model.bias_init, SigLIP's is -10")
     max_len = max_len or min(LENGTH, model.fields["text"].get("max_len") or LENGTH)
-    vocab = fetch(vocab) if vocab else getattr(setup.features.get("text"), "vocab", None)
+    vocab = setup.vocabulary(vocab)
     if not vocab and settings.trainer == "train":
         raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")
     tokenize = text.make(tokenizer, vocab, max_len, **tokenizer_options) if vocab else None

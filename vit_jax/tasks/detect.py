@@ -14,21 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
-from vit_jax.checkpoint import Description, load_pretrained
+from vit_jax.checkpoint import Description
 from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.fit import check_fit, check_shape
 from vit_jax.checkpoint.opened import Opened
-from vit_jax.data.device import augment
 from vit_jax.data.features import ExampleError
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import Picture, View
 from vit_jax.errors import UserError
-from vit_jax.models import vit
-from vit_jax.tasks import matching
-from vit_jax.tasks.images import valid_pixels
+from vit_jax.tasks import images, matching
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
@@ -194,8 +191,8 @@ def make_loss(
     """The set loss of all layers, divided by the counts of the whole batch, see `matching.set_loss`."""
 
     def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
-        images, valid = _inputs(batch, mean, std)
-        outputs = model.apply({"params": params}, images, valid, train=True, rngs={"dropout": key})
+        pixels, valid = images.inputs(batch, mean, std), images.valid_pixels(batch)
+        outputs = model.apply({"params": params}, pixels, valid, train=True, rngs={"dropout": key})
         targets = matching.Targets(batch["boxes"], batch["box_labels"], batch["box_valid"])
         totals = {"num_boxes": context.totals["boxes"], "num_candidates": context.totals["candidates"]}
         parts = matching.set_loss(outputs["logits"], outputs["boxes"], targets, **totals, weights=weights)
@@ -208,17 +205,11 @@ def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     """(parameters, evaluation batch) → scores (b q), labels (b q) and boxes (b q 4), corners as parts of the image."""
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
-        images, valid = _inputs(batch, mean, std)
-        outputs = model.apply({"params": params}, images, valid, train=False)
-        return matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((images.shape[0], 2)))
+        pixels, valid = images.inputs(batch, mean, std), images.valid_pixels(batch)
+        outputs = model.apply({"params": params}, pixels, valid, train=False)
+        return matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((pixels.shape[0], 2)))
 
     return predict
-
-
-def _inputs(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tuple[Float[Array, "b H W 3"], Bool[Array, "b H W"]]:
-    """Normalised images, 0 on padding, and which pixels are valid."""
-    valid = valid_pixels(batch)
-    return augment.normalize(batch["image"], mean, std) * valid[..., None], valid
 
 
 def in_pixels(boxes: Float[np.ndarray, "*n 4"], size: tuple[int, int]) -> Float[np.ndarray, "*n 4"]:
@@ -245,8 +236,7 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
 def _backbone(opened: Opened, body: Mapping[str, Any], params: Params, image_size: tuple[int, int]) -> Params:
     """The backbone's parameters from a file. UserError for another kind of model, or another size of it."""
     if "vit" in body and opened.description.model_type != "BatchNormResNet":
-        grid = vit.ARCHITECTURE.grid(body["vit"], image_size)
-        return load_pretrained(pretrained_path=opened, init_params=params["backbone"], model_config=body["vit"], grid=grid)
+        return images.load_backbone(opened, body["vit"], params, image_size)
     if "resnet" in body and opened.description.model_type == "BatchNormResNet":
         check_fit(opened.params, params["backbone"], opened.path)
         return opened.params
@@ -314,12 +304,12 @@ def make_preview(
     """See `Task.preview`: images with their true boxes, and which classes they have."""
 
     def preview(batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[np.ndarray, list[str]]:
-        images, captions = [], []
+        drawn, captions = [], []
         for i, pixels in enumerate(batch["image"]):
             found = _true_objects({name: x[i] for name, x in batch.items()}, names) if "boxes" in batch else []
-            images.append(np.asarray(draw(Image.fromarray(np.asarray(pixels, np.uint8)), found, names)))
+            drawn.append(np.asarray(draw(Image.fromarray(np.asarray(pixels, np.uint8)), found, names)))
             captions.append(", ".join(sorted({one["label"] for one in found})))
-        return np.stack(images), captions
+        return np.stack(drawn), captions
 
     return preview
 

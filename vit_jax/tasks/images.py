@@ -125,12 +125,24 @@ def prepare(
 
 
 def inputs(batch: Batch, mean: Numbers, std: Numbers) -> Float[Array, "b H W 3"] | Pack:
-    """The normalised images of a batch as a model takes them: a `Pack` where they have shapes of their own, see `shapes`."""
+    """The normalised images of a batch as a model takes them, 0 on padding: a `Pack` where they have shapes of their own, see
+    `shapes`.
+    """
     if "grid" not in batch:
-        return augment.normalize(batch["image"], mean, std)
+        pixels, valid = augment.normalize(batch["image"], mean, std), valid_pixels(batch)
+        return pixels if valid is None else pixels * valid[..., None]
     b, n, p = batch["image"].shape
     pixels = augment.normalize(batch["image"].reshape(b, n, p // 3, 3), mean, std)
     return Pack(pixels.reshape(b, n, p), batch["grid"][:, None])
+
+
+def load_backbone(
+    opened: checkpoint.Opened, body: Mapping[str, Any], init_params: Params, image_size: tuple[int, int]
+) -> Params:
+    """The parameters of the ViT with the fields `body`, the `backbone` of a model, from a file of one."""
+    grid = models.architecture_of("ViT").grid(body, image_size)
+    how = {"init_params": init_params["backbone"], "model_config": body, "grid": grid}
+    return checkpoint.load_pretrained(pretrained_path=opened, **how)
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
@@ -157,8 +169,10 @@ def patch_grid(model: Model, image_size: tuple[int, int]) -> tuple[int, int]:
     return models.architecture_of(model.type).grid(model.fields, image_size)
 
 
-def valid_pixels(batch: Batch) -> Bool[Array, "b H W"]:
-    """Which pixels of images are no padding, of which the `extent` (h, w) of each tells."""
+def valid_pixels(batch: Batch) -> Bool[Array, "b H W"] | None:
+    """Which pixels of images are no padding, of which the `extent` (h, w) of each tells; None where there is none."""
+    if "extent" not in batch:
+        return None
     height, width = batch["image"].shape[1:3]
     rows = jnp.arange(height) < batch["extent"][:, :1]
     columns = jnp.arange(width) < batch["extent"][:, 1:]

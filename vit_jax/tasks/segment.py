@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Integer, UInt8
 from PIL import Image
 
-from vit_jax.checkpoint import Description, load_pretrained
+from vit_jax.checkpoint import Description
 from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.fit import check_shape
 from vit_jax.checkpoint.opened import Opened
@@ -28,7 +28,6 @@ from vit_jax.data.host import view
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import IGNORED, Picture, View
 from vit_jax.errors import UserError, printable
-from vit_jax.models import vit
 from vit_jax.settings import Settings
 from vit_jax.tasks import images
 from vit_jax.tasks.setup import Setup
@@ -247,12 +246,7 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
         opened, backbone = sources[""], sources[""]
         if opened.description.model_type in SEGMENTERS:
             backbone = backbone_of(opened)
-        loaded = load_pretrained(
-            pretrained_path=backbone,
-            init_params=init_params["backbone"],
-            model_config=body,
-            grid=vit.ARCHITECTURE.grid(body, image_size),
-        )
+        loaded = images.load_backbone(backbone, body, init_params, image_size)
         fresh = {name: x for name, x in init_params.items() if name != "backbone"}
         head = fresh if backbone is opened else _head(opened, flatten_dict(fresh, sep="/"), classes)
         return {**head, "backbone": loaded}

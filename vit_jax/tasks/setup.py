@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array
 
 from vit_jax import checkpoint, models
+from vit_jax.checkpoint.hub import fetch
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
 from vit_jax.tasks.images import normalisation
@@ -35,6 +37,10 @@ class Setup:
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation, by channel of the 0..255 pixels, that the model expects."""
         return normalisation(self.settings, self.origin)
+
+    def vocabulary(self, named: str) -> Path | None:
+        """The file of the vocabulary that a recipe names, or of the one that comes with the data; None if there is none."""
+        return fetch(named) if named else getattr(self.features.get("text"), "vocab", None)
 
     def build_model(self, **changes: Any) -> Model:
         """The recipe's model, or that of the origin where the recipe names none, with some fields changed.

@@ -1,5 +1,6 @@
 """The head that is fitted before the first step: against scikit-learn, in runs whole and killed, and what is refused."""
 
+import dataclasses
 import shutil
 
 import chex
@@ -12,6 +13,7 @@ from configs import photos
 from tests import tiny
 from tests.evaluators import small
 from vit_jax import fit_head, predictor
+from vit_jax.data.host.decode import ImageError
 from vit_jax.errors import UserError
 from vit_jax.run import experiment as experiments
 from vit_jax.settings import Settings
@@ -122,6 +124,18 @@ def test_a_quick_run_leaves_a_model_with_scikit_learns_head(base, quick):
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert min(np.abs(peer.predict_proba(tests) - probabilities).max() for peer in peers) < 1e-3
     assert accuracy == np.mean(logits.argmax(axis=1) == truth)
+
+    # What is no file any more is left out where bad images are skipped
+    class Gone(type(e.train_source)):
+        def __getitem__(self, index):
+            raise ImageError("a.jpg cannot be read: this is a named pipe")
+
+    gone = Gone("digits", "train")
+    with pytest.raises(ImageError, match="named pipe"):
+        fit_head.View(gone, 0)[3]
+    skipping = dataclasses.replace(e, settings=dataclasses.replace(e.settings, bad_images="skip"))
+    example = fit_head.make_view(skipping)(fit_head.View(gone, 1, skip=True)[3], exif_rotated=False)
+    assert not example["decoded"] and not example["image"].any() and example.keys() == seen[0][0].keys()
 
 
 def test_a_run_that_is_killed_while_it_fits_comes_to_the_same_bits(base, quick, tmp_path, monkeypatch):

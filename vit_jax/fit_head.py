@@ -142,28 +142,34 @@ def _features(
     rows, views = passes.make_rows(viewed, run), []
     for view in range(settings.head_fit.views):
         started = time.perf_counter()
-        views.append(rows(params, View(source, view)))
+        views.append(rows(params, View(source, view, skip=settings.bad_images == "skip")))
         go_on()
         done = f"view {view + 1} of {settings.head_fit.views}"
         log.info("head     features of %s images, %s: %.0f s", f"{len(source):,}", done, time.perf_counter() - started)
-    decoded = views[0]["decoded"]
+    decoded = np.logical_and.reduce([view["decoded"] for view in views])
     if not decoded.any():
         raise UserError(f"none of the {len(source)} images can be decoded")
     return np.stack([view["x"][decoded] for view in views]), views[0]["label"][decoded]
 
 
 class View(Source):
-    """The examples of a source, each with the number of a view, its own number, and its name."""
+    """The examples of a source, each with the number of a view and its own. With `skip` an error is one whose image it is."""
 
-    def __init__(self, source: Source, view: int):
+    def __init__(self, source: Source, view: int, *, skip: bool = False):
         self.features, self.exif_rotated, self.where = source.features, source.exif_rotated, source.where
-        self._source, self._view = source, view
+        self._source, self._view, self._skip = source, view, skip
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[index] | {"view": self._view, "number": index}
+        numbers = {"view": self._view, "number": index}
+        try:
+            return self._source[index] | numbers
+        except ImageError as e:  # no file any more
+            if not self._skip:
+                raise
+            return {"image": e, "label": 0} | numbers
 
 
 def make_view(experiment: Experiment) -> Callable[..., Example]:
@@ -176,6 +182,8 @@ def make_view(experiment: Experiment) -> Callable[..., Example]:
     flip = settings.pp.flip
 
     def seen(example: Example, exif_rotated: bool) -> Example:
+        if isinstance(example["image"], ImageError):
+            raise example["image"]
         view, rng = example["view"], np.random.default_rng((settings.seed, example["view"], example["number"]))
         mirrored = flip and (view == 1 or (view > 1 and rng.integers(2) == 1))
         if mirrored:

@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from vit_jax.data import sources
+from vit_jax.data import loader, sources
 from vit_jax.data.digits import DigitsSource
+from vit_jax.data.host.decode import ImageError
 from vit_jax.data.sources import FolderSource, get_source
 from vit_jax.data.splits import split_range
 from vit_jax.errors import UserError
@@ -428,3 +429,17 @@ def test_tfds_names_go_to_tfds(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_source, "TfdsSource", lambda *args, **kwargs: (args, kwargs))
     got = get_source(name, "train[:98%]", tfds_data_dir="prepared", tfds_manual_dir="downloaded")
     assert got == ((name, "train[:98%]"), {"data_dir": "prepared", "manual_dir": "downloaded"})
+
+
+def test_a_file_that_becomes_a_pipe_is_a_bad_image(tmp_path, caplog):
+    source = FolderSource(fill(tmp_path, *photos("cat", 5), *photos("dog", 5)), "train")
+    os.unlink(source.path(3))
+    os.mkfifo(source.path(3))
+    with pytest.raises(ImageError, match="cannot be read: this is a named pipe"):
+        source[3]
+
+    def label(example, *, rng, exif_rotated):
+        return {"label": np.int32(example["label"])}
+
+    next(loader.train_batches(source, label, batch_size=len(source), seed=0, skip_bad_images=True))
+    assert f"skipped bad image 1: {source.where(3)} cannot be read: this is a named pipe" in caplog.text

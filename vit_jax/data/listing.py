@@ -142,13 +142,16 @@ def some(names: Sequence[str], most: int = 10) -> str:
 
 
 def read_file(file: str | os.PathLike, advice: str = "") -> bytes:
-    """The content of a regular file. UserError with its name for anything else, and with advice where it is not there."""
+    """The content of a regular file.
+
+    Raises errors with its name: UserError with advice where it cannot be opened, ImageError for what is no file, or too large.
+    """
     try:
         return read_regular(file)
     except OSError as e:
         raise UserError(f"{shown(file)} cannot be read: {e.strerror}{advice}") from e
     except UserError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e}") from e
+        raise decode.ImageError(f"{shown(file)} cannot be read: {e}") from e
 
 
 def read_text(file: Path) -> str:

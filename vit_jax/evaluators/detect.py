@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vit_jax.data import sources
-from vit_jax.data.host.view import Picture
+from vit_jax.data.host.decode import header_size
 from vit_jax.errors import UserError
 from vit_jax.evaluators import average_precision, passes
 from vit_jax.run import signals
@@ -49,5 +49,5 @@ def _truths(source: sources.Source) -> tuple[list[average_precision.Truth], list
     truths, sizes = [], []
     for example in signals.watch(source[i] for i in range(len(source))):
         truths.append(average_precision.Truth(example["boxes"], example["box_labels"], example["box_crowd"]))
-        sizes.append(Picture.read(example["image"], exif_rotated=source.exif_rotated).size)
+        sizes.append(header_size(example["image"], exif_rotated=source.exif_rotated))
     return truths, sizes

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vit_jax.data import sources
-from vit_jax.data.host.view import Picture
+from vit_jax.data.host.decode import header_size
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
 from vit_jax.evaluators.caption import OUTPUTS, written_by
@@ -70,6 +70,6 @@ def _covered(n: int, start: float, stop: float) -> Float[np.ndarray, " n"]:
 def _boxes(source: sources.Source, index: int) -> list[tuple[int, Float[np.ndarray, "4"]]]:
     """(class, box as parts of the image) of each object of an example."""
     example = source[index]
-    height, width = Picture.read(example["image"], exif_rotated=source.exif_rotated).size
+    height, width = header_size(example["image"], exif_rotated=source.exif_rotated)
     boxes = np.asarray(example["boxes"], np.float64) / [width, height, width, height]
     return list(zip(example["box_labels"].tolist(), boxes, strict=True))

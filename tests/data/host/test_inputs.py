@@ -56,3 +56,24 @@ def test_grey_alpha_and_an_array_of_images():
 def test_what_is_unclear_is_refused(images, message):
     with pytest.raises(UserError, match=message):
         read_images(images)
+
+
+def test_a_pil_image_is_what_its_file_is(tmp_path):
+    deep, palette, turned = (
+        Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800),
+        Image.fromarray(PIXELS),
+        Image.Exif(),
+    )
+    turned[0x0112] = 6
+    images = {"deep": (deep, {}), "palette": (palette.quantize(8), {"transparency": 3}), "turned": (palette, {"exif": turned})}
+    for name, (image, options) in images.items():
+        path = tmp_path / f"{name}.png"
+        image.save(path, **options)
+        with Image.open(path) as opened:
+            before = dict(opened.info)
+            np.testing.assert_array_equal(read_images(opened), read_images(path), err_msg=name)
+            assert before.keys() <= opened.info.keys()
+    assert read_images(deep)[0].max() == 34 * 1800 >> 8
+    for mode in ("F", "I"):
+        with pytest.raises(UserError, match="image 0: 32 bits a pixel"):
+            read_images(Image.fromarray(PIXELS[..., 0]).convert(mode))

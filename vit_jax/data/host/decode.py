@@ -76,6 +76,11 @@ def decode(image: bytes | np.ndarray, *, exif_rotated: bool) -> UInt8[np.ndarray
     return _despite_metadata(decode_all, image)
 
 
+def from_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of a PIL image, upright: those that `decode` makes of its file. Raises ImageError."""
+    return _turn(_rgb(image), _orientation(b"", image))
+
+
 def decode_indices(image: bytes) -> UInt8[np.ndarray, "h w"]:
     """Returns the numbers that a PNG holds at its pixels: places in its palette, or grey values. Raises ImageError."""
 
@@ -92,8 +97,10 @@ def decode_indices(image: bytes) -> UInt8[np.ndarray, "h w"]:
     return _despite_metadata(decode_all, image)
 
 
-def header_size(image: bytes, *, exif_rotated: bool = False) -> tuple[int, int]:
-    """(h, w) of an encoded image as its header has it, or turned upright. Raises ImageError where there is none."""
+def header_size(image: bytes | np.ndarray, *, exif_rotated: bool = False) -> tuple[int, int]:
+    """(h, w) of an encoded image as its header has it, or turned upright, or of an array. Raises ImageError for others."""
+    if isinstance(image, np.ndarray):
+        return image.shape[:2]
     if jpeg := Jpeg.read(image, exif_rotated=exif_rotated):
         return jpeg.size
     with _despite_metadata(_open, image) as opened:
@@ -243,16 +250,22 @@ def _load(opened: Image.Image, data: bytes) -> None:
 
 def _decode_pillow(opened: Image.Image, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     _load(opened, data)
-    if opened.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255. The upper byte is what TensorFlow keeps.
-        return _from_array((np.asarray(opened) >> 8).astype(np.uint8))
-    if opened.mode in ("I", "F"):
-        raise _undecodable(data, "32 bits a pixel, of which none says how bright white is")
-    opened.info.pop("transparency", None)  # otherwise converting a palette warns that it is dropped
     try:
-        return np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
+        return _rgb(opened)
     except ValueError as error:
         raise _undecodable(data, str(error)) from error
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255. The upper byte is what TensorFlow keeps.
+        return _from_array((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ImageError("32 bits a pixel, of which none says how bright white is")
+    if "transparency" in image.info:  # converting a palette would warn that it is dropped
+        image = image.copy()
+        del image.info["transparency"]
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _orientation(data: bytes, opened: Image.Image | None = None) -> int:

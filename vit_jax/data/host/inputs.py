@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-from vit_jax.data.host.decode import ImageError, decode
+from vit_jax.data.host.decode import ImageError, decode, from_pillow
 from vit_jax.errors import UserError
 from vit_jax.files import read_regular
 
@@ -42,7 +42,9 @@ def read_files(
     def read(path: Path) -> np.ndarray | str:
         try:
             return decode(read_regular(path), exif_rotated=True)
-        except (UserError, OSError) as e:
+        except OSError as e:
+            return e.strerror or str(e)
+        except UserError as e:
             return str(e)
 
     with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
@@ -67,7 +69,7 @@ def _read(image: Any, index: int) -> UInt8[np.ndarray, "h w 3"]:
         if isinstance(image, bytes):
             return decode(image, exif_rotated=True)
         if isinstance(image, Image.Image):
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return from_pillow(image)
         return _from_array(image)
     except OSError as e:
         raise ImageError(f"image {index}: {image}: {e.strerror or e}") from e

@@ -36,6 +36,8 @@ def test_scores_are_those_by_hand_and_padding_counts_nothing():
     assert "nobody" not in iou and 0 < miou < 1
     expected = {"mIoU": miou, "pixel_accuracy": accuracy} | {f"IoU/{name}": x for name, x in iou.items()}
     assert segment.scores(sums, NAMES) == expected
+    twins = segment.scores(sums, ("a", "b", "a", "c", "d"))
+    assert twins["mIoU"] == miou and {"IoU/a (0)", "IoU/a (2)", "IoU/b"} < twins.keys()
     with pytest.raises(UserError, match="no pixel"):
         segment.scores(np.zeros((5, 5)), NAMES)
 

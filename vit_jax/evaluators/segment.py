@@ -51,12 +51,13 @@ def confusion(
 def scores(confused: Num[np.ndarray, "classes classes"], names: tuple[str, ...]) -> dict[str, float]:
     """`mIoU`, `pixel_accuracy`, and `IoU/NAME` of every class.
 
-    IoU is what truth and prediction share of a class, of what they have together. A class that neither has is left out.
+    IoU is what truth and prediction share of a class, of what they have together. A class that neither has is left out. To a
+    name that several classes have their numbers are added.
     """
     shared: Float[np.ndarray, " classes"] = np.diag(confused).astype(np.float64)
     together = confused.sum(axis=0) + confused.sum(axis=1) - shared
     if not together.any():
         raise UserError("no pixel of the images to be scored has a class")
-    iou = {name: s / t for name, s, t in zip(names, shared, together, strict=True) if t}
+    iou = {i: float(s / t) for i, (s, t) in enumerate(zip(shared, together, strict=True)) if t}
     means = {"mIoU": float(np.mean(list(iou.values()))), "pixel_accuracy": float(shared.sum() / confused.sum())}
-    return means | {f"IoU/{name}": float(value) for name, value in iou.items()}
+    return means | {f"IoU/{names[i]}" + f" ({i})" * (names.count(names[i]) > 1): value for i, value in iou.items()}

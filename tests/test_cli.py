@@ -98,6 +98,8 @@ def test_a_full_disk_is_an_error_and_a_closed_output_none(unbuffered, tmp_path):
     assert (closed.returncode, closed.stderr) == (0, "")
     both = shell("$VIT_JAX recipe >&- 2>&-", tmp_path)
     assert both.returncode == 2
+    of_file = shell(f"{sys.executable} -c \"from vit_jax import errors; errors.command(lambda: open('no/x'))\"", tmp_path)
+    assert (of_file.returncode, of_file.stderr) == (2, "error: no/x cannot be read or written: No such file or directory\n")
 
 
 def test_a_terminal_that_knows_ascii_alone_shows_escapes(tmp_path):

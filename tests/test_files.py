@@ -33,6 +33,13 @@ def test_what_is_no_file_or_too_large_is_refused_at_once(tmp_path):
             files.read_regular(tmp_path / name)
 
 
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as error:
+        files.write_json(tmp_path / "file" / "a.json", {})
+    assert error.value.filename == str(tmp_path / "file" / "a.json")
+
+
 @pytest.mark.parametrize("names", [["größe 猫", "a\\b"], ["ü", "bad \udcff"], ["two\nlines", "bell\x07\x7f\x9b", "\u202egpj"]])
 @pytest.mark.parametrize(("encoding", "indent"), [("utf-8", None), ("utf-8", 2), ("latin-1", None), ("ascii", 2), (None, None)])
 def test_json_is_printable_and_gives_names_back(names, encoding, indent):

@@ -48,7 +48,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a console command and ends the process.
 
     A UserError is printed without a traceback, exit code 2; Ctrl-C exits with 130. Output that nobody reads any more, as
-    after `| head`, ends it quietly; output that cannot be written, as on a full disk, is an error.
+    after `| head`, ends it quietly; what cannot be read or written otherwise, as on a full disk, is an error.
     """
     steady_streams()
     try:
@@ -60,14 +60,17 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         leave_at_once(130)
     except OSError as e:
-        if not (failure := _failure(sys.stdout)):
+        code = 2
+        if isinstance(e.filename, str | bytes | os.PathLike):
+            say(f"error: {printable(os.fsdecode(e.filename), 8192)} cannot be read or written: {e.strerror}", sys.stderr)
+        elif not (failure := _failure(sys.stdout)):
             raise
-        if isinstance(failure, BrokenPipeError):
-            code = BROKEN_PIPE
         else:
-            say(f"error: the standard output cannot be written: {e.strerror or e}", sys.stderr)
-            code = 2
-        mute(sys.stdout)
+            if isinstance(failure, BrokenPipeError):
+                code = BROKEN_PIPE
+            else:
+                say(f"error: the standard output cannot be written: {e.strerror or e}", sys.stderr)
+            mute(sys.stdout)
     sys.exit(code)
 
 

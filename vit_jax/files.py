@@ -1,5 +1,6 @@
 """Reading what is a file and no pipe or device; writing so that a reader sees the old content or the new one, never a part."""
 
+import contextlib
 import json
 import os
 import stat
@@ -42,17 +43,37 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(file)` on a temporary file beside `path`, puts it on the disk, and renames it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Calls `write(file)` on a temporary file beside `path`, puts it on the disk, and renames it to `path`.
+
+    An OSError names `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename, e.filename2 = os.fspath(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder is none
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON for people to read, see `write_atomically` and `json_text`."""
+    text = json_text(content, indent=2) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def is_still(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one at `path`: it may have been deleted or moved meanwhile."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
 
 
 def json_text(content: Any, *, encoding: str | None = "utf-8", indent: int | None = None) -> str:

@@ -1,6 +1,8 @@
 """Two runs in one workdir: the second is refused, whoever the first is, and only as long as that one lives."""
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,3 +85,15 @@ def test_a_folder_in_its_place_and_a_workdir_that_is_gone_are_no_tracebacks(tmp_
     with only_run(tmp_path):
         (tmp_path / lock.FILE).unlink()
         tmp_path.rmdir()
+
+
+def test_a_run_whose_workdir_was_replaced_leaves_the_lock_of_the_next(tmp_path: Path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with contextlib.ExitStack() as second:
+        with only_run(workdir):
+            shutil.rmtree(workdir)
+            workdir.mkdir()
+            second.enter_context(only_run(workdir))
+        with pytest.raises(BusyError), only_run(workdir):
+            pass

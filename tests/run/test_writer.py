@@ -58,6 +58,14 @@ def test_a_restart_drops_what_it_will_write_again(tmp_path, cut_off):
     assert [(line["step"], line["train_loss"]) for line in lines(tmp_path)] == [(10, 10), (20, 20), (30, 3.5)]
 
 
+def test_an_evaluation_adds_a_line_after_one_that_was_cut_off(tmp_path):
+    write(tmp_path, {10: {"train_loss": 1}})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "tr')
+    write(tmp_path, {10: {"accuracy_test": 0.5}}, start_step=None)
+    assert lines(tmp_path) == [{"step": 10, "train_loss": 1}, {"step": 10, "accuracy_test": 0.5}]
+
+
 def test_a_new_run_does_not_inherit_lines(tmp_path):
     write(tmp_path, {10: {"train_loss": 1}})
     write(tmp_path, {}, start_step=0)

@@ -26,7 +26,7 @@ from vit_jax.checkpoint import (
 from vit_jax.checkpoint.family import Family, Written
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError, unknown
-from vit_jax.files import json_text, write_atomically
+from vit_jax.files import write_atomically, write_json
 
 
 def _as(family: Family) -> Callable[[Opened], Written]:
@@ -99,8 +99,7 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     blob = to_safetensors(written.arrays, metadata={"format": "pt"})
     write_atomically(path, lambda f: f.write(blob))
     for name, content in written.files.items():
-        text = json_text(content, indent=2) + "\n"
-        write_atomically(path.with_name(name), lambda f, text=text: f.write(text.encode()))
+        write_json(path.with_name(name), content)
     if written.tokens:
         token_files.write(opened, path.parent, written.tokens)
     return path

@@ -8,7 +8,7 @@ from typing import Any
 from vit_jax.checkpoint.entries import Entries, folder_of, parse_json, read_object
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.errors import UserError
-from vit_jax.files import json_text, read_regular, write_atomically
+from vit_jax.files import read_regular, write_atomically, write_json
 
 log = logging.getLogger("vit_jax")
 
@@ -99,8 +99,7 @@ def write(opened: Opened, folder: Path, kind: str) -> None:
     elif "pad_token" in text and (source / text["vocab"]).name in _WORDS and (source / text["vocab"]).is_file():
         names = {number: word for word, number in _words(source / text["vocab"]).items()}
         config |= {"pad_token": names.get(text["pad_token"], _CLIP_END)}
-    content = json_text(config, indent=2) + "\n"
-    write_atomically(folder / "tokenizer_config.json", lambda f: f.write(content.encode()))
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def copy(source: Path, target: Path) -> None:

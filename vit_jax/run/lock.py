@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit_jax.errors import UserError
+from vit_jax.files import is_still
 from vit_jax.optimize import parallel
 
 log = logging.getLogger("vit_jax")
@@ -47,8 +48,8 @@ def only_run(workdir: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with contextlib.suppress(FileNotFoundError):  # the workdir was deleted
-                (workdir / FILE).unlink()
+            if is_still(workdir / FILE, descriptor):  # the workdir may have been deleted, and another run begun in its place
+                (workdir / FILE).unlink(missing_ok=True)
             os.close(descriptor)
 
 
@@ -69,7 +70,7 @@ def _acquire(path: Path) -> int:
             ) from None
         except OSError as e:
             log.warning("%s cannot be locked (%s): nothing keeps a second run out of this workdir", path, e.strerror)
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        if is_still(path, descriptor):
             break
         os.close(descriptor)  # its last holder removed it just now
     host = socket.gethostname()

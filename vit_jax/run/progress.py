@@ -181,7 +181,7 @@ class Progress:
         in_a_row = f" after {self.skipped_in_a_row} such steps in a row" if self.settings.nonfinite == "skip" else ""
         raise NotFiniteError(
             f"{what}; training stops{in_a_row}. "
-            + (f"The checkpoint of step {good} is kept. " if good else "No checkpoint had been written yet. ")
+            + (f"The checkpoint of step {good} is kept. " if good is not None else "No checkpoint had been written yet. ")
             + "In a new --workdir, try a lower --config.base_lr, more --config.warmup_steps or --config.grad_norm_clip=1."
         )
 

@@ -12,7 +12,7 @@ from vit_jax.checkpoint import classes, state
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.results import RESULTS
 from vit_jax.errors import UserError
-from vit_jax.files import write_atomically
+from vit_jax.files import write_json
 from vit_jax.optimize import parallel
 from vit_jax.run import notes
 from vit_jax.settings import Settings
@@ -52,7 +52,7 @@ def claim(workdir: Path, settings: Settings, class_names: Sequence[str], origin:
         return
     path = workdir / "config.json"
     try:
-        write_atomically(path, lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
+        write_json(path, config)
         path = workdir / notes.FILE
         begun = {"config": config, "class_names": list(class_names), "origin": origin and origin.to_json()}
         notes.write(workdir, known | begun)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vit_jax.checkpoint.state import WriteError
 from vit_jax.errors import UserError
-from vit_jax.files import write_atomically
+from vit_jax.files import is_still, write_atomically
 from vit_jax.optimize import parallel
 
 log = logging.getLogger("vit_jax")
@@ -90,8 +90,7 @@ class Writer:
             return
         self._jsonl_path = workdir / "metrics.jsonl"
         try:
-            if start_step is not None:
-                _drop_after(self._jsonl_path, start_step)
+            _drop_after(self._jsonl_path, math.inf if start_step is None else start_step)
             self._jsonl = open(self._jsonl_path, "a")
         except OSError as e:
             raise UserError(f"{self._jsonl_path} cannot be written ({e.strerror}): move it away") from e
@@ -112,7 +111,7 @@ class Writer:
         """
         if not self._writes:
             return
-        if not _is_still(self._jsonl_path, self._jsonl.fileno()):
+        if not is_still(self._jsonl_path, self._jsonl.fileno()):
             raise WriteError(
                 f"{self._jsonl_path} was deleted or moved while the run wrote to it: start again, in a --workdir that stays"
             )
@@ -197,13 +196,6 @@ def _output_may_end() -> Iterator[None]:
         log.warning("nothing more can be printed (%s): the run goes on, follow train.log", e.strerror)
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one at `path`."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    return False
-
-
 def _event(step: int, values: dict[str, float]):
     from tensorboard.compat.proto import event_pb2, summary_pb2
 
@@ -211,7 +203,7 @@ def _event(step: int, values: dict[str, float]):
     return event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=scalars))
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: float) -> None:
     """Keeps the records up to `step`: a run that starts again there will write later ones anew.
 
     A line that is no record is set aside and named, but for the last one, which is cut off where a run was killed.

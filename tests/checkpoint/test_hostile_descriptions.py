@@ -7,6 +7,7 @@ import pytest
 
 from tests.checkpoint import tiny_files
 from vit_jax import checkpoint
+from vit_jax.checkpoint import Description
 from vit_jax.errors import UserError
 
 
@@ -29,13 +30,13 @@ def changed(content, dotted, value):
 NPZ = [
     *(("model_type", x) for x in (3, None, [], "Vit", {})),
     *(("model", x) for x in (3, None, [], "ViT")),
-    *(("model.hidden_size", x) for x in (-1, 0, "32", 1.5, True, 10**9, [32], 10**400)),
+    *(("model.hidden_size", x) for x in (-1, 0, "32", 1.5, True, 10**9, [32], 10**400, None)),
     *(("model.patches", x) for x in (8, [8, 8], {"size": [0, 8]}, {"size": [8]}, {"size": "8"}, {"size": [10**9, 1]})),
-    *(("model.transformer", x) for x in (3, [], "x")),
+    *(("model.transformer", x) for x in (3, [], "x", None)),
     *(("model.transformer.num_heads", x) for x in (0, -4, 5, "4", 1e9)),
     *(("model.transformer.num_layers", x) for x in (10**9, 10**7, -1, [2], "2")),
     *(("model.transformer.mlp_dim", x) for x in (0, 10**7, {"a": 1})),
-    *(("model.transformer.norm_eps", x) for x in (-1, "small", float("nan"), 10)),
+    *(("model.transformer.norm_eps", x) for x in (-1, "small", float("nan"), 10, None)),
     *(("model.transformer.dropout_rate", x) for x in (1.5, "0.1")),
     *(("model.transformer.constrain", x) for x in (1, "f")),
     ("model.transformer.layer_scale", "yes"),
@@ -138,3 +139,12 @@ def test_a_byte_order_mark_is_no_damage(written):
     folder, files = written["npz"]
     (folder / "model.json").write_text("\ufeff" + json.dumps(files["model.json"]))
     assert checkpoint.open_checkpoint(folder).description == tiny_files.DESCRIPTION
+
+
+@pytest.mark.parametrize(
+    "decoder", [None, 3, [1], *({"width": x} for x in ("8", -8, 0)), {"num_heads": 0}, {"norm_eps": "a"}, {"activation": 3}]
+)
+def test_the_decoder_of_an_autoencoder_is_checked_like_its_encoder(written, decoder):
+    content = changed(written["npz"][1]["model.json"] | {"model_type": "MAE"}, "model.decoder", decoder)
+    with pytest.raises(UserError, match="^file has entries that make no sense: model.decoder"):
+        Description.from_json(content, "file")

@@ -17,7 +17,7 @@ from vit_jax.checkpoint.entries import Entries, parse_json
 from vit_jax.checkpoint.resize import RULES
 from vit_jax.data.host.resize import INTERPOLATIONS
 from vit_jax.errors import UserError, printable
-from vit_jax.files import json_text, write_atomically
+from vit_jax.files import write_json
 from vit_jax.models import bert
 from vit_jax.models.two_towers import TEXT_MODELS, TwoTowers
 
@@ -179,8 +179,10 @@ _MAY_BE_0 = ("num_registers", "num_encoder_layers", "window_size")
 
 def _check_kinds(entries: Entries, cls: type) -> None:
     for name, kind in typing.get_type_hints(cls).items():
-        if name in ("parent", "name") or name not in entries:
+        if name in ("parent", "name") or name not in entries.content:
             continue
+        if name not in entries and type(None) not in typing.get_args(kind):
+            raise entries.wrong(name, "there, or left out")
         if kind in (int, int | None):
             entries.whole(name, None, low=0 if kind == (int | None) or name in _MAY_BE_0 else 1)
         elif kind is float:
@@ -271,8 +273,7 @@ def path_beside(npz_path: str | os.PathLike) -> Path:
 
 def write(npz_path: str | os.PathLike, description: Description, **entries: Any) -> None:
     """Writes `NAME.json` beside `NAME.npz`: everything `read` gives back, and more entries of the JSON object."""
-    text = json_text(description.to_json() | entries, indent=2) + "\n"
-    write_atomically(Path(npz_path).with_suffix(".json"), lambda f: f.write(text.encode()))
+    write_json(Path(npz_path).with_suffix(".json"), description.to_json() | entries)
 
 
 def read(npz_path: str | os.PathLike) -> Description | None:

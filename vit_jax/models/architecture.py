@@ -121,7 +121,7 @@ class Architecture:
         return filled
 
 
-_SET_BY_THE_MODEL = ("parent", "name", "add_position_embedding", "final_norm")
+_SET_BY_THE_MODEL = ("parent", "name", "add_position_embedding", "final_norm", "patch")
 """Fields of modules that a recipe does not hold: flax's own, and what follows from a ViT's other fields."""
 
 

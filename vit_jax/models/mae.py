@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from vit_jax.errors import UserError
 from vit_jax.models import vit
-from vit_jax.models.architecture import Architecture, Fields, check_fields
+from vit_jax.models.architecture import Architecture, Fields
 from vit_jax.models.layers import Encoder
 from vit_jax.models.packed import patchify as patchify
 from vit_jax.models.vit import VisionTransformer
@@ -71,7 +71,7 @@ class MaskedAutoencoder(VisionTransformer):
 
     def setup(self):
         super().setup()
-        self.decode = Decoder(patch=tuple(self.patches["size"]), dtype=self.dtype, **self.decoder, name="decoder")
+        self.decode = Decoder(patch=tuple(self.patches["size"]), name="decoder", **{"dtype": self.dtype, **self.decoder})
 
     def __call__(self, images: Float[Array, "b H W c"], *, train: bool = False) -> Float[Array, "b n p"]:
         """The pixels of all patches as drawn from all of them."""
@@ -105,7 +105,6 @@ def fixed_positions(grid: tuple[int, int], d: int) -> Float[np.ndarray, "1 1+n d
 
 
 def _check(fields: Fields) -> None:
-    check_fields(Decoder, {"patch": fields["patches"]["size"], **fields.get("decoder", {})}, "model.decoder")
     if fields.get("classifier", "token") != "token" or fields.get("position_embedding", "learned") != "learned":
         raise UserError("a masked autoencoder has a class token, and positions in its file: classifier=token")
     if fields.get("num_classes") or fields.get("resnet") or fields.get("num_registers"):
@@ -119,9 +118,9 @@ ARCHITECTURE = Architecture(
     first=vit.ARCHITECTURE.first,
     block=vit.ARCHITECTURE.block,
     last=vit.ARCHITECTURE.last,
-    nested=vit.ARCHITECTURE.nested,
+    nested={**vit.ARCHITECTURE.nested, "decoder": Decoder},
     blocks="transformer",
-    choices=vit.ARCHITECTURE.choices,
+    choices={**vit.ARCHITECTURE.choices, "decoder.activation": vit.ARCHITECTURE.choices["transformer.activation"]},
     check=_check,
     cut=vit.ARCHITECTURE.cut,
     grid=vit.ARCHITECTURE.grid,

@@ -48,15 +48,16 @@ def train(texts: Iterable[str], *, vocab_size: int, kind: str = "unigram") -> by
 
     Raises UserError for texts that hold too little for byte pairs of this number, or too many letters for it.
     """
-    written = io.BytesIO()
+    written, encoded = io.BytesIO(), [text.encode(errors="replace") for text in texts]
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=iter(encoded),
             model_writer=written,
             model_type=kind,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
+            max_sentence_length=max(map(len, encoded), default=0) + 1,  # it leaves longer ones out without a word
             normalization_rule_name="nmt_nfkc_cf",
             num_threads=1,
             minloglevel=2,

@@ -1,5 +1,6 @@
 """Tokenizers against TensorFlow Text (results that it gave once) and transformers, on strings that break others."""
 
+import gzip
 import io
 import json
 import string
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
-from vit_jax import preprocess
+from vit_jax import preprocess, tokenizer
 from vit_jax.data.host import byte_pairs, text
 from vit_jax.errors import UserError
 
@@ -66,8 +68,6 @@ def vocabulary(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory) -> Path:
-    import sentencepiece
-
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 4), model_writer=model, vocab_size=38, minloglevel=2, pad_id=3
@@ -121,7 +121,6 @@ def test_a_vocabulary_without_unknown_gets_a_row_more(tmp_path):
 
 
 def test_sentencepiece_ends_in_a_sticky_end(sentencepiece_model):
-    import sentencepiece
 
     peer = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokenizer = preprocess.get_tokenizer("sentencepiece")(vocab_path=sentencepiece_model, max_len=16)
@@ -202,3 +201,16 @@ def test_errors(tmp_path, vocabulary):
         with pytest.raises(UserError, match=message):
             tokenizer(wrong)
     assert tokenizer(["\ud800cat"]).shape == (1, 8)
+
+
+def test_a_file_that_unpacks_to_more_than_a_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 25)))
+    with pytest.raises(UserError, match="holds more than 16,777,216 bytes"):
+        text.ClipTokenizer(path, 8)
+
+
+def test_a_vocabulary_is_made_of_long_sentences_too():
+    model = tokenizer.train(["a cat"] * 9 + ["zebra " * 1000], vocab_size=20, kind="word")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert {processor.id_to_piece(i) for i in range(3, processor.vocab_size())} == {"▁a", "▁cat", "▁zebra"}

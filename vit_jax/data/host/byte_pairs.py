@@ -7,16 +7,23 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
+from vit_jax.errors import UserError
+
 _CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_MOST_BYTES = 1 << 24
+"""OpenAI's own has 3 million."""
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 """Bytes that stand for themselves in byte-pair encoding."""
 
 
 def openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Words and merges from the file of OpenAI's release, which holds the merges alone."""
-    data = path.read_bytes()
-    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n")
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        data = f.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{path} holds more than {_MOST_BYTES:,} bytes: that is no vocabulary of CLIP")
+    lines = data.decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49_152 - 256 - 2 + 1] if line]
     letters = byte_letters()
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), CLIP_START, CLIP_END]

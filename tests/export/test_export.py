@@ -234,3 +234,14 @@ def test_no_library_of_onnx_is_imported_before_it_is_needed():
         for node in ast.parse(path.read_text()).body:
             names = [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in getattr(node, "names", ())]
             assert not {name.partition(".")[0] for name in names} & set(onnx_graph.NEEDED), path
+
+
+def test_what_no_file_holds_and_bad_images_for_scales_are_named_before_the_work(folder, tmp_path, monkeypatch):
+    loaded = predictor.load(folder / "vit")
+    (tmp_path / "bad.jpg").write_bytes(b"junk")
+    with pytest.raises(UserError, match="bad.jpg: the image cannot be decoded"):
+        files.write(loaded, tmp_path / "m.onnx", int8="static", calibrate=tmp_path)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
+    with pytest.raises(UserError, match="GiB, a file of either format holds 2"):
+        files.write(loaded, tmp_path / "m.stablehlo", to="stablehlo")
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.jpg"}

@@ -7,22 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
 from vit_jax import arguments
-from vit_jax.data.host.decode import decode
+from vit_jax.data.host.inputs import read_files
 from vit_jax.data.listing import find_images, shown
 from vit_jax.errors import UserError, say, unknown
 from vit_jax.export import onnx_graph, stablehlo
 from vit_jax.export.program import DTYPES, Program, difference, random_pixels, reference
-from vit_jax.files import json_text, read_regular, write_atomically
+from vit_jax.files import write_atomically, write_json
 from vit_jax.finite import check_outputs
 from vit_jax.predictor import Predictor
 
 FORMATS = {"onnx": onnx_graph, "stablehlo": stablehlo}
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.3}
 """How far the largest difference may go, relative to the largest output where that is above 1."""
+MOST_BYTES = 2**31 - 2**24
+"""Of parameters in a file of protobuf or flatbuffers, with room for the program."""
 MOST_CALIBRATED = 128
 """Images that scales are found on."""
 
@@ -65,6 +69,7 @@ def write(
     """
     path = check(out, to=to, dtype=dtype, int8=int8, calibrate=calibrate)
     program = Program(predictor, dtype, preprocess)
+    _check_size(program, int8)
     facts = program.facts() | ({"int8": int8} if int8 else {})
     images = _calibration(program, os.fspath(calibrate)) if calibrate else ()
     data = stablehlo.to_bytes(program) if to == "stablehlo" else onnx_graph.to_bytes(program, facts, int8, images)
@@ -79,16 +84,31 @@ def write(
 
     write_atomically(path, written)
     beside = path.with_name(f"{path.name}.json")
-    write_atomically(beside, lambda file: file.write((json_text(facts, indent=2) + "\n").encode()))
+    write_json(beside, facts)
     say(f"wrote {shown(path)}, {len(data) / 1e6:.1f} MB, and {shown(beside)}")
     return path
+
+
+def _check_size(program: Program, int8: str | None) -> None:
+    """Raises UserError for parameters that no file of protobuf or flatbuffers holds. The quantisers read one in float32."""
+    bytes_each = 1 if int8 == "weights" else jnp.dtype(program.dtype).itemsize
+    size = bytes_each * sum(x.size for x in jax.tree.leaves(program.predictor.params))
+    if size > MOST_BYTES:
+        raise UserError(
+            f"the parameters of {program.predictor.source} take {size / 2**30:.1f} GiB, a file of either format holds 2: use "
+            "--dtype=float16, or --to=onnx --int8=weights"
+        )
 
 
 def _calibration(program: Program, folder: str) -> Sequence[Shaped[np.ndarray, "1 h w 3"]]:
     """Images of a folder, evenly chosen, each as a batch that the program takes."""
     paths = list(find_images([folder]))
     chosen = paths[:: -(-len(paths) // MOST_CALIBRATED)]
-    images = [program.predictor.example(decode(read_regular(path), exif_rotated=True))["image"] for path in chosen]
+
+    def failed(path: Path, why: str) -> None:
+        raise UserError(f"{shown(path)}: {why}")
+
+    images = [program.predictor.example(x)["image"] for _, x in read_files(chosen, ahead=8, failed=failed)]
     return [program.inputs(np.clip(np.rint(x), 0, 255).astype(np.uint8)[None]) for x in images]
 
 

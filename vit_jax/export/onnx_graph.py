@@ -25,8 +25,6 @@ OPSET = 21
 """That of onnxruntime 1.18 and later; jax2onnx writes a newer one by default."""
 BLOCK = 64
 """Inputs that share a scale in weights of 8 bits: all widths of the named ViTs are multiples."""
-MOST_BYTES = 2**31 - 2**20
-"""Of a file of protobuf."""
 Model = Any  # onnx.ModelProto
 
 
@@ -113,16 +111,11 @@ def _add_facts(model: Model, facts: Mapping[str, Any]) -> None:
 def to_bytes(
     program: Program, facts: Mapping[str, Any], int8: str | None, images: Sequence[Shaped[np.ndarray, "1 h w 3"]]
 ) -> bytes:
-    """The file, with `facts` as metadata; `int8` and `images` are those of `quantise`. UserError for one that is too large."""
+    """The file, with `facts` as metadata; `int8` and `images` are those of `quantise`."""
     model = convert(program)
     if int8:
         model = quantise(model, int8, images)
     _add_facts(model, facts)
-    if model.ByteSize() > MOST_BYTES:
-        raise UserError(
-            f"the model has {model.ByteSize() / 2**30:.1f} GiB, an ONNX file holds 2: use --dtype=float16, --int8=weights or "
-            "--to=stablehlo"
-        )
     return model.SerializeToString()
 
 

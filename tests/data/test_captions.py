@@ -60,7 +60,7 @@ def test_splits_are_folders_of_their_own_or_parts(tmp_path):
         jsonl(tmp_path / name)
     (tmp_path / "val" / "captions.jsonl").write_text('{"image": "a.jpg", "text": "held out"}')
     assert get_source(str(tmp_path), "test")[0]["text"] == ("held out",)
-    with pytest.raises(UserError, match=r"has captions for 'train', not for 'test': name parts.*train\[90%:\]"):
+    with pytest.raises(UserError, match=r"has captions for train, not for 'test': name parts.*train\[90%:\]"):
         captions.open_folder(str(tmp_path / "train"), "test")
 
 

@@ -67,6 +67,7 @@ def test_few_groups_are_kept(tmp_path, monkeypatch):
         ({"features": {"img": {"_type": "Image"}}}, "needs one column of kind Image and one of kind ClassLabel; it has img"),
         ({"features": FEATURES | {"fine": {"names": ["a"], "_type": "ClassLabel"}}}, "has no names of two classes or more"),
         ({"labels": [0, None, 0]}, "row 1 of group 0 has label None, allowed are 0 to 2"),
+        ({"labels": ["0", "1", "2"]}, "row 1 of group 0 has label 1, allowed are 0 to 2"),
         ({"labels": [0, 3, 0]}, "row 1 of group 0 has label 3, allowed are 0 to 2"),
         ({"images": [{"bytes": None, "path": "a.png"}] * 3}, "row 1 of group 0 has no bytes of an image"),
     ],

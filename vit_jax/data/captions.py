@@ -16,7 +16,7 @@ from typing import Any
 from vit_jax.data import listing
 from vit_jax.data.features import Image, Source, Text, digest
 from vit_jax.data.listing import shown
-from vit_jax.data.splits import TEST_NAMES, meant, split_range
+from vit_jax.data.splits import TEST_NAMES, chosen, part_of
 from vit_jax.errors import UserError, printable
 
 OFFERS = "text"
@@ -69,16 +69,8 @@ def open_folder(path: str, split: str) -> CaptionSource | None:
     splits = _coco_splits(root) or _folder_splits(root)
     if not splits:
         return None
-    asked = split.partition("[")[0]
-    name = meant(asked, splits)
-    if name is None:
-        offered = ", ".join(f"{n!r}" for n in splits)
-        raise UserError(
-            f"{shown(root)} has captions for {offered}, not for {asked!r}: name parts, such as"
-            " --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
-        )
-    captions = list(splits[name]().items())
-    _, part = split_range(split, {asked: len(captions)})
+    captions = list(chosen(splits, split, root, "captions")().items())
+    part = part_of(split, len(captions))
     return CaptionSource(dict(captions[part.start : part.stop]))
 
 

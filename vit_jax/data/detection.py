@@ -19,7 +19,7 @@ import yaml
 from vit_jax.data.features import Boxes, Image, Source, digest
 from vit_jax.data.host.decode import ImageError, header_size
 from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
-from vit_jax.data.splits import TEST_NAMES, meant, split_range
+from vit_jax.data.splits import TEST_NAMES, meant, part_of
 from vit_jax.errors import UserError, printable, unknown
 
 OFFERS = "boxes"
@@ -137,8 +137,7 @@ def open_folder(path: str, split: str) -> DetectionSource | None:
     root = Path(path)
     for splits, read in ((_coco_splits, _read_coco), (_yolo_splits, _read_yolo), (_voc_splits, _read_voc)):
         if found := splits(root):
-            asked = split.partition("[")[0]
-            name = _which(asked, found, root)
+            name = _which(split.partition("[")[0], found, root)
             try:
                 pictures, class_names = read(root, found, name)
             except UserError:
@@ -151,7 +150,7 @@ def open_folder(path: str, split: str) -> DetectionSource | None:
                     "the order that this layout has?",
                     *(shown(root), len(beyond), sum(len(picture.corners) for picture in pictures), beyond[0]),
                 )
-            _, part = split_range(split, {asked: len(pictures)})
+            part = part_of(split, len(pictures))
             return DetectionSource(pictures[part.start : part.stop], class_names)
     return None
 

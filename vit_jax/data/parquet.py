@@ -12,21 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vit_jax.data.features import Image, Label, Source, digest
+from vit_jax.data.features import Image, Label, digest
 from vit_jax.data.listing import MOVED, shown
-from vit_jax.data.splits import TEST_NAMES, meant, split_range
+from vit_jax.data.splits import InFiles, chosen, files_by_split
 from vit_jax.errors import UserError, printable
 from vit_jax.files import open_regular
 
 OFFERS = "label"
 KEPT = 1 << 30
 """Bytes of groups of rows that are kept."""
-_SPLITS = ("train", *TEST_NAMES)
 
 
-class ParquetSource(Source):
+class ParquetSource(InFiles):
     """The rows of some files, in their order. Raises UserError for files without an image or a label with names."""
 
     exif_rotated = True
@@ -40,15 +37,12 @@ class ParquetSource(Source):
                 counts += [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
             if found != (columns := columns or found):
                 raise UserError(f"{shown(file)} has other columns or classes than {shown(files[0])}")
+        super().__init__(counts, split)
         self._image, self._label, names = columns
         self.features = {"image": Image(), "label": Label(names)}
-        _, self._part = split_range(split, {split.partition("[")[0]: sum(counts)})
-        self._files, self._groups, self._starts = files, groups, np.cumsum([0, *counts])
+        self._files, self._groups = files, groups
         self._kept: OrderedDict[int, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         group, row = self._place(index)
@@ -56,7 +50,7 @@ class ParquetSource(Source):
         image, label = images[row].as_py(), labels[row].as_py()
         if not (isinstance(image, dict) and image.get("bytes")):
             raise UserError(f"{self.where(index)} has no bytes of an image: write the dataset with its images embedded")
-        if label is None or not 0 <= label < self.num_classes:
+        if not isinstance(label, int) or not 0 <= label < self.num_classes:
             raise UserError(f"{self.where(index)} has label {label}, allowed are 0 to {self.num_classes - 1}")
         return {"image": image["bytes"], "label": int(label)}
 
@@ -68,12 +62,6 @@ class ParquetSource(Source):
     def fingerprint(self) -> dict[str, str | int]:
         names = [(file.name, file.stat().st_size) for file in self._files]
         return super().fingerprint() | {"names": digest(names), "first": self._part.start}
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """(number of the group of rows, row in it) of an example."""
-        number = self._part[index]
-        group = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return group, number - int(self._starts[group])
 
     def _rows(self, group: int) -> tuple[Any, Any]:
         """The columns of a group, kept or read anew."""
@@ -95,38 +83,23 @@ class ParquetSource(Source):
 def open_folder(path: str, split: str) -> ParquetSource | None:
     """The rows of `train-*.parquet`, `test-*.parquet` in a folder or its folder `data`, or in its folders `train` and `test`.
 
-    None for a folder without these. `test` may also be called `val`, `valid` or `validation`. Raises UserError for a split that
-    is not there, and as ParquetSource does.
+    None for a folder without these. Raises UserError for a split that is not there, and as ParquetSource does.
     """
-    root, asked = Path(path), split.partition("[")[0]
-    found = {
-        name: sorted({*_files(root, name), *_files(root / "data", name), *root.glob(f"{name}/*.parquet")}) for name in _SPLITS
-    }
-    found = {name: files for name, files in found.items() if files}
-    if "train" not in found:
-        return None
-    name = meant(asked, found)
-    if name is None:
-        raise UserError(f"{shown(root)} has files for {', '.join(found)}, not for {asked!r}: name parts, such as 'train[99%:]'")
-    return ParquetSource(found[name], split)
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    """split.parquet, split-00000-of-00002.parquet, …"""
-    return [x for x in folder.glob(f"{split}*.parquet") if x.name[len(split)] in ".-_"]
+    found = files_by_split(Path(path), ".parquet")
+    return ParquetSource(chosen(found, split, Path(path), "files"), split) if found else None
 
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as e:
         raise UserError(f"{shown(file)}: Parquet files need pyarrow: pip install pyarrow") from e
     try:
         with open_regular(file) as f:
             yield parquet.ParquetFile(f)
-    except ArrowInvalid as e:
-        raise UserError(f"{shown(file)} is no Parquet file, or is cut off: {e}") from e
+    except (ArrowException, OverflowError) as e:
+        raise UserError(f"{shown(file)} is no Parquet file, or is damaged: {printable(e)}") from e
     except OSError as e:
         raise UserError(f"{shown(file)} cannot be read: {e}{MOVED}") from e
 

@@ -17,7 +17,7 @@ from vit_jax.data.features import Image, Segmentation, Source, digest
 from vit_jax.data.host.decode import decode_indices
 from vit_jax.data.host.view import IGNORED
 from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
-from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.splits import TEST_NAMES, part_of
 from vit_jax.errors import UserError, printable, unknown
 
 OFFERS = "segmentation"
@@ -117,7 +117,7 @@ def open_folder(path: str, split: str) -> SegmentationSource | None:
             raise UserError(f"{shown(image)} does not exist: add it, or take its name out of the list")
         if not is_file(mask):
             raise UserError(f"{shown(image)} has no mask: add {shown(mask)}, or remove the image")
-    _, part = split_range(split, {asked: len(pairs)})
+    part = part_of(split, len(pairs))
     return SegmentationSource(pairs[part.start : part.stop], _classes(root, is_voc))
 
 

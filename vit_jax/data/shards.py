@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data.features import Image, Source, Text, digest
+from vit_jax.data.features import Image, Text, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, MOVED, shown
-from vit_jax.data.splits import TEST_NAMES, meant, split_range
+from vit_jax.data.splits import InFiles, chosen, files_by_split
 from vit_jax.errors import UserError, printable
 from vit_jax.files import open_regular, write_atomically
 
@@ -43,7 +43,7 @@ class Index(NamedTuple):
     is_json: np.ndarray
 
 
-class ShardSource(Source):
+class ShardSource(InFiles):
     """The pairs of some shards, in their order."""
 
     exif_rotated = True
@@ -52,12 +52,8 @@ class ShardSource(Source):
         self.features = {"image": Image(), "text": Text()}
         with ThreadPoolExecutor() as executor:
             indices = list(executor.map(_index, shards))
-        counts = [len(index.keys) for index in indices]
-        _, self._part = split_range(split, {split.partition("[")[0]: sum(counts)})
-        self._shards, self._indices, self._starts = shards, indices, np.cumsum([0, *counts])
-
-    def __len__(self) -> int:
-        return len(self._part)
+        super().__init__([len(index.keys) for index in indices], split)
+        self._shards, self._indices = shards, indices
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, text = self._members(index, "images", "texts")
@@ -89,12 +85,6 @@ class ShardSource(Source):
         except OSError as error:
             raise UserError(f"{self.where(index)} cannot be read: {error.strerror}{MOVED}") from error
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """(number of the shard, number within it) of an example."""
-        number = self._part[index]
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return shard, number - int(self._starts[shard])
-
 
 def is_pattern(dataset: str) -> bool:
     """Whether a dataset is named as tar files: `name.tar` or `name-{000..012}.tar`."""
@@ -119,20 +109,10 @@ def open_pattern(pattern: str, split: str) -> ShardSource:
 def open_folder(path: str, split: str) -> ShardSource | None:
     """The pairs of the shards `train-*.tar`, `test-*.tar` in a folder, or in its folders `train` and `test`.
 
-    None for a folder without these. `test` may also be called `val`, `valid` or `validation`. Raises UserError as
-    `open_pattern` does.
+    None for a folder without these. Raises UserError as `open_pattern` does.
     """
-    root, asked = Path(path), split.partition("[")[0]
-    found = {name: sorted([*root.glob(f"{name}*.tar"), *root.glob(f"{name}/*.tar")]) for name in ("train", *TEST_NAMES)}
-    found = {name: shards for name, shards in found.items() if shards}
-    if "train" not in found:
-        return None
-    name = meant(asked, found)
-    if name is None:
-        raise UserError(
-            f"{shown(root)} has shards for {', '.join(found)}, not for {asked!r}: name parts, such as 'train[99%:]'"
-        )
-    return ShardSource(found[name], split)
+    found = files_by_split(Path(path), ".tar")
+    return ShardSource(chosen(found, split, Path(path), "shards"), split) if found else None
 
 
 def _expanded(pattern: str) -> Iterator[str]:

@@ -1,10 +1,18 @@
-"""Splits of a dataset and parts of them, in tfds' syntax."""
+"""Splits of a dataset and parts of them, in tfds' syntax; and the files that splits are in."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+
+from vit_jax.data.features import Source
+from vit_jax.data.listing import shown
 from vit_jax.errors import UserError
+
+T = TypeVar("T")
 
 TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
 
@@ -46,3 +54,52 @@ def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:
     if not part:
         raise UserError(f"split {split!r} is empty: {name!r} has {size:,} examples")
     return name, part
+
+
+def part_of(split: str, size: int) -> range:
+    """`split_range` of the one split that is meant, whatever it is called."""
+    return split_range(split, {split.partition("[")[0]: size})[1]
+
+
+def chosen(found: Mapping[str, T], split: str, root: Path, what: str) -> T:
+    """That of the split which is `meant`. Raises UserError, which says `what` a folder has for its splits, if there is none."""
+    asked = split.partition("[")[0]
+    name = meant(asked, found)
+    if name is None:
+        raise UserError(
+            f"{shown(root)} has {what} for {', '.join(found)}, not for {asked!r}: name parts, such as"
+            " --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
+        )
+    return found[name]
+
+
+def files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
+    """The files of each split, {} without any for training: train.SUFFIX, train-00000-of-00002.SUFFIX, …
+
+    They lie in a folder or its folder `data`, or in its folders `train` and `test`. `test` may also be called as `TEST_NAMES`.
+    """
+
+    def named(folder: Path, split: str) -> list[Path]:
+        return [x for x in folder.glob(f"{split}*{suffix}") if not x.name[len(split)].isalpha()]
+
+    found = {
+        name: sorted({*named(root, name), *named(root / "data", name), *root.glob(f"{name}/*{suffix}")})
+        for name in ("train", *TEST_NAMES)
+    }
+    return {name: files for name, files in found.items() if files} if found["train"] else {}
+
+
+class InFiles(Source):
+    """Examples that lie in several files, in their order: those of a split, of which `counts` are in each."""
+
+    def __init__(self, counts: Sequence[int], split: str):
+        self._part, self._starts = part_of(split, sum(counts)), np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(number of the file, number within it) of an example."""
+        number = self._part[index]
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return file, number - int(self._starts[file])

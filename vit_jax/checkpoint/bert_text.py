@@ -6,7 +6,7 @@ from typing import Any
 from vit_jax.checkpoint import rules
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import folder_of, read_object
-from vit_jax.checkpoint.family import HALF, count_blocks
+from vit_jax.checkpoint.family import ACTIVATIONS, HALF, count_blocks
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, rule
 
@@ -28,7 +28,7 @@ _RULES = (
     *rules.dense(f"{_LAYER}/mlp_block/dense_layer", f"{_THEIRS}.output.dense"),
     *rules.norm(f"{_LAYER}/mlp_block/layer_norm", f"{_THEIRS}.output.LayerNorm"),
 )
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS = {theirs: ours for theirs, ours in ACTIVATIONS.items() if ours != "quick_gelu"}
 
 
 def open_bert(path: Path, arrays: Flat) -> Opened | None:

@@ -9,17 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint import batchnorm_resnet, rules
+from vit_jax.checkpoint import batchnorm_resnet, huggingface, rules
 from vit_jax.checkpoint.family import count_blocks
 from vit_jax.checkpoint.rules import Flat, Rule, rule
 from vit_jax.errors import UserError, unknown
-
-_PROJECTIONS = ("query", "key", "value")
-
-
-def _transformers_attention(ours: str, theirs: str) -> list[Rule]:
-    apart = [r for n in _PROJECTIONS for r in rules.projection(f"{ours}/{n}", f"{theirs}.{n[0]}_proj")]
-    return [*apart, *rules.output(f"{ours}/out", f"{theirs}.out_proj")]
 
 
 def _layers(prefix: str, attention: Any, names: Mapping[str, Mapping[str, str]], mlp: tuple[str, str]) -> list[Rule]:
@@ -81,31 +74,19 @@ _OFFICIAL = (
 _TRANSFORMERS = (
     *_input_projection("model.input_projection"),
     rule("query_embed", "model.query_position_embeddings.weight"),
-    *_layers("model.", _transformers_attention, _TRANSFORMERS_NAMES, ("fc1", "fc2")),
+    *_layers("model.", rules.attention, _TRANSFORMERS_NAMES, ("fc1", "fc2")),
     *rules.norm("decoder/norm", "model.decoder.layernorm"),
     *rules.dense("class_embed", "class_labels_classifier"),
     *_mlp("bbox_embed", "bbox_predictor"),
 )
 _BACKBONE = "model.backbone.conv_encoder.model"
-_YOLOS_LAYER, _YOLOS_BLOCK = "vit.encoder.layer.{i}", "block_{i}"
 _YOLOS = (
     rule("cls", "vit.embeddings.cls_token"),
     rule("queries", "vit.embeddings.detection_tokens"),
     rule("pos_embedding", "vit.embeddings.position_embeddings"),
     rule("mid_pos_embedding", "vit.encoder.mid_position_embeddings"),
     *rules.patch_embedding("vit.embeddings.patch_embeddings.projection"),
-    *rules.norm(f"{_YOLOS_BLOCK}/LayerNorm_0", f"{_YOLOS_LAYER}.layernorm_before"),
-    *(
-        r
-        for name in _PROJECTIONS
-        for r in rules.projection(
-            f"{_YOLOS_BLOCK}/MultiHeadDotProductAttention_1/{name}", f"{_YOLOS_LAYER}.attention.attention.{name}"
-        )
-    ),
-    *rules.output(f"{_YOLOS_BLOCK}/MultiHeadDotProductAttention_1/out", f"{_YOLOS_LAYER}.attention.output.dense"),
-    *rules.norm(f"{_YOLOS_BLOCK}/LayerNorm_2", f"{_YOLOS_LAYER}.layernorm_after"),
-    *rules.dense(f"{_YOLOS_BLOCK}/MlpBlock_3/Dense_0", f"{_YOLOS_LAYER}.intermediate.dense"),
-    *rules.dense(f"{_YOLOS_BLOCK}/MlpBlock_3/Dense_1", f"{_YOLOS_LAYER}.output.dense"),
+    *huggingface.block("block_{i}", "block_{i}/MultiHeadDotProductAttention_1", "vit.encoder.layer.{i}"),
     *rules.norm("encoder_norm", "vit.layernorm"),
     *_mlp("class_embed", "class_labels_classifier"),
     *_mlp("bbox_embed", "bbox_predictor"),

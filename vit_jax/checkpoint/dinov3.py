@@ -14,30 +14,24 @@ from vit_jax.checkpoint.rules import Flat, Rule, rule
 from vit_jax.errors import UserError
 
 _KEY_BIAS = "layer.{i}.attention.k_proj.bias"
-_ROW = rules._one(lambda x, _: x[0], lambda x: x[None])
 
 
 def _rules(swiglu: bool) -> tuple[Rule, ...]:
-    theirs, mlp = "layer.{i}", f"{BLOCK}/MlpBlock_3"
-    first = (
-        Rule((f"{mlp}/Dense_0/kernel",), tuple(f"{theirs}.mlp.{n}_proj.weight" for n in ("gate", "up")), rules.JOINED),
-        Rule((f"{mlp}/Dense_0/bias",), tuple(f"{theirs}.mlp.{n}_proj.bias" for n in ("gate", "up")), rules.JOINED),
-    )
-    names = (("query", "q"), ("key", "k"), ("value", "v"))
-    qkv = (rules.projection(f"{ATTENTION}/{ours}", f"{theirs}.attention.{n}_proj") for ours, n in names)
+    theirs, first = "layer.{i}", f"{BLOCK}/MlpBlock_3/Dense_0"
+    attends = rules.attention(ATTENTION, f"{theirs}.attention", f"{theirs}.attention.o_proj")
+    mlp = None if swiglu else "mlp.up_proj", "mlp.down_proj"
+    joined = [
+        Rule((f"{first}/{ours}",), tuple(f"{theirs}.mlp.{n}_proj.{kind}" for n in ("gate", "up")), rules.JOINED)
+        for ours, kind in (("kernel", "weight"), ("bias", "bias"))
+    ]
     return (
         rule("cls", "embeddings.cls_token"),
         rule("register_tokens", "embeddings.register_tokens"),
-        rule("extras/mask_token", "embeddings.mask_token", _ROW),
+        rule("extras/mask_token", "embeddings.mask_token", rules.ROW),
         *rules.patch_embedding("embeddings.patch_embeddings"),
-        *rules.norm(f"{BLOCK}/LayerNorm_0", f"{theirs}.norm1"),
-        *(r for part in qkv for r in part),
-        *rules.output(f"{ATTENTION}/out", f"{theirs}.attention.o_proj"),
-        rule(f"{BLOCK}/ls1/gamma", f"{theirs}.layer_scale1.lambda1"),
-        *rules.norm(f"{BLOCK}/LayerNorm_2", f"{theirs}.norm2"),
-        *(first if swiglu else rules.dense(f"{mlp}/Dense_0", f"{theirs}.mlp.up_proj")),
-        *rules.dense(f"{mlp}/Dense_1", f"{theirs}.mlp.down_proj"),
-        rule(f"{BLOCK}/ls2/gamma", f"{theirs}.layer_scale2.lambda1"),
+        *rules.block(BLOCK, theirs, attends, ("norm1", "norm2"), mlp),
+        *(joined if swiglu else ()),
+        *(rule(f"{BLOCK}/ls{k}/gamma", f"{theirs}.layer_scale{k}.lambda1") for k in (1, 2)),
         *rules.norm("Transformer/encoder_norm", "norm"),
     )
 

@@ -26,25 +26,15 @@ _LOSS = "criterion.empty_weight"
 
 
 def _rules(doublings: int) -> tuple[Rule, ...]:
-    block, attention = f"backbone/{BLOCK}", f"backbone/{ATTENTION}"
+    block, attention, theirs = f"backbone/{BLOCK}", f"backbone/{ATTENTION}", "layers.{i}"
     table = [
         rule("backbone/cls", "embeddings.cls_token"),
         rule("backbone/register_tokens", "embeddings.register_tokens"),
         rule(f"backbone/{POSITIONS}", "embeddings.position_embeddings.weight", _POSITIONS),
         rule("backbone/embedding/kernel", "embeddings.patch_embeddings.projection.weight", rules.CONVOLUTION),
         rule("backbone/embedding/bias", "embeddings.patch_embeddings.projection.bias"),
-        *rules.norm(f"{block}/LayerNorm_0", "layers.{i}.norm1"),
-        *(
-            r
-            for n in ("query", "key", "value")
-            for r in rules.projection(f"{attention}/{n}", f"layers.{{i}}.attention.{n[0]}_proj")
-        ),
-        *rules.output(f"{attention}/out", "layers.{i}.attention.out_proj"),
-        rule(f"{block}/ls1/gamma", "layers.{i}.layer_scale1.lambda1"),
-        *rules.norm(f"{block}/LayerNorm_2", "layers.{i}.norm2"),
-        *rules.dense(f"{block}/MlpBlock_3/Dense_0", "layers.{i}.mlp.fc1"),
-        *rules.dense(f"{block}/MlpBlock_3/Dense_1", "layers.{i}.mlp.fc2"),
-        rule(f"{block}/ls2/gamma", "layers.{i}.layer_scale2.lambda1"),
+        *rules.block(block, theirs, rules.attention(attention, f"{theirs}.attention"), ("norm1", "norm2")),
+        *(rule(f"{block}/ls{k}/gamma", f"{theirs}.layer_scale{k}.lambda1") for k in (1, 2)),
         *rules.norm("backbone/Transformer/encoder_norm", "layernorm"),
         rule("query", "query.weight"),
         *(r for k in range(3) for r in rules.dense(f"mask_head_{k}", f"mask_head.fc{k + 1}")),

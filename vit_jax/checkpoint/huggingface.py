@@ -9,12 +9,14 @@ from vit_jax.checkpoint import hf_pixels, rules
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import Entries
 from vit_jax.checkpoint.family import (
+    ACTIVATIONS,
     ATTENTION,
     BLOCK,
     HALF,
     IMAGENET,
     POSITION_RULES,
     POSITIONS,
+    THEIR_ACTIVATIONS,
     Facts,
     Family,
     count_blocks,
@@ -25,19 +27,24 @@ from vit_jax.checkpoint.family import (
 from vit_jax.checkpoint.rules import Flat, Rule, rule
 from vit_jax.errors import UserError
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
 _DIST = "embeddings.distillation_token"
 _PREFIX = re.compile(r"^(vit|deit|dinov2|dinov2_with_registers)\.")
 
 
-def _blocks(norms: tuple[str, str], mlp: tuple[str, str]) -> tuple[Rule, ...]:
+def block(
+    ours: str,
+    attention: str,
+    theirs: str,
+    norms: Sequence[str] = ("layernorm_before", "layernorm_after"),
+    mlp: Sequence[str] = ("intermediate.dense", "output.dense"),
+) -> list[Rule]:
+    """A block of transformers' ViT, or of another with its attention."""
+    out, names = f"{theirs}.attention.output.dense", ("query", "key", "value")
+    return rules.block(ours, theirs, rules.attention(attention, f"{theirs}.attention.attention", out, names), norms, mlp)
+
+
+def _rules(*names: Sequence[str]) -> tuple[Rule, ...]:
     theirs = "encoder.layer.{i}"
-    qkv = (rules.projection(f"{ATTENTION}/{n}", f"{theirs}.attention.attention.{n}") for n in ("query", "key", "value"))
     return (
         rule("cls", "embeddings.cls_token"),
         rule("dist", "embeddings.distillation_token"),
@@ -45,28 +52,22 @@ def _blocks(norms: tuple[str, str], mlp: tuple[str, str]) -> tuple[Rule, ...]:
         rule("extras/mask_token", "embeddings.mask_token"),
         rule(POSITIONS, "embeddings.position_embeddings"),
         *rules.patch_embedding("embeddings.patch_embeddings.projection"),
-        *rules.norm(f"{BLOCK}/LayerNorm_0", f"{theirs}.{norms[0]}"),
-        *(r for part in qkv for r in part),
-        *rules.output(f"{ATTENTION}/out", f"{theirs}.attention.output.dense"),
-        rule(f"{BLOCK}/ls1/gamma", f"{theirs}.layer_scale1.lambda1"),
-        *rules.norm(f"{BLOCK}/LayerNorm_2", f"{theirs}.{norms[1]}"),
-        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_0", f"{theirs}.{mlp[0]}"),
-        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_1", f"{theirs}.{mlp[1]}"),
-        rule(f"{BLOCK}/ls2/gamma", f"{theirs}.layer_scale2.lambda1"),
+        *block(BLOCK, ATTENTION, theirs, *names),
+        *(rule(f"{BLOCK}/ls{k}/gamma", f"{theirs}.layer_scale{k}.lambda1") for k in (1, 2)),
         *rules.norm("Transformer/encoder_norm", "layernorm"),
         *rules.dense("head", "classifier"),
     )
 
 
 _VIT = (
-    *_blocks(("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense")),
+    *_rules(),
     *rules.dense("pre_logits", "pooler.dense"),
     *rules.dense("head_dist", "distillation_classifier"),
 )
 
 
 def _dinov2_rules(swiglu: bool) -> tuple[Rule, ...]:
-    return _blocks(("norm1", "norm2"), ("mlp.weights_in", "mlp.weights_out") if swiglu else ("mlp.fc1", "mlp.fc2"))
+    return _rules(("norm1", "norm2"), ("mlp.weights_in", "mlp.weights_out") if swiglu else ("mlp.fc1", "mlp.fc2"))
 
 
 def _strip(flat: Flat) -> Flat:
@@ -115,9 +116,7 @@ def _dinov2_facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
 def _facts(
     flat: Flat, config: Entries, preprocessor: Entries, fields: dict, transformer: dict, resize: str, normalisation: tuple
 ) -> Facts:
-    activation = config.get("hidden_act") or "gelu"
-    if activation not in _ACTIVATIONS:
-        raise UserError(f"hidden_act={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+    activation = config.text("hidden_act", "gelu", tuple(ACTIVATIONS))
     if "image_size" in config.content and config.get("image_size") is None:
         raise config.wrong("image_size", "a number of pixels")
     d, _, p, q = flat["embeddings.patch_embeddings.projection.weight"].shape
@@ -130,7 +129,7 @@ def _facts(
         transformer={
             "num_layers": count_blocks(flat, "encoder.layer."),
             "num_heads": config.whole("num_attention_heads"),
-            "activation": _ACTIVATIONS[activation],
+            "activation": ACTIVATIONS[activation],
             "norm_eps": config.number("layer_norm_eps", low=1e-16, high=1),
         }
         | transformer,
@@ -198,7 +197,7 @@ def _export(description: Description, ours: Flat) -> dict[str, Any]:
         "patch_size": _number_or_list(model["patches"]["size"]),
         "num_channels": 3,
         "qkv_bias": True,
-        "hidden_act": "gelu_pytorch_tanh" if transformer.get("activation", "gelu_tanh") == "gelu_tanh" else "gelu",
+        "hidden_act": THEIR_ACTIVATIONS.get(transformer.get("activation", "gelu_tanh"), "gelu"),
         "layer_norm_eps": transformer.get("norm_eps", 1e-6),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -251,7 +250,6 @@ def _check_expressible(model: Mapping[str, Any], grid: Sequence[int], kind: str)
         "fc_norm": model.get("fc_norm"),
         "qk_norm": transformer.get("qk_norm"),
         "norm_pre": transformer.get("norm_pre"),
-        "quick_gelu": transformer.get("activation") == "quick_gelu",
         "no bias of patches or head": not (model.get("patch_bias", True) and model.get("head_bias", True)),
         f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
         "representation_size with a head": model.get("representation_size") and model.get("num_classes"),

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vit_jax.checkpoint import rules, timm
-from vit_jax.checkpoint.family import BLOCK, POSITIONS
+from vit_jax.checkpoint.family import BLOCK, POSITIONS, PROBE
 from vit_jax.checkpoint.rules import CONVOLUTION, TRANSPOSED, Flat, Rule, Transform, rule
 
 _TEXT_BLOCK = "Encoder_0/encoderblock_{i}"
-_PROBE = "MAPHead_0/MultiHeadDotProductAttention_0"
 _ONE_ROW = Transform(lambda arrays, _: [arrays[0].reshape(1, 1, -1)], lambda arrays: [arrays[0].reshape(-1)])
 _TABLE = Transform(lambda arrays, _: [arrays[0][None]], lambda arrays: [arrays[0][0]])
 _SCALAR = Transform(lambda arrays, _: [arrays[0].reshape(1)], lambda arrays: [arrays[0].reshape(())])
@@ -75,26 +74,13 @@ def write(layout: Layout, ours: Flat, *, blocks: tuple[int, int]) -> Flat:
 
 
 def _hf_block(ours: str, theirs: str) -> list[Rule]:
-    attention = f"{ours}/MultiHeadDotProductAttention_1"
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-    return [
-        *rules.norm(f"{ours}/LayerNorm_0", f"{theirs}.layer_norm1"),
-        *(r for a, b in names.items() for r in rules.projection(f"{attention}/{a}", f"{theirs}.self_attn.{b}")),
-        *rules.output(f"{attention}/out", f"{theirs}.self_attn.out_proj"),
-        *rules.norm(f"{ours}/LayerNorm_2", f"{theirs}.layer_norm2"),
-        *rules.dense(f"{ours}/MlpBlock_3/Dense_0", f"{theirs}.mlp.fc1"),
-        *rules.dense(f"{ours}/MlpBlock_3/Dense_1", f"{theirs}.mlp.fc2"),
-    ]
+    attends = rules.attention(f"{ours}/MultiHeadDotProductAttention_1", f"{theirs}.self_attn")
+    return rules.block(ours, theirs, attends, ("layer_norm1", "layer_norm2"))
 
 
 def _openclip_block(ours: str, theirs: str) -> list[Rule]:
-    return [
-        *rules.norm(f"{ours}/LayerNorm_0", f"{theirs}.ln_1"),
-        *rules.packed_attention(f"{ours}/MultiHeadDotProductAttention_1", f"{theirs}.attn"),
-        *rules.norm(f"{ours}/LayerNorm_2", f"{theirs}.ln_2"),
-        *rules.dense(f"{ours}/MlpBlock_3/Dense_0", f"{theirs}.mlp.c_fc"),
-        *rules.dense(f"{ours}/MlpBlock_3/Dense_1", f"{theirs}.mlp.c_proj"),
-    ]
+    attends = rules.packed_attention(f"{ours}/MultiHeadDotProductAttention_1", f"{theirs}.attn")
+    return rules.block(ours, theirs, attends, ("ln_1", "ln_2"), ("mlp.c_fc", "mlp.c_proj"))
 
 
 _HF_TEXT = (
@@ -111,7 +97,7 @@ _HF_IMAGE = (
 _PATCHES = "vision_model.embeddings.patch_embedding"
 _MAP_HEAD = (
     rule("MAPHead_0/probe", "vision_model.head.probe"),
-    *rules.packed_attention(_PROBE, "vision_model.head.attention"),
+    *rules.packed_attention(PROBE, "vision_model.head.attention"),
     *rules.norm("MAPHead_0/LayerNorm_0", "vision_model.head.layernorm"),
     *rules.dense("MAPHead_0/MlpBlock_0/Dense_0", "vision_model.head.mlp.fc1"),
     *rules.dense("MAPHead_0/MlpBlock_0/Dense_1", "vision_model.head.mlp.fc2"),

@@ -8,7 +8,7 @@ import numpy as np
 
 from vit_jax.checkpoint import hf_pixels, image_text
 from vit_jax.checkpoint.describe import Description
-from vit_jax.checkpoint.family import Written
+from vit_jax.checkpoint.family import THEIR_ACTIVATIONS, Written
 from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.image_text_files import LEGACY_END, RESIZE, TOKENS
 from vit_jax.checkpoint.opened import Opened
@@ -73,7 +73,7 @@ def _layout_for(description: Description, to: str) -> Layout:
     faults = _differences(fields, expected)
     image, text = fields["image.transformer"], fields["text"]
     acts = {image["activation"], text.get("activation")}
-    if not acts <= set(_THEIR_ACTIVATIONS) or (layout is OPENCLIP and (len(acts) > 1 or "gelu_tanh" in acts)):
+    if not acts <= set(THEIR_ACTIVATIONS) or (layout is OPENCLIP and (len(acts) > 1 or "gelu_tanh" in acts)):
         faults.append(f"the activations {' and '.join(map(str, sorted(acts, key=str)))}")
     if layout in (SIGLIP, SIGLIP2) and model.get("bias_init") is None:
         faults.append("scores without a bias")
@@ -91,7 +91,7 @@ def check_image_tower(description: Description, layout: Layout) -> None:
     model = description.model
     fields = {"image": _complete(VisionTransformer, model), "image.transformer": _complete(Encoder, model["transformer"])}
     faults = _differences(fields, {name: _OF_SIGLIP[name] for name in fields})
-    if fields["image.transformer"]["activation"] not in _THEIR_ACTIVATIONS:
+    if fields["image.transformer"]["activation"] not in THEIR_ACTIVATIONS:
         faults.append(f"the activation {fields['image.transformer']['activation']}")
     if len(set(description.grid)) > 1 or len(set(model["patches"]["size"])) > 1:
         faults.append("a grid or patches that are no squares")
@@ -171,16 +171,13 @@ def preprocessor(description: Description, layout: Layout) -> dict[str, Any]:
     return pixels | {"image_processor_type": "Siglip2ImageProcessor", "patch_size": patch, "max_num_patches": most}
 
 
-_THEIR_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-
-
 def _encoder_config(width: int, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": fields["mlp_dim"],
         "num_hidden_layers": fields["num_layers"],
         "num_attention_heads": fields["num_heads"],
-        "hidden_act": _THEIR_ACTIVATIONS[fields["activation"]],
+        "hidden_act": THEIR_ACTIVATIONS[fields["activation"]],
         "layer_norm_eps": fields["norm_eps"],
         "attention_dropout": 0.0,
     }

@@ -8,21 +8,15 @@ from typing import Any
 from vit_jax.checkpoint import hf_pixels, image_text, timm, token_files
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import Entries, folder_of, read_object
-from vit_jax.checkpoint.family import HALF, POSITIONS, count_blocks, square_side, vit_fields
+from vit_jax.checkpoint.family import ACTIVATIONS, HALF, POSITIONS, count_blocks, square_side, vit_fields
 from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, OPENCLIP_SIGLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
+from vit_jax.checkpoint.two_towers import describe_towers
 from vit_jax.errors import UserError, printable
 
 log = logging.getLogger("vit_jax")
 
-ACTIVATIONS = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
 RESIZE = {
     CLIP.name: "bicubic",
     SIGLIP.name: "bicubic",
@@ -131,30 +125,26 @@ def _openclip_siglip_sizes(folder: Path, theirs: Flat) -> _Sizes:
 
 
 def _description(layout: Layout, flat: Flat, sizes: _Sizes, blocks: tuple[int, int], path: Path, folder: Path) -> Description:
-    fields = _fields(flat, sizes, blocks)
-    p, q = fields["image"]["patches"]["size"]
+    image, text = _fields(flat, sizes, blocks)
+    p, q = image["patches"]["size"]
     count = flat[f"img/{POSITIONS}"].shape[1] - ("img/cls" in flat)
     native = _native_size(layout, folder, count, (p, q))
-    loss = "sigmoid" if "b" in flat else "softmax"
-    described = Description(
-        model_name=path.stem,
-        model_type="TwoTowers",
-        model=fields,
+    described = describe_towers(
+        path,
+        flat,
+        image=image,
+        text=text,
+        tokens=token_files.describe(TOKENS[layout.name], folder, text),
         image_size=native,
-        grid=(native[0] // p, native[1] // q),
         mean=HALF[0],
         std=HALF[1],
-        class_names=(),
         resize=RESIZE[layout.name],
-        head=loss,
-        text=token_files.describe(TOKENS[layout.name], folder, fields["text"]),
-        task={"type": "contrast", "loss": loss, "max_len": fields["text"]["max_len"]},
     )
     return dataclasses.replace(described, **pixels_of(layout, folder, native, p))
 
 
-def _fields(flat: Flat, sizes: _Sizes, blocks: tuple[int, int]) -> dict[str, Any]:
-    """The fields of `models.two_towers.TwoTowers`."""
+def _fields(flat: Flat, sizes: _Sizes, blocks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the image and of the text tower."""
     p, q, _, width = flat["img/embedding/kernel"].shape
     is_clip = "img/head/kernel" in flat
     mlps = [flat[f"{block}_0/MlpBlock_3/Dense_0/kernel"].shape[1] for block in _FIRST_BLOCKS]
@@ -187,9 +177,7 @@ def _fields(flat: Flat, sizes: _Sizes, blocks: tuple[int, int]) -> dict[str, Any
         "end_token": sizes.end_token,
         **({"head_bias": False} if is_clip else {}),
     }
-    widths = [flat[f"{tower}/head/kernel"].shape[-1] if f"{tower}/head/kernel" in flat else None for tower in ("img", "txt")]
-    bias = float(flat["b"].reshape(-1)[0]) if "b" in flat else None
-    return {"image": image, "text": text, "text_model": "text_transformer", "out_dim": widths, "bias_init": bias}
+    return image, text
 
 
 _FIRST_BLOCKS = "img/Transformer/encoderblock", "txt/Encoder_0/encoderblock"

@@ -5,9 +5,9 @@ from pathlib import Path
 from vit_jax.checkpoint import image_text_export, rules
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.entries import folder_of, read_object
-from vit_jax.checkpoint.family import POSITIONS, Written, count_blocks, square_side, vit_fields
+from vit_jax.checkpoint.family import ACTIVATIONS, POSITIONS, Written, count_blocks, square_side, vit_fields
 from vit_jax.checkpoint.image_text import SIGLIP, SIGLIP2
-from vit_jax.checkpoint.image_text_files import ACTIVATIONS, RESIZE, pixels_of
+from vit_jax.checkpoint.image_text_files import RESIZE, pixels_of
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
 from vit_jax.errors import UserError

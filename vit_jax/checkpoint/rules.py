@@ -69,9 +69,37 @@ def packed_attention(ours: str, theirs: str) -> list[Rule]:
     return [*packed, *output(f"{ours}/out", f"{theirs}.out_proj")]
 
 
+def qkv_attention(ours: str, theirs: str) -> list[Rule]:
+    """timm's attention."""
+    return [*packed_projections(ours, f"{theirs}.qkv"), *output(f"{ours}/out", f"{theirs}.proj")]
+
+
 def output(ours: str, theirs: str) -> list[Rule]:
     """The linear layer behind the heads: ours is (heads, d / heads, d)."""
     return [rule(f"{ours}/kernel", f"{theirs}.weight", HEADS_OUT), rule(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def attention(
+    ours: str, theirs: str, out: str | None = None, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")
+) -> list[Rule]:
+    """Query, key and value as a linear layer each, and the one behind the heads."""
+    pairs = zip(("query", "key", "value"), names, strict=True)
+    apart = [r for name, their in pairs for r in projection(f"{ours}/{name}", f"{theirs}.{their}")]
+    return [*apart, *output(f"{ours}/out", out or f"{theirs}.out_proj")]
+
+
+def block(
+    ours: str, theirs: str, attends: Sequence[Rule], norms: Sequence[str], mlp: Sequence[str | None] = ("mlp.fc1", "mlp.fc2")
+) -> list[Rule]:
+    """A block of a transformer: the rules of its attention, and how its two LayerNorms and its MLP's two layers are called.
+
+    None stands for a layer with rules of its own.
+    """
+    return [
+        *attends,
+        *(r for k, name in zip((0, 2), norms, strict=True) for r in norm(f"{ours}/LayerNorm_{k}", f"{theirs}.{name}")),
+        *(r for k, name in enumerate(mlp) if name for r in dense(f"{ours}/MlpBlock_3/Dense_{k}", f"{theirs}.{name}")),
+    ]
 
 
 def read(rules: Sequence[Rule], theirs: Mapping[str, np.ndarray], *, blocks: int, heads: int, where: str) -> Flat:
@@ -136,6 +164,7 @@ def _join_heads(kernel: np.ndarray) -> np.ndarray:
 
 SAME = _one(lambda x, _: x, lambda x: x)
 TRANSPOSED = _one(lambda x, _: x.T, lambda x: x.T)
+ROW = _one(lambda x, _: x[0], lambda x: x[None])
 CONVOLUTION = _one(lambda x, _: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 HEADS = _one(_split_heads, _join_heads)
 HEADS_BIAS = _one(lambda x, heads: x.reshape(heads, -1), lambda x: x.reshape(-1))

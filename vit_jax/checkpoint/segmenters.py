@@ -22,8 +22,6 @@ from vit_jax.errors import UserError
 OpenViT = Callable[[Path, Flat], Opened]
 _BACKBONE = "backbone/"
 _WRAPPERS = re.compile(r"^((model|module|state_dict)\.)+(?=(backbone|decode_head|encoder|decoder)\.)")
-_BLOCK = "mask_block_{i}"
-_ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
 # One place a patch: ours are (in, 1, 1, classes) where a convolution has (classes, in, 1, 1).
 _PLACES = Transform(lambda arrays, heads: [arrays[0].transpose(1, 2, 3, 0)], lambda arrays: [arrays[0].transpose(3, 0, 1, 2)])
 _PLACES_BIAS = Transform(lambda arrays, heads: [arrays[0][None, None]], lambda arrays: [arrays[0][0, 0]])
@@ -38,12 +36,12 @@ LINEAR: tuple[Rule, ...] = (
 SEGMENTER: tuple[Rule, ...] = (
     *rules.dense("proj_dec", "decoder.proj_dec"),
     rule("cls_emb", "decoder.cls_emb"),
-    *rules.norm(f"{_BLOCK}/LayerNorm_0", "decoder.blocks.{i}.norm1"),
-    *rules.packed_projections(_ATTENTION, "decoder.blocks.{i}.attn.qkv"),
-    *rules.output(f"{_ATTENTION}/out", "decoder.blocks.{i}.attn.proj"),
-    *rules.norm(f"{_BLOCK}/LayerNorm_2", "decoder.blocks.{i}.norm2"),
-    *rules.dense(f"{_BLOCK}/MlpBlock_3/Dense_0", "decoder.blocks.{i}.mlp.fc1"),
-    *rules.dense(f"{_BLOCK}/MlpBlock_3/Dense_1", "decoder.blocks.{i}.mlp.fc2"),
+    *rules.block(
+        "mask_block_{i}",
+        "decoder.blocks.{i}",
+        rules.qkv_attention("mask_block_{i}/MultiHeadDotProductAttention_1", "decoder.blocks.{i}.attn"),
+        ("norm1", "norm2"),
+    ),
     *rules.norm("decoder_norm", "decoder.decoder_norm"),
     rule("proj_patch", "decoder.proj_patch"),
     rule("proj_classes", "decoder.proj_classes"),

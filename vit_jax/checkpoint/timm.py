@@ -18,6 +18,7 @@ from vit_jax.checkpoint.family import (
     IMAGENET,
     POSITION_RULES,
     POSITIONS,
+    PROBE,
     Facts,
     Family,
     count_blocks,
@@ -34,10 +35,10 @@ log = logging.getLogger("vit_jax")
 _UNTOLD = re.compile("tips|radio|base_patch16_gap")  # other activations, heads or epsilons than other ViTs
 SIGLIP_TANH = re.compile(r"base_patch32_siglip|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip|giantopt_.*siglip")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh", "quick_gelu": "quick_gelu"}
-_POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
 
 
-def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
+def _rules(registers: str, mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2")) -> tuple[Rule, ...]:
+    theirs = "blocks.{i}"
     return (
         rule("cls", "cls_token"),
         rule("dist", "dist_token"),
@@ -45,21 +46,15 @@ def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
         rule(POSITIONS, "pos_embed"),
         *rules.patch_embedding("patch_embed.proj"),
         *rules.norm("Transformer/norm_pre", "norm_pre"),
-        *rules.norm(f"{BLOCK}/LayerNorm_0", "blocks.{i}.norm1"),
-        *rules.packed_projections(ATTENTION, "blocks.{i}.attn.qkv"),
-        *rules.norm(f"{ATTENTION}/query_ln", "blocks.{i}.attn.q_norm"),
-        *rules.norm(f"{ATTENTION}/key_ln", "blocks.{i}.attn.k_norm"),
-        *rules.output(f"{ATTENTION}/out", "blocks.{i}.attn.proj"),
-        rule(f"{BLOCK}/ls1/gamma", "blocks.{i}.ls1.gamma"),
-        *rules.norm(f"{BLOCK}/LayerNorm_2", "blocks.{i}.norm2"),
-        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_0", f"blocks.{{i}}.mlp.{mlp[0]}"),
-        *rules.dense(f"{BLOCK}/MlpBlock_3/Dense_1", f"blocks.{{i}}.mlp.{mlp[1]}"),
-        rule(f"{BLOCK}/ls2/gamma", "blocks.{i}.ls2.gamma"),
+        *rules.block(BLOCK, theirs, rules.qkv_attention(ATTENTION, f"{theirs}.attn"), ("norm1", "norm2"), mlp),
+        *rules.norm(f"{ATTENTION}/query_ln", f"{theirs}.attn.q_norm"),
+        *rules.norm(f"{ATTENTION}/key_ln", f"{theirs}.attn.k_norm"),
+        *(rule(f"{BLOCK}/ls{k}/gamma", f"{theirs}.ls{k}.gamma") for k in (1, 2)),
         *rules.norm("Transformer/encoder_norm", "norm"),
         rule("MAPHead_0/probe", "attn_pool.latent"),
-        *rules.projection(f"{_POOL}/query", "attn_pool.q"),
-        *rules.packed_projections(_POOL, "attn_pool.kv", ("key", "value")),
-        *rules.output(f"{_POOL}/out", "attn_pool.proj"),
+        *rules.projection(f"{PROBE}/query", "attn_pool.q"),
+        *rules.packed_projections(PROBE, "attn_pool.kv", ("key", "value")),
+        *rules.output(f"{PROBE}/out", "attn_pool.proj"),
         *rules.norm("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
         *rules.dense("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
         *rules.dense("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
@@ -71,9 +66,9 @@ def _rules(registers: str, mlp: tuple[str, str]) -> tuple[Rule, ...]:
     )
 
 
-TABLE = _rules("reg_token", ("fc1", "fc2"))  # a SwiGLU's gate and value are packed in fc1 there
-_DINOV2 = _rules("register_tokens", ("fc1", "fc2"))
-_DINOV2_SWIGLU = _rules("register_tokens", ("w12", "w3"))
+TABLE = _rules("reg_token")  # a SwiGLU's gate and value are packed in fc1 there
+_DINOV2 = _rules("register_tokens")
+_DINOV2_SWIGLU = _rules("register_tokens", ("mlp.w12", "mlp.w3"))
 
 
 def _sizes(flat: Flat, heads: int | None) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
     )
     size = _image_size(flat, args, cfg, sizes["patches"]["size"], ("cls_token" in flat) + distilled, registers)
     usual = IMAGENET if distilled else HALF
-    mean, std = (cfg.numbers(name, None) for name in ("mean", "std"))
+    mean, std = cfg.numbers("mean", None), cfg.numbers("std", None, low=1e-6)
     told = f"{_pixels(usual)} are assumed; --mean and --std, or config.pp's, set others (DeiT, DINO, MAE: ImageNet's)"
     assumed = () if mean and std else (f"no config.json tells mean and std: {told}",)
     if not config.content:
@@ -152,7 +147,7 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
         size,
         POSITION_RULES["timm ViT"],
         tuple(255 * x for x in mean) if mean else usual[0],
-        tuple(255 * x for x in std) if cfg.numbers("std", None, low=1e-6) else usual[1],
+        tuple(255 * x for x in std) if std else usual[1],
         config.names("label_names", None) or cfg.names("label_names", None),
         preprocessing=_preprocessing(cfg, size) if "input_size" in cfg else {},
         assumed=assumed,

@@ -42,33 +42,49 @@ def _tower(arrays: Flat, prefix: str) -> Flat:
     return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
 
 
-def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
-    facts = google.facts(img)
-    is_bert = any(name.startswith("BertEncoder_0/") for name in txt)
-    widths = [tower["head/kernel"].shape[-1] if "head/kernel" in tower else None for tower in (img, txt)]
+def describe_towers(
+    path: Path, flat: Flat, *, image: Mapping[str, Any], text: Mapping[str, Any], tokens: Mapping[str, Any], **entries: Any
+) -> Description:
+    """What is known of the towers in `flat`: fields of both, `Description.text`, and more entries of it, such as `image_size`.
+
+    Where scores have a bias each pair of image and text was a question of its own, of a sigmoid.
+    """
+    loss = "sigmoid" if "b" in flat else "softmax"
+    heads = (flat.get(f"{tower}/head/kernel") for tower in ("img", "txt"))
     fields = {
-        "image": {name: x for name, x in facts.model.items() if name != "num_classes"},
-        "text": _bert(txt) if is_bert else _transformer(txt),
-        "text_model": "bert" if is_bert else "text_transformer",
-        "out_dim": widths,
+        "image": dict(image),
+        "text": dict(text),
+        "text_model": "bert" if "config" in text else "text_transformer",
+        "out_dim": [None if kernel is None else kernel.shape[-1] for kernel in heads],
         "bias_init": float(flat["b"].reshape(-1)[0]) if "b" in flat else None,
     }
-    size = facts.image_size
-    loss = "sigmoid" if "b" in flat else "softmax"
-    text = _bert_text(path, fields["text"]) if is_bert else _sentencepiece_text(path, fields["text"], sigmoid="b" in flat)
-    return Description(
-        model_name=path.stem,
-        model_type="TwoTowers",
-        model=fields,
-        image_size=size,
-        grid=models.architecture_of("TwoTowers").grid(fields, size) if size else None,
+    size = entries["image_size"]
+    usual = {
+        "grid": models.architecture_of("TwoTowers").grid(fields, size) if size else None,
+        "task": {"type": "contrast", "loss": loss, "max_len": tokens["max_len"]},
+    }
+    about = {"model_name": path.stem, "model_type": "TwoTowers", "class_names": (), "head": loss}
+    return Description(**about, model=fields, text=tokens, **usual | entries)
+
+
+def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
+    facts = google.facts(img)
+    if any(name.startswith("BertEncoder_0/") for name in txt):
+        text = _bert(txt)
+        tokens = _bert_text(path, text)
+    else:
+        text = _transformer(txt)
+        tokens = _sentencepiece_text(path, text, sigmoid="b" in flat)
+    return describe_towers(
+        path,
+        flat,
+        image={name: x for name, x in facts.model.items() if name != "num_classes"},
+        text=text,
+        tokens=tokens,
+        image_size=facts.image_size,
         resize=facts.resize,
         mean=facts.mean,
         std=facts.std,
-        class_names=(),
-        head=loss,
-        text=text,
-        task={"type": "contrast", "loss": loss, "max_len": text["max_len"]},
     )
 
 

@@ -72,7 +72,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     from vit_jax.optimize import parallel
     from vit_jax.run import experiment, runtime, start
     from vit_jax.settings import Settings
-    from vit_jax.tools import plan
+    from vit_jax.tools import abstract
 
     runtime.set_up(None)  # as every command does, but for the folder of compiled programs
     images, labels = _images(job)
@@ -94,7 +94,7 @@ def _ours(job: Job) -> tuple[Repeat, dict[str, Any]]:
     config.pp.crop, config.pp.flip = job["size"], False
     config.update({"batch": job["batch"], "accum_steps": 1, "dtype": job["dtype"], "grad_norm_clip": None})
     config.update({"optimizer": "sgd", "optim_dtype": "float32", "weight_decay": 0.0, "base_lr": LEARNING_RATE})
-    e = plan.build(Settings.from_config(config), num_classes=NUM_CLASSES)
+    e = abstract.build(Settings.from_config(config), num_classes=NUM_CLASSES)
     update = experiment.make_update(e)
     state = start.new_state(e)
     facts = _facts_of_jax(state.params)

@@ -30,8 +30,8 @@ def run() -> None:
     sys.argv += DEFAULT if len(sys.argv) == 1 else ()  # where ml_collections looks for overrides
     parse(sys.argv)
     s = Settings.from_config(flags.FLAGS.config)
-    e = plan.build(s, num_classes=1000)
-    lowered = experiment.make_update(e).lower(*plan.abstract_arguments(e))
+    e = abstract.build(s, num_classes=1000)
+    lowered = experiment.make_update(e).lower(*abstract.abstract_arguments(e))
     print(f"{e.task.model.fields['model_name']}, batch {s.batch}, {s.dtype}, remat={s.remat}, scan={s.scan}")
     for name, options in (("as it runs here", {}), ("as it is planned", plan.NEARER_TO_A_GPU)):
         update = lowered.compile(options)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import side_by_side
+from benchmarks import compiled_work, side_by_side
 from configs import pretrain
 from vit_jax.run import runtime, start
 from vit_jax.run.experiment import make_update
 from vit_jax.settings import Settings
-from vit_jax.tools import abstract, hlo, roofline
+from vit_jax.tools import abstract, roofline
+from vit_jax.tools.hlo import Work
 
 SIDE = 2048  # of the matrices
 ELEMENTS = 2**24  # of the array
@@ -50,7 +51,7 @@ def peaks() -> Callable[[], tuple[float, float]]:
     return lambda: (2.0 * SIDE**3 / measured(lambda: multiply(a, a), 5), 2.0 * 4 * ELEMENTS / measured(add_once, 10))
 
 
-def step(model: str, batch: int) -> tuple[Callable[[], object], list[hlo.Work], float]:
+def step(model: str, batch: int) -> tuple[Callable[[], object], list[Work], float]:
     """(runs a step, its work, its FLOPs) of a model from nothing."""
     config = pretrain.get_config(f"{model},imagenet2012")
     config.batch, config.accum_steps = batch, 1
@@ -67,7 +68,7 @@ def step(model: str, batch: int) -> tuple[Callable[[], object], list[hlo.Work], 
         return metrics
 
     jax.block_until_ready(run())
-    return run, hlo.work(update.as_text()), abstract.step_flops(settings, 1000, remat="none")
+    return run, compiled_work.work(update.as_text()), abstract.step_flops(settings, 1000, remat="none")
 
 
 def main() -> None:

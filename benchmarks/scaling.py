@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--steps=20] [--counts=1,2,4,8] [--config=FILE[:ARG] --config.field=value …]
 
 Compiles the real step for so many virtual CPU devices, each number in a process of its own, and prints a Markdown table:
-the collectives of the compiled program with the bytes that a device sends (see `vit_jax.hlo.Collective`). Virtual devices
+the collectives of the compiled program with the bytes that a device sends (see `vit_jax.tools.hlo.Collective`). Virtual devices
 share the cores of this machine, so the time shows only what dividing the work costs, not what it gains. --steps=0 leaves
 the time out, for models that would be too slow.
 """
@@ -44,8 +44,8 @@ def measure(layout: str, steps: int) -> dict:
     """One row of the table, on the devices of this process."""
     config = copy.deepcopy(flags.FLAGS.config)
     config.update(LAYOUTS[layout])
-    e = plan.build(Settings.from_config(config), num_classes=1000)
-    state, batch = plan.abstract_arguments(e)
+    e = abstract.build(Settings.from_config(config), num_classes=1000)
+    state, batch = abstract.abstract_arguments(e)
     update = experiment.make_update(e).lower(state, batch).compile()
     found = hlo.collectives(update.as_text())
     return {

@@ -67,7 +67,7 @@ def test_state_and_batch_lie_on_the_devices_as_planned(found):
 
 def test_batch_is_the_loaders():
     c = tiny.config()
-    e = plan.build(Settings.from_config(c), num_classes=1000)
+    e = abstract.build(Settings.from_config(c), num_classes=1000)
     real = next(loader.train_batches(e.train_source, e.task.train_example, batch_size=c.batch, seed=0, start_step=0))
     assert abstract.abstract_batch(e) == {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in real.items()}
 
@@ -82,10 +82,10 @@ def test_flops_are_those_of_the_matrix_products():
     block = 2 * n * (4 * d * d + 2 * d * mlp) + 2 * 2 * n**2 * d
     embedding = 2 * (n - 1) * patch * d
     products = batch * (3 * (blocks * block + 2 * d * classes) + 2 * embedding)  # pixels have no gradient
-    model = plan.step_flops(s, 1000, remat="none")
+    model = abstract.step_flops(s, 1000, remat="none")
     assert 1 < model / products < 1.03
     again = batch * blocks * (block - 2 * n * d * mlp)  # without a block's last matrix product
-    assert 1 < (plan.step_flops(s, 1000, remat="full") - model) / again < 1.05
+    assert 1 < (abstract.step_flops(s, 1000, remat="full") - model) / again < 1.05
 
 
 @pytest.mark.parametrize("case", ["accumulated", "stochastic depth", "frozen", "LoRA"])
@@ -99,30 +99,30 @@ def test_flops_follow_from_models_of_few_blocks(case, monkeypatch):
         "LoRA": {"lora": dataclasses.replace(s.lora, rank=2)},
     }
     s = dataclasses.replace(s, **changes.get(case, {}))
-    assert abstract._equal_blocks(plan.build(s, 10)) == 5
+    assert abstract._equal_blocks(abstract.build(s, 10)) == 5
     remat = "full" if case == "accumulated" else "none"
-    inferred = plan.step_flops(s, 10, remat=remat)
+    inferred = abstract.step_flops(s, 10, remat=remat)
     monkeypatch.setattr(abstract, "_equal_blocks", lambda experiment: 0)
-    assert inferred == plan.step_flops(s, 10, remat=remat)
+    assert inferred == abstract.step_flops(s, 10, remat=remat)
 
 
 def test_nothing_is_inferred_where_blocks_differ():
     c = tiny.config()
     c.model.transformer.update({"num_layers": 5, "stochastic_depth": 0.3, "stochastic_depth_mode": "subset"})
-    assert abstract._equal_blocks(plan.build(Settings.from_config(c), 10)) == 0
+    assert abstract._equal_blocks(abstract.build(Settings.from_config(c), 10)) == 0
     c.model.transformer.stochastic_depth = 0.0
     s = Settings.from_config(c)
-    assert abstract._equal_blocks(plan.build(s, 10)) == 5
+    assert abstract._equal_blocks(abstract.build(s, 10)) == 5
     frozen = dataclasses.replace(s, freeze=(".*encoderblock_[01]/.*",))
-    assert abstract._equal_blocks(plan.build(frozen, 10)) == 0
+    assert abstract._equal_blocks(abstract.build(frozen, 10)) == 0
 
 
 @pytest.mark.parametrize("layout", plans.LAYOUTS)
 def test_a_step_is_lowered_for_another_platform(layout):
     c = plans.config(layout)
     c.dtype = "bfloat16"
-    e = plan.build(Settings.from_config(c), num_classes=10)
-    state, batch = plan.abstract_arguments(e)
+    e = abstract.build(Settings.from_config(c), num_classes=10)
+    state, batch = abstract.abstract_arguments(e)
     update = make_update(e)
     kernels = {p: hlo.custom_calls(plan.lower(update, state, batch, p)) for p in plan.PLATFORMS}
     assert kernels["cpu"] == kernels["tpu"] == ()
@@ -201,5 +201,5 @@ def test_what_training_refuses_is_refused(argument, message, monkeypatch):
 
 def test_classes_of_a_dataset_that_is_not_here():
     c = tiny.config(dataset="imagenet2012", pp_train="train[:99%]")
-    e = plan.build(Settings.from_config(c), num_classes=321)
+    e = abstract.build(Settings.from_config(c), num_classes=321)
     assert np.shape(jax.eval_shape(e.init_params)["head"]["bias"]) == (321,)

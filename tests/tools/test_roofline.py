@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import compiled_work
 from tests import tiny
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
@@ -64,7 +65,7 @@ def test_work_of_a_compiled_program_is_counted_by_hand():
         return jnp.sin(jax.lax.scan(lambda y, kernel: (y @ kernel, None), x, kernels)[0]) + 1.0
 
     shapes = jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)
-    work = hlo.work(jax.jit(f).lower(*shapes).compile().as_text())
+    work = compiled_work.work(jax.jit(f).lower(*shapes).compile().as_text())
     assert sum(w.flops * w.times for w in work) == 3 * 2 * 32 * 64 * 64
     x, kernel = 4 * 32 * 64, 4 * 64 * 64
     least = 3 * (2 * x + kernel) + 2 * x

@@ -1,4 +1,4 @@
-"""Reads programs: what the devices compute, read and write, what they send to each other, and which kernels have names."""
+"""Reads programs: the products that devices compute, what they send to each other, and which kernels have names."""
 
 import math
 import re
@@ -9,13 +9,10 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
-_FREE = "parameter constant get-tuple-element tuple bitcast while call conditional after-all partition-id replica-id".split()
-_SLICES = ("slice", "dynamic-slice", "gather")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 _FUNCTION = re.compile(r"func\.func \w+ @([\w.$]+)\(.*?\n(.*?)\n  }", re.DOTALL)
 _CALL = re.compile(r"\bcall @([\w.$]+)\(")
 _TENSOR = re.compile(r"tensor<([\dx]*[a-z]\w*)>")
@@ -49,8 +46,8 @@ def collectives(text: str) -> list[Collective]:
     """
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])))
     found = []
-    lines = _by_computation(text)
-    for name, times in _times(lines).items():
+    lines = computations(text)
+    for name, times in run_counts(lines).items():
         for line in lines[name]:
             if match := _COLLECTIVE.search(line):
                 if math.isnan(times):
@@ -65,28 +62,6 @@ class Work(NamedTuple):
     flops: float
     bytes: float
     times: float
-
-
-def work(text: str) -> list[Work]:
-    """Of every instruction of a compiled program, but for collectives.
-
-    A fusion is one instruction: it reads its operands and writes its results. Of an array that is only sliced, or updated in
-    place, the slice counts. All branches of a condition count; a loop whose length the compiler does not know counts once.
-    """
-    lines = _by_computation(text)
-    program = {name: {x.name: x for x in map(_instruction, body) if x} for name, body in lines.items()}
-    inside = set()  # of fusions and reductions
-    for x in (x for body in program.values() for x in body.values()):
-        if x.op not in ("while", "call", "conditional"):
-            inside.update(_CALLED.findall(x.rest))
-    done: Counter[tuple[float, float]] = Counter()
-    for name, times in _times(lines).items():
-        if name not in inside:
-            for x in program[name].values():
-                if x.op not in _FREE and not x.op.startswith(KINDS):
-                    figures = _flops(x, program[name], program), _bytes_moved(x, program[name], program)
-                    done[figures] += 1 if math.isnan(times) else int(times)
-    return [Work(*figures, times) for figures, times in done.items()]
 
 
 def products(text: str) -> list[Work]:
@@ -140,79 +115,11 @@ def sent_bytes(found: list[Collective], kind: str | None = None) -> float:
     return sum(c.times * c.sent for c in found if kind in (None, c.kind))
 
 
-class _Instruction(NamedTuple):
-    root: bool
-    name: str
-    shape: str
-    op: str
-    arguments: str
-    rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-    @property
-    def size(self) -> float:
-        return sum(_bytes(*array) for array in _ARRAY.findall(self.shape))
-
-    @property
-    def dims(self) -> list[int]:
-        return [int(n) for n in _ARRAY.search(self.shape)[2].split(",") if n]
-
-
-Computation = dict[str, _Instruction]
-
-
-def _instruction(line: str) -> _Instruction | None:
-    match = _INSTRUCTION.match(line)
-    return _Instruction(bool(match[1]), *match.groups()[1:]) if match else None
-
-
-def _flops(x: _Instruction, around: Computation, program: dict[str, Computation]) -> float:
-    """2 by multiplication of a matrix product or convolution, those inside of a fusion included."""
-    if x.op == "fusion":
-        bodies = [program[name] for name in _CALLED.findall(x.rest)]
-        return sum(_flops(y, body, program) for body in bodies for y in body.values())
-    if x.op == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.rest)[1]
-        dims = around[x.operands[0]].dims
-        return 2.0 * math.prod(x.dims) * math.prod(dims[int(i)] for i in contracted.split(",") if i)
-    if x.op == "convolution":
-        kernel, outputs = around[x.operands[1]].dims, re.search(r"dim_labels=\w+_(\w+)->", x.rest)[1].index("o")
-        return 2.0 * math.prod(x.dims) * math.prod(kernel) / kernel[outputs]
-    return 0.0
-
-
-def _bytes_moved(x: _Instruction, around: Computation, program: dict[str, Computation]) -> float:
-    if x.op in _SLICES:
-        return 2 * x.size
-    if x.op == "dynamic-update-slice":
-        return 2 * around[x.operands[1]].size
-    if x.op != "fusion":
-        return x.size + sum(around[name].size for name in x.operands)
-    body = program[_CALLED.search(x.rest)[1]]
-    read = sum(_size_read(y, body) for y in body.values() if y.op == "parameter")
-    updates = [body[y.operands[1]].size for y in body.values() if y.root and y.op == "dynamic-update-slice"]
-    return read + (updates[0] if updates else x.size)
-
-
-def _size_read(parameter: _Instruction, body: Computation) -> float:
-    """Of an operand of a fusion: nothing where it is only updated in place, of one that is only sliced the slices."""
-    size = 0.0
-    for user in (x for x in body.values() if parameter.name in x.operands):
-        if user.op in _SLICES and user.operands[0] == parameter.name:
-            size += user.size
-        elif not (user.op == "dynamic-update-slice" and user.operands[0] == parameter.name):
-            return parameter.size
-    return size
-
-
 def _collective(match: re.Match, line: str, devices: int, times: int) -> Collective:
     shape, kind, start = match.groups()
     if start and kind != "all-reduce":  # (operands, results, …)
         shape = _elements(shape)[1]
-    size = sum(_bytes(*array) for array in _ARRAY.findall(shape))
+    size = sum(array_bytes(*array) for array in ARRAY.findall(shape))
     if kind == "collective-permute":
         return Collective(kind, 2, times, size)
     n = _group_size(line, devices)
@@ -234,7 +141,7 @@ def _group_size(line: str, devices: int) -> int:
     return devices
 
 
-def _by_computation(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
     """The lines of every computation; those of the program's own under ""."""
     lines: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -247,14 +154,14 @@ def _by_computation(text: str) -> dict[str, list[str]]:
     return lines
 
 
-def _times(lines: dict[str, list[str]]) -> dict[str, float]:
+def run_counts(lines: dict[str, list[str]]) -> dict[str, float]:
     """How often the program runs each computation; not a number where the compiler does not know."""
     times: dict[str, float] = {}
 
     def visit(name: str, factor: float) -> None:
         times[name] = times.get(name, 0) + factor
         for line in lines.get(name, ()):
-            called = _CALLED.findall(line)
+            called = CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += re.findall(r"[\w.\-]+", branches)
             if called:
@@ -281,6 +188,7 @@ def _elements(shape: str) -> list[str]:
     return parts
 
 
-def _bytes(dtype: str, shape: str) -> float:
+def array_bytes(dtype: str, shape: str) -> float:
+    """Of an array as `ARRAY` finds it."""
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return math.prod(int(n) for n in shape.split(",") if n) * bits / 8

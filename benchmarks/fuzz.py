@@ -3,11 +3,13 @@
     python -m benchmarks.fuzz [--cases=20000] [--images=10000] [--by_hand] [--seed=0] [--target=NAME] [--case=N]
 
 Mutated checkpoints of every layout with their JSON, annotations of boxes, images, then cases by hand: see tests/fuzz.py.
-Prints what was wrong, and a table of verdicts. Exit code 1 if anything but answers and refusals was seen.
+Prints what was wrong, and a table of verdicts, also where Ctrl-C ends it. Exit code 1 if anything but answers and refusals
+was seen.
 """
 
 import argparse
 import collections
+import contextlib
 import sys
 import time
 
@@ -29,11 +31,11 @@ def main() -> int:
     else:
         groups = (fuzz_targets.CHECKPOINTS, args.cases), (fuzz_targets.IMAGES, args.images)
         chosen = [([t for t in group if args.target in (None, t)], count) for group, count in groups]
-        plan = [(t, args.seed + i) for group, n in chosen for t in group for i in range(n // len(group))]
+        plan = [(t, args.seed + i) for group, n in chosen for i in range(n // max(1, len(group))) for t in group]
         groups = fuzz_by_hand.GROUPS if args.by_hand else ()
         plan += [(f"by hand: {group}", name) for group in groups for name in fuzz_by_hand.cases(group) if args.only in name]
     counts, slowest, largest, start = collections.defaultdict(collections.Counter), (0.0,), (0.0,), time.time()
-    with fuzz.Worker() as worker:
+    with contextlib.suppress(KeyboardInterrupt), fuzz.Worker() as worker:
         for done, (target, case) in enumerate(plan, 1):
             verdict = worker.run(target, case)
             counts[target][verdict.kind] += 1

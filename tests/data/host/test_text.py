@@ -117,14 +117,14 @@ def test_a_vocabulary_without_unknown_gets_a_row_more(tmp_path):
     path.write_text("[PAD]\n[CLS]\nsome\ntest\nwords")
     tokenizer = preprocess.get_tokenizer("bert")(vocab_path=path, max_len=3)
     assert tokenizer(["some", "test", "words", "xxx"]).tolist() == [[1, 2, 0], [1, 3, 0], [1, 4, 0], [1, 5, 0]]
-    assert (tokenizer.cls_token, tokenizer.vocab_size) == (1, 6)
+    assert (tokenizer.start_token, tokenizer.vocab_size) == (1, 6)
 
 
 def test_sentencepiece_ends_in_a_sticky_end(sentencepiece_model):
 
     peer = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokenizer = preprocess.get_tokenizer("sentencepiece")(vocab_path=sentencepiece_model, max_len=16)
-    assert tokenizer.eos_token == 2 and tokenizer.vocab_size == 38
+    assert tokenizer.stop_token == 2 and tokenizer.vocab_size == 38
     for given, row in zip(HARD, tokenizer(HARD), strict=True):
         ids = peer.encode(given, add_eos=True)[:15]
         assert row.tolist() == ids + [2] * (16 - len(ids)), given[:20]

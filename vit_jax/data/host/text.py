@@ -142,12 +142,8 @@ class BertTokenizer(Tokenizer):
     _ends: ClassVar[int] = 0
 
     @property
-    def cls_token(self) -> int:
-        return self._state["cls"]
-
-    @property
     def start_token(self) -> int:
-        return self.cls_token
+        return self._state["cls"]
 
     @property
     def stop_token(self) -> int:
@@ -169,7 +165,7 @@ class BertTokenizer(Tokenizer):
         self._state["words"] = {i: word for word, i in vocab.items()}
 
     def _encode(self, text: str) -> list[int]:
-        return [self.cls_token, *(i for word in _bert_words(text) for i in self._pieces(word))]
+        return [self.start_token, *(i for word in _bert_words(text) for i in self._pieces(word))]
 
     def _pieces(self, word: str) -> list[int]:
         known = self._state["known"]
@@ -209,12 +205,8 @@ class SentencepieceTokenizer(_PaddedTokenizer):
     strip_punctuation: bool = False
 
     @property
-    def eos_token(self) -> int:
-        return self._state["eos"]
-
-    @property
     def stop_token(self) -> int:
-        return self.eos_token
+        return self._state["eos"]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._state["decode"]([int(i) for i in tokens])
@@ -252,16 +244,12 @@ class ClipTokenizer(_PaddedTokenizer):
     """
 
     @property
-    def eot_token(self) -> int:
-        return self._state["end"]
-
-    @property
     def start_token(self) -> int:
         return self._state["start"]
 
     @property
     def stop_token(self) -> int:
-        return self.eot_token
+        return self._state["end"]
 
     def decode(self, tokens: Sequence[int]) -> str:
         letters = "".join(self._state["model"].id_to_token(int(i)) or "" for i in tokens)

@@ -56,8 +56,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        e.filename, e.filename2 = os.fspath(path), None
-        raise
+        raise OSError(e.errno, e.strerror or str(e), os.fspath(path)) from e
     finally:
         with contextlib.suppress(OSError):  # its folder is none
             temporary.unlink(missing_ok=True)

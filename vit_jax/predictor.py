@@ -285,16 +285,20 @@ def load(
         description = _at_size(description, size)
     task = tasks.of_description(description, find_vocabulary(opened, vocab=vocab) if tasks.writes(description) else None)
     token_merging.check(task.model.module, tome)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    if size is None and head and tuple(description.image_size) == tuple(description.native_size):
-        checkpoint.check_fit(opened.params, shapes, opened.path)
-        warn_of_empty_head(opened.flat, opened.path)
-        params = opened.params
-    else:
-        zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory
-        params = task.load({"": opened}, zeros, classes=description.class_names if head else None)
+    params = _fitted(opened, task, description, head=head, resized=size is not None)
     of_texts = functools.partial(open_tokenizer, dataclasses.replace(opened, flat={}), vocab=vocab)
     return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size, of_texts, tome)
+
+
+def _fitted(opened: checkpoint.Opened, task: Task, description: Description, *, head: bool, resized: bool) -> Params:
+    """The parameters of a file for a task, which may have no head and images of another size than it."""
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    if head and not resized and tuple(description.image_size) == tuple(description.native_size):
+        checkpoint.check_fit(opened.params, shapes, opened.path)
+        warn_of_empty_head(opened.flat, opened.path)
+        return opened.params
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)  # takes no memory
+    return task.load({"": opened}, zeros, classes=description.class_names if head else None)
 
 
 def _insisted(description: Description, model_name: str) -> Description:

@@ -249,26 +249,10 @@ def _unchunk(flat: Flat) -> Flat:
 
 
 def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
-    """config.json as on the hub, for `timm.create_model("local-dir:FOLDER")`."""
+    """config.json as on the hub, for `timm.create_model("local-dir:FOLDER")`. Raises UserError for what timm cannot express."""
+    _check_timm(description, has_head="head/kernel" in ours)
     model, transformer = description.model, description.model["transformer"]
     classifier = model.get("classifier", "token")
-    faults = {
-        f"classifier={classifier}": classifier not in ("token", "gap", "map", "distilled", "cls_mean"),
-        "norm_pre with a bias in front, or neither": bool(transformer.get("norm_pre")) == model.get("patch_bias", True),
-        "a head without a bias": not model.get("head_bias", True) and "head/kernel" in ours,
-        "registers beside a distillation token": classifier == "distilled" and model.get("num_registers"),
-        "registers that a probe sees": classifier == "map" and model.get("num_registers"),
-        "resnet": model.get("resnet") is not None,
-        "pre_logits": model.get("representation_size"),
-        "a head of sigmoids, one a class": description.head == "sigmoid" and "head/kernel" in ours,
-        "a head on class token and mean": classifier == "cls_mean" and "head/kernel" in ours,
-        f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
-    }
-    eps, usual = transformer.get("norm_eps", 1e-6), 1e-5 if transformer.get("norm_pre") else 1e-6
-    if eps != usual:
-        log.warning("timm's LayerNorm epsilon is %g, that of this model %g", usual, eps)
-    if wrong := [name for name, fault in faults.items() if fault]:
-        raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
     p = model["patches"]["size"]
     size, d = description.native_size, model["hidden_size"]
     pool = {"gap": "avg", "map": "map"}.get(classifier, "token")
@@ -311,6 +295,28 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
             "pretrained_cfg": cfg,
         }
     }
+
+
+def _check_timm(description: Description, *, has_head: bool) -> None:
+    model, transformer = description.model, description.model["transformer"]
+    classifier = model.get("classifier", "token")
+    faults = {
+        f"classifier={classifier}": classifier not in ("token", "gap", "map", "distilled", "cls_mean"),
+        "norm_pre with a bias in front, or neither": bool(transformer.get("norm_pre")) == model.get("patch_bias", True),
+        "a head without a bias": not model.get("head_bias", True) and has_head,
+        "registers beside a distillation token": classifier == "distilled" and model.get("num_registers"),
+        "registers that a probe sees": classifier == "map" and model.get("num_registers"),
+        "resnet": model.get("resnet") is not None,
+        "pre_logits": model.get("representation_size"),
+        "a head of sigmoids, one a class": description.head == "sigmoid" and has_head,
+        "a head on class token and mean": classifier == "cls_mean" and has_head,
+        f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
+    }
+    eps, usual = transformer.get("norm_eps", 1e-6), 1e-5 if transformer.get("norm_pre") else 1e-6
+    if eps != usual:
+        log.warning("timm's LayerNorm epsilon is %g, that of this model %g", usual, eps)
+    if wrong := [name for name, fault in faults.items() if fault]:
+        raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
 
 
 def _unfold(ours: Flat) -> Flat:

@@ -290,9 +290,7 @@ class Mesh:
         """This process's part of a batch (b, …) → the whole batch, on the devices."""
         return {name: jax.make_array_from_process_local_data(self._batch, x) for name, x in batch.items()}
 
-    def prefetch(self, batches: Iterator[dict[str, np.ndarray]], size: int) -> Iterator[dict[str, Array]]:
-        """Sends batches to the devices, `size` of them ahead of the one in use."""
-        return _prefetch(map(self.send, batches), size)
+    prefetch = Pmap.prefetch
 
     def _read(self, x: Array) -> np.ndarray:
         if x.is_fully_replicated:

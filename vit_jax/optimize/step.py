@@ -79,13 +79,10 @@ def make_update(
                 grads, metrics, carry = _grad(whole_model(loss), params, context, batch, jax.random.fold_in(key, 0))
                 grads = parallelism.constrain(grads, "grads")
             else:
+                accumulate, functions = (_accumulated, (loss,)) if embed is None else (_cached, (embed, loss_of))
                 micro_batches = parallelism.micro_batches(batch, accum_steps)
-                if embed is None:
-                    sums = _accumulated(whole_model(loss), params, context, micro_batches, key, accum_steps)
-                else:
-                    functions = whole_model(embed), whole_model(loss_of)
-                    sums = _cached(*functions, params, context, micro_batches, key, accum_steps)
-                grads, metrics, carry = sums
+                given = params, context, micro_batches, key, accum_steps
+                grads, metrics, carry = accumulate(*map(whole_model, functions), *given)
             grads, metrics = parallelism.mean((grads, metrics))
             return grads, metrics | {"carry": carry}
 
@@ -95,10 +92,7 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
-            ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
+        ema = state.ema if ema_decay is None else _averaged(state, params, ema_decay)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, carry=carry)
 
         # What must not happen, and who asks to stop
@@ -117,6 +111,12 @@ def _context(state: State, batch: Batch, parallelism: Parallelism, totals: Calla
     ema = None if state.ema is None else trainable.join(state.ema, state.frozen.get("model"))
     means = {name: parallelism.mean(x / accum_steps) for name, x in totals(batch).items()}
     return Context(state.step, frozen, ema, state.carry, means, parallelism)
+
+
+def _averaged(state: State, params: Tree, decay: float | Schedule) -> Tree:
+    """The running average with new parameters in it."""
+    decay = decay(state.step) if callable(decay) else decay
+    return jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, state.ema, params)
 
 
 def _grad(loss: LossFunction, params: Tree, context: Context, batch: Batch, key: jax.Array) -> tuple[Tree, dict, Tree]:

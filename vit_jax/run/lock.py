@@ -83,7 +83,8 @@ def _acquire(path: Path) -> int:
         )
     os.ftruncate(descriptor, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    os.pwrite(descriptor, f"{host}, process {os.getpid()}, since {started}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+        os.pwrite(descriptor, f"{host}, process {os.getpid()}, since {started}\n".encode(), 0)
     return descriptor
 
 

@@ -116,8 +116,11 @@ class Writer:
                 f"{self._jsonl_path} was deleted or moved while the run wrote to it: start again, in a --workdir that stays"
             )
         values = {name: float(value) for name, value in values.items()}
-        self._jsonl.write(json.dumps({"step": step} | values) + "\n")
-        self._jsonl.flush()
+        try:
+            self._jsonl.write(json.dumps({"step": step} | values) + "\n")
+            self._jsonl.flush()
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, os.fspath(self._jsonl_path)) from e
         self._events.add_event(_event(step, values))
 
     def advance(self, step: int, status: str) -> None:
@@ -172,6 +175,10 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def _has_bar() -> bool:

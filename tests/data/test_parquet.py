@@ -21,6 +21,9 @@ FEATURES = {
 }
 
 
+BAD_NAMES = pa.StructArray.from_arrays([pa.array([b"x"] * 3), pa.array([b"\x80.png"] * 3).view("string")], ["bytes", "path"])
+
+
 def png(value: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((3, 5, 3), value, np.uint8)).save(file, "png")
@@ -69,6 +72,7 @@ def test_few_groups_are_kept(tmp_path, monkeypatch):
         ({"labels": [0, None, 0]}, "row 1 of group 0 has label None, allowed are 0 to 2"),
         ({"labels": ["0", "1", "2"]}, "row 1 of group 0 has label 1, allowed are 0 to 2"),
         ({"labels": [0, 3, 0]}, "row 1 of group 0 has label 3, allowed are 0 to 2"),
+        ({"images": BAD_NAMES}, "row 1 of group 0 is damaged: 'utf-8' codec"),
         ({"images": [{"bytes": None, "path": "a.png"}] * 3}, "row 1 of group 0 has no bytes of an image"),
     ],
 )

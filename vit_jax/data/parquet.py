@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data.features import Image, Label, digest
+from vit_jax.data.host.decode import ImageError
 from vit_jax.data.listing import MOVED, shown
 from vit_jax.data.splits import InFiles, chosen, files_by_split
 from vit_jax.errors import UserError, printable
@@ -47,9 +48,12 @@ class ParquetSource(InFiles):
     def __getitem__(self, index: int) -> dict[str, Any]:
         group, row = self._place(index)
         images, labels = self._rows(group)
-        image, label = images[row].as_py(), labels[row].as_py()
+        try:
+            image, label = images[row].as_py(), labels[row].as_py()
+        except ValueError as e:
+            raise ImageError(f"{self.where(index)} is damaged: {printable(e)}") from e
         if not (isinstance(image, dict) and image.get("bytes")):
-            raise UserError(f"{self.where(index)} has no bytes of an image: write the dataset with its images embedded")
+            raise ImageError(f"{self.where(index)} has no bytes of an image: write the dataset with its images embedded")
         if not isinstance(label, int) or not 0 <= label < self.num_classes:
             raise UserError(f"{self.where(index)} has label {label}, allowed are 0 to {self.num_classes - 1}")
         return {"image": image["bytes"], "label": int(label)}

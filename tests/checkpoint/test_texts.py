@@ -143,3 +143,8 @@ def test_errors(tmp_path):
         changed = dataclasses.replace(opened, description=dataclasses.replace(opened.description, **changes))
         with pytest.raises(UserError, match=message):
             open_tokenizer(changed)
+    siglip(tmp_path)
+    padded = {"tokenizer": "sentencepiece", "vocab": "trained.model", "max_len": 8, "pad_token": 34}
+    described = opened_in(tmp_path, padded).description
+    with pytest.raises(UserError, match="pad_token=34: the text tower knows 34 tokens, from 0 on"):
+        open_tokenizer(Opened(tmp_path, "", {}, dataclasses.replace(described, model={"text": {"vocab_size": 34}})))

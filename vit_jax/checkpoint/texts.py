@@ -47,6 +47,8 @@ def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any], *, or_set: 
             f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, the text tower knows {known:,}: "
             f"{more}give the vocabulary that the model was trained with"
         )
+    if known is not None and tokenizer.fill_token >= known:
+        raise UserError(f"texts end in pad_token={tokenizer.fill_token:,}: the text tower knows {known:,} tokens, from 0 on")
 
 
 def find_vocabulary(opened: Opened, *, vocab: str | os.PathLike | None = None) -> Path:

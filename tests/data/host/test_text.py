@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from vit_jax import preprocess, tokenizer
 from vit_jax.data.host import byte_pairs, text
@@ -162,8 +163,6 @@ def test_openais_vocabulary_file(clip_vocabulary, tmp_path):
 
 
 def test_siglip2_reads_tokenizer_json(tmp_path):
-    import tokenizers
-
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "cat": 3, "dog": 4}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -171,6 +170,16 @@ def test_siglip2_reads_tokenizer_json(tmp_path):
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = text.SentencepieceTokenizer(tmp_path / "tokenizer.json", 5, lower=True, pad_token=0)
     assert tokenizer(["CAT dog", "dog " * 9, ""]).tolist() == [[3, 4, 1, 0, 0], [4, 4, 4, 4, 1], [1, 0, 0, 0, 0]]
+
+
+def test_a_vocabulary_with_holes_or_without_its_unknown_word(tmp_path):
+    for words, unknown in (({"<eos>": 1, "cat": 9, "<unk>": 2}, "<unk>"), ({"<eos>": 1, "cat": 9}, "[UNK]")):
+        model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=unknown))
+        model.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = text.SentencepieceTokenizer(tmp_path / "tokenizer.json", 3)
+        assert tokenizer.vocab_size == 10 and tokenizer(["cat"]).tolist() == [[9, 1, 1]]
+    with pytest.raises(UserError, match="tokenizer.json makes no tokens of 'dog': WordLevel error"):
+        tokenizer(["dog"])
 
 
 def test_cutting_is_said_once(vocabulary, caplog):

@@ -55,6 +55,11 @@ def read_json(path: Path) -> tokenizers.Tokenizer:
     return model
 
 
+def size(model: tokenizers.Tokenizer) -> int:
+    """How many rows an embedding needs for its tokens, whose numbers may have holes."""
+    return max(model.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     """CLIP's encoding from its words and merges."""
     pieces = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=CLIP_END)

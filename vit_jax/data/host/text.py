@@ -78,7 +78,7 @@ class Tokenizer:
         result, longer = np.empty((len(texts), self.max_len), np.int32), 0
         room = self.max_len - self._ends
         for row, text in zip(result, texts, strict=True):
-            ids = self._encode(_decoded(text))
+            ids = self._tokens(_decoded(text))
             longer += len(ids) > room
             row[:] = self._fit(ids[:room])
         if longer and not self._state.get("said"):
@@ -128,6 +128,13 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text, of any number, with what stands in front."""
         raise NotImplementedError
+
+    def _tokens(self, text: str) -> list[int]:
+        """`_encode`. Raises UserError where the vocabulary cannot, such as one that lacks its own token for unknown words."""
+        try:
+            return self._encode(text)
+        except Exception as e:  # of each library's own kinds
+            raise UserError(f"{self.vocab_path} makes no tokens of {text[:40]!r}: {e}") from e
 
     def _fit(self, ids: list[int]) -> list[int]:
         """Exactly `max_len` tokens, of at most `max_len` less `_ends`."""
@@ -215,7 +222,7 @@ class SentencepieceTokenizer(_PaddedTokenizer):
         if path.suffix == ".json":
             model = byte_pairs.read_json(path)
             ends = [i for i in (model.token_to_id(name) for name in ("</s>", "<eos>")) if i is not None]
-            size = model.get_vocab_size(with_added_tokens=True)
+            size = byte_pairs.size(model)
             encode = lambda text: model.encode(text, add_special_tokens=False).ids  # noqa: E731
             decode = model.decode
         else:
@@ -265,7 +272,7 @@ class ClipTokenizer(_PaddedTokenizer):
         start, end = (model.token_to_id(name) for name in (byte_pairs.CLIP_START, byte_pairs.CLIP_END))
         if start is None or end is None:
             raise UserError(f"{path} is no vocabulary of CLIP: it lacks {byte_pairs.CLIP_START} or {byte_pairs.CLIP_END}")
-        self._state.update(start=start, end=end, size=model.get_vocab_size(with_added_tokens=True), model=model)
+        self._state.update(start=start, end=end, size=byte_pairs.size(model), model=model)
 
     def _encode(self, text: str) -> list[int]:
         return [self._state["start"], *self._state["model"].encode(text.strip(), add_special_tokens=False).ids]
@@ -299,7 +306,7 @@ class Gpt2Tokenizer(Tokenizer):
         end = model.token_to_id(byte_pairs.CLIP_END)
         if end is None:
             raise UserError(f"{path} is no vocabulary of GPT-2: it lacks {byte_pairs.CLIP_END}")
-        self._state.update(end=end, size=model.get_vocab_size(with_added_tokens=True), model=model)
+        self._state.update(end=end, size=byte_pairs.size(model), model=model)
 
     def _encode(self, text: str) -> list[int]:
         return [self.start_token, *self._state["model"].encode(text, add_special_tokens=False).ids]

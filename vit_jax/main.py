@@ -39,10 +39,11 @@ def main() -> None:
     trainer = config.get("trainer", "train")
     if trainer not in TRAINERS:
         raise unknown("config.trainer", trainer, TRAINERS)
-    from vit_jax.run import cluster, runtime, signals  # they import JAX, which --help does without
+    from vit_jax.run import cluster, load_ahead, runtime, signals  # they import JAX, which --help does without
 
-    runtime.set_up(config.get("compilation_cache", COMPILED_PROGRAMS))
+    kept = runtime.set_up(config.get("compilation_cache", COMPILED_PROGRAMS))
     cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    load_ahead.start(kept, config.to_json_best_effort())
     module, name = TRAINERS[trainer]
     run = getattr(importlib.import_module(module), name)
     try:

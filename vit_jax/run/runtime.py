@@ -38,13 +38,14 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 """What JAX calls the event that a program has been compiled, or loaded."""
 
 
-def set_up(cache: str | None = COMPILED_PROGRAMS) -> None:
+def set_up(cache: str | None = COMPILED_PROGRAMS) -> "Compiled | None":
     """`set_xla_flags`, `keep_compiled` …: what every command does before anything asks JAX for its devices."""
     allow_files()
     set_xla_flags()
-    keep_compiled(cache)
+    kept = keep_compiled(cache)
     return_memory()
     plain_warnings()
+    return kept
 
 
 class _Plain(logging.Formatter):
@@ -111,21 +112,22 @@ def trim_memory() -> None:
         trim(0)
 
 
-def keep_compiled(folder: str | None = COMPILED_PROGRAMS) -> None:
+def keep_compiled(folder: str | None = COMPILED_PROGRAMS) -> "Compiled | None":
     """Keeps every program that is compiled from now on in a folder, where the next process finds it; None or "": does not.
 
     JAX finds a program by its code, the version and flags of the compiler, and the features of the processor or the kind of
     the device, so machines may share a folder. Who may write to it may run code as whoever reads it. A folder that JAX has
-    been told before, by JAX_COMPILATION_CACHE_DIR say, is left to JAX; a folder that cannot be used costs a warning.
+    been told before, by JAX_COMPILATION_CACHE_DIR say, is left to JAX; a folder that cannot be used costs a warning. Then it
+    returns None, and else the programs.
     """
     if jax.config.jax_compilation_cache_dir is not None or not folder:
-        return
+        return None
     try:
         path = Path(folder).expanduser().absolute()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as e:  # the latter where nobody has a home
         log.warning("compiled programs are not kept: %s", e)
-        return
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -134,6 +136,8 @@ def keep_compiled(folder: str | None = COMPILED_PROGRAMS) -> None:
         from jax._src import compilation_cache
 
         compilation_cache.get_file_cache = lambda path: (Compiled(Path(path)), path)
+        return Compiled(path)
+    return None
 
 
 class Compiled:

@@ -37,19 +37,22 @@ def _digits(decoder: str) -> ml_collections.ConfigDict:
     config = common.get_config()
     common.use_scenes(config)
     config.dataset = "digit_pairs"
-    config.pp.update({"crop": 48, "resize": 48})
+    config.pp.update({"crop": 32, "resize": 32})
     config.task = {"type": "caption", "tokenizer": "bert", "vocab": "", "max_len": 8, "parallel": 0.0, "beams": 3}
     config.task.update({"doubly_stochastic": 0.0})
     vit = common.scene_vit()
+    vit.update({"patches": {"size": (1, 1)}, "resnet": {"num_layers": (1,), "width_factor": 1}})
+    vit["transformer"]["num_layers"] = 1
     if decoder == "cappa":
         config.model_type = "Captioner"
-        sizes = {"width": 128, "num_heads": 4, "mlp_dim": 256, "num_layers": 2, "max_length": 8, "mask_token": True}
-        config.task.parallel = 0.5
+        sizes = {"width": 128, "num_heads": 4, "mlp_dim": 256, "num_layers": 2, "max_length": 8, "tied": True, "mask_token": False}
+        config.base_lr = 1e-3
     else:
         config.model_type = "AttendingLSTM"
         sizes = {"width": 128, "embedding_dim": 128, "attention_dim": 128, "attention": "additive", "dropout_rate": 0.0}
-    config.model = {"body": {"vit": vit}, "vocabulary": 21, **sizes}
-    config.base_lr = 2e-3
+        config.base_lr = 2e-3
+    config.model = {"body": {"vit": vit}, "vocabulary": 19, **sizes}
+    config.total_steps, config.warmup_steps, config.eval_every = 1_200, 100, 600
     config.evaluators = {"grounding": {}}
     return config
 

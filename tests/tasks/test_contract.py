@@ -33,8 +33,8 @@ def caption(tmp_path):
     c.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}, "position_embedding": "sincos2d"})
     del c.model.body.vit.resnet
     c.model.body.vit.transformer.update({"num_layers": 1, "mlp_dim": 16, "num_heads": 2})
-    c.model.update({"width": 16, "num_heads": 2, "mlp_dim": 16, "num_layers": 1})
-    c.task.update({"beams": 2, "doubly_stochastic": 0.1})
+    c.model.update({"width": 16, "num_heads": 2, "mlp_dim": 16, "num_layers": 1, "tied": False, "mask_token": True})
+    c.task.update({"beams": 2, "parallel": 0.5, "doubly_stochastic": 0.1})
     c.pp.update({"train": "train[:100]", "test": "test[:7]"})
     c.update({"batch": 16, "batch_eval": 8, "progress_every": 1, "evaluators": {}})
     return c

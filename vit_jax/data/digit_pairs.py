@@ -1,4 +1,4 @@
-"""Pictures to try captions on: two of the bundled digits on each, and sentences that say which, and where."""
+"""Pictures to try captions on: two of the bundled digits on each, and a sentence that says which, and where."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,24 @@ from vit_jax.data.digit_sentences import NAMES
 from vit_jax.data.digits import DrawnDigits
 from vit_jax.data.features import Boxes, Image, Text
 
-SIDE = 48
+SIDE = 32
 COUNTS = {"train": 20_000, "test": 500}
 VOCAB = Path(__file__).with_name("digit_pair_words.txt")
 """WordPiece: every word of the sentences."""
-_SIZES = 14, 21
-_APART = 6
+_SIZES = 9, 13
+_APART = 4
 """By so many pixels two digits lie farther apart on one axis than on the other, so that only one relation is true."""
-_RELATIONS = {0: ("above", "below"), 1: ("left of", "right of")}
-"""By axis: of the first digit to the second, and the other way round."""
+_RELATIONS = "above", "left of"
+"""By axis: of the first digit to the second."""
 
 
 class DigitPairsSource(DrawnDigits):
-    """Images of 48x48 pixels with two digits in any sizes and colours: 20,000 to train on, 500 to test. See `DrawnDigits`.
+    """Images of 32x32 pixels with two bright digits on dark paper, in several sizes and colours. See `DrawnDigits`.
 
-    `text` are the two true sentences, such as "a three left of a seven" and "a seven right of a three". `boxes` are
-    (left, top, right, bottom) of the ink of the digit that each begins with, `box_labels` these digits.
+    There are 20,000 to train on, 500 to test.
+
+    `text` is one sentence in the order of reading, such as "a three left of a seven" or "an eight above a one". `boxes` are
+    (left, top, right, bottom) of the ink of the digits that it names, in its order, `box_labels` these digits.
     """
 
     name, counts = "digit_pairs", COUNTS
@@ -40,7 +42,7 @@ class DigitPairsSource(DrawnDigits):
         digits = [self._digits[int(i)] for i in rng.integers(len(self._digits), size=2)]
         inks = [resized_ink(digit["image"], int(rng.integers(*_SIZES))) for digit in digits]
         axis, corners = _places(rng, [ink.shape for ink in inks])
-        paper, color = two_colors(rng)
+        paper, color = sorted(two_colors(rng), key=np.mean)
         ink = np.zeros((SIDE, SIDE, 1), np.float32)
         for (top, left), part in zip(corners, inks, strict=True):
             ink[top : top + part.shape[0], left : left + part.shape[1], 0] = part
@@ -48,10 +50,7 @@ class DigitPairsSource(DrawnDigits):
         ends = [corner + part.shape for corner, part in zip(corners, inks, strict=True)]
         return {
             "image": (paper + (color - paper) * ink).round().astype(np.uint8),
-            "text": tuple(
-                f"{_named(first)} {relation} {_named(second)}"
-                for first, relation, second in zip(labels, _RELATIONS[axis], labels[::-1], strict=True)
-            ),
+            "text": (f"{_named(labels[0])} {_RELATIONS[axis]} {_named(labels[1])}",),
             "boxes": np.concatenate([corners[:, ::-1], np.array(ends)[:, ::-1]], axis=1).astype(np.float32),
             "box_labels": np.array(labels, np.int32),
             "box_crowd": np.zeros(2, bool),

@@ -40,12 +40,14 @@ def _digits(decoder: str) -> ml_collections.ConfigDict:
     config.pp.update({"crop": 32, "resize": 32})
     config.task = {"type": "caption", "tokenizer": "bert", "vocab": "", "max_len": 8, "parallel": 0.0, "beams": 3}
     config.task.update({"doubly_stochastic": 0.0})
+    # Convolutions tell the digits before a single block mixes the tokens: so it pays to look at the digit itself.
     vit = common.scene_vit()
     vit.update({"patches": {"size": (1, 1)}, "resnet": {"num_layers": (1,), "width_factor": 1}})
     vit["transformer"]["num_layers"] = 1
     if decoder == "cappa":
         config.model_type = "Captioner"
-        sizes = {"width": 128, "num_heads": 4, "mlp_dim": 256, "num_layers": 2, "max_length": 8, "tied": True, "mask_token": False}
+        sizes = {"width": 128, "num_heads": 4, "mlp_dim": 256, "num_layers": 2, "max_length": 8}
+        sizes |= {"tied": True, "mask_token": False}
         config.base_lr = 1e-3
     else:
         config.model_type = "AttendingLSTM"

@@ -97,6 +97,29 @@ def test_files_come_back_bit_for_bit(peer, tmp_path, capsys):
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "back" / name).read_bytes() for name in names)
 
 
+def test_a_vit_and_a_gpt2_of_different_widths_are_joined_by_a_map(tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    image = ViTConfig(**sizes, image_size=12, patch_size=4)
+    text = GPT2Config(vocab_size=END + 1, n_positions=16, n_embd=20, n_layer=1, n_head=2, n_inner=28)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(image, text)
+    model = transformer_peer.randomise(VisionEncoderDecoderModel(config=config)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    opened = checkpoint.open_checkpoint(tmp_path / "theirs")
+    images, tokens = inputs()
+    with torch.inference_mode():
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        expected = model(pixel_values=pixels, decoder_input_ids=torch.from_numpy(tokens)).logits.numpy()
+    captioner = build(opened.description.model_type, opened.description.model)
+    found = jax.jit(captioner.apply)({"params": opened.params}, images, jnp.asarray(tokens))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    checkpoint.write_checkpoint(opened, tmp_path / "out", "hf")
+    before, after = model.state_dict(), VisionEncoderDecoderModel.from_pretrained(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    opened.description.model.update({"project_memory": False})
+    with pytest.raises(UserError, match="another width than the ViT with project_memory=False"):
+        checkpoint.write_checkpoint(opened, tmp_path / "plain", "hf")
+
+
 def test_what_gpt2_has_no_place_for_is_named(peer, tmp_path):
     folder, _ = peer
     opened = checkpoint.open_checkpoint(folder)

@@ -9,6 +9,7 @@ from tests.models import small
 from vit_jax import checkpoint, models
 from vit_jax.errors import UserError
 from vit_jax.models import attention_maps
+from vit_jax.models.captioner import Captioner
 from vit_jax.models.two_towers import TwoTowers
 
 VARIANTS = {
@@ -254,6 +255,8 @@ def test_what_has_no_such_attention_is_refused_in_words():
     detector = models.get_model("YOLOS-Ti", num_classes=3)
     with pytest.raises(UserError, match="Yolos is not one of the models whose attention is shown"):
         attention_maps.image_tower(detector, {})
+    with pytest.raises(UserError, match="drawn by predict: vit-jax predict --draw=DIR"):
+        attention_maps.image_tower(Captioner(body={"vit": {}}, vocabulary=5), {})
     model, images = small.vit(num_classes=None), small.random_images(*SIZE)
     with pytest.raises(UserError, match="no head, and so no classes to explain"):
         attention_maps.relevance(model, {}, images)

@@ -76,14 +76,14 @@ GPT2: tuple[Rule, ...] = (
     ),
     *rules.norm("text_norm", "decoder.transformer.ln_f"),
 )
+PROJECTION = tuple(rules.dense("memory_projection", "enc_to_dec_proj"))
+"""Between a ViT and a GPT-2 of different widths."""
 
 
 def open_captioner(path: Path, arrays: Flat) -> Opened | None:
     """The ViT with GPT-2 in a file's arrays, with the `config.json` beside it; None for other models. Raises UserError."""
     if _WORDS not in arrays or "encoder.embeddings.patch_embeddings.projection.weight" not in arrays:
         return None
-    if "enc_to_dec_proj.weight" in arrays:
-        raise UserError(f"{path}: its ViT and its GPT-2 are of different widths, joined by enc_to_dec_proj, which is not read")
     folder = folder_of(path)
     config = read_object(folder / "config.json")
     text = config.object("decoder", {})
@@ -94,8 +94,9 @@ def open_captioner(path: Path, arrays: Flat) -> Opened | None:
         raise UserError(f"{path}: {_SCORES} is another matrix than {_WORDS}: only tied ones are read")
     flat, vit = _open_vit(path, theirs, config.object("encoder", {}))
     layers, heads = count_blocks(theirs, "decoder.transformer.h."), text.whole("n_head", 12)
-    theirs = {name: x for name, x in theirs.items() if name.startswith("decoder.")}
-    flat |= rules.read(GPT2, theirs, blocks=layers, heads=heads, where=str(path))
+    theirs = {name: x for name, x in theirs.items() if not name.startswith("encoder.")}
+    projected = "enc_to_dec_proj.weight" in theirs
+    flat |= rules.read(GPT2 + PROJECTION * projected, theirs, blocks=layers, heads=heads, where=str(path))
     (vocabulary, width), (places, _) = flat["embedding"].shape, flat["position_embedding"].shape
     fields = {
         "vocabulary": vocabulary,
@@ -106,6 +107,7 @@ def open_captioner(path: Path, arrays: Flat) -> Opened | None:
         "max_length": places,
         "tied": True,
         "use_bias": True,
+        "project_memory": projected,
         "norm_eps": text.number("layer_norm_epsilon", 1e-5, 1e-12, 1),
     }
     written = read_object(folder / "generation_config.json")
@@ -163,12 +165,14 @@ def write_captioner(opened: Opened) -> Written:
     """A captioner in transformers' names. Raises UserError for one that GPT-2 has no place for."""
     fields, task, text = opened.description.model, opened.description.task, opened.description.text
     width, eps = fields.get("width", 768), fields.get("norm_eps", 1e-6)
+    projected, other_width = fields.get("project_memory", False), width != fields["body"]["vit"]["hidden_size"]
     faults = {
         "tied=False": not fields.get("tied"),
         "use_bias=False": not fields.get("use_bias"),
         "mask_token=True": fields.get("mask_token"),
         f"activation={fields.get('activation')}": fields.get("activation", "gelu_tanh") != "gelu_tanh",
-        "another width than the ViT": width != fields["body"]["vit"]["hidden_size"],
+        "another width than the ViT with project_memory=False": other_width and not projected,
+        "project_memory=True with the width of the ViT": projected and not other_width,
         f"the {text.get('tokenizer')} tokenizer": text.get("tokenizer") != "gpt2",
     }
     if wrong := [name for name, fault in faults.items() if fault]:
@@ -180,7 +184,7 @@ def write_captioner(opened: Opened) -> Written:
     described = dataclasses.replace(vit.description, model={**vit.description.model, "representation_size": size})
     image = _family(bool(vit.description.model["transformer"].get("layer_scale"))).write(described, vit.flat | pooler | extras)
     ours = {name: x for name, x in opened.flat.items() if not name.startswith(("backbone/", "extras/"))}
-    arrays = rules.write(GPT2, ours, blocks=fields.get("num_layers", 6), where="transformers' GPT-2")
+    arrays = rules.write(GPT2 + PROJECTION * projected, ours, blocks=fields.get("num_layers", 6), where="transformers' GPT-2")
     end = _end_of(opened)
     decoder: dict[str, Any] = _FIXED | {
         "model_type": "gpt2",

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from vit_jax.errors import UserError, unknown
 from vit_jax.models import vit
 from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.captioner import AttendingLSTM, Captioner
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.two_towers import TwoTowers
 from vit_jax.models.vit import VisionTransformer
@@ -56,6 +57,8 @@ def image_tower(model: nn.Module, params: Any) -> tuple[VisionTransformer, Any]:
         return VisionTransformer(**{"dtype": model.dtype, **model.image, "num_classes": None}), params["img"]
     if isinstance(model, MlpMixer):
         raise UserError("a Mixer has no attention to look at: its tokens are mixed by an MLP")
+    if isinstance(model, Captioner | AttendingLSTM):
+        raise UserError("where a captioner looks for each word is drawn by predict: vit-jax predict --draw=DIR")
     if not isinstance(model, VisionTransformer):
         raise UserError(f"{type(model).__name__} is not one of the models whose attention is shown: give a ViT or a hybrid")
     return model, params

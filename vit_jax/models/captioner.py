@@ -49,6 +49,7 @@ class Captioner(_OnViT):
       mask_token: one more embedding, which is read in place of every token where all are to be predicted at once.
       tied: the embedding also scores the outputs, without a bias; otherwise a map that begins at 0 does.
       use_bias: of the decoder's layers; not of its last norm.
+      project_memory: a linear map brings the ViT's tokens to the decoder's width; otherwise they are taken as they are.
       the others: see `decoder.Stack`.
       model_name: for messages only.
     """
@@ -63,6 +64,7 @@ class Captioner(_OnViT):
     mask_token: bool = False
     tied: bool = False
     use_bias: bool = False
+    project_memory: bool = False
     dropout_rate: float = 0.0
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -81,10 +83,13 @@ class Captioner(_OnViT):
         self.dropout = nn.Dropout(self.dropout_rate)
         if not self.tied:
             self.output = Linear((self.vocabulary,), kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        if self.project_memory:
+            self.memory_projection = Linear((self.width,), dtype=self.dtype)
 
     def encode(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Memory:
         """All tokens after the last norm, class token and registers first."""
-        return self.backbone.features(images, train=train, norm_layers=True)["layers"][-1]
+        memory = self.backbone.features(images, train=train, norm_layers=True)["layers"][-1]
+        return self.memory_projection(memory) if self.project_memory else memory
 
     def decode(
         self,
@@ -252,5 +257,5 @@ def _architecture(cls: type[nn.Module], first: str, last: str) -> Architecture:
     return on_vit.architecture(cls, "captioner", first=first, last=last, **how)
 
 
-CAPTIONER = _architecture(Captioner, "embedding|position_embedding", "(text_norm|output)/.*")
+CAPTIONER = _architecture(Captioner, "embedding|position_embedding|memory_projection/.*", "(text_norm|output)/.*")
 LSTM = _architecture(AttendingLSTM, "embedding", "(initial_hidden|initial_cell|keys|cell|output|output_hidden|output_seen)/.*")

@@ -75,7 +75,7 @@ def _pixels(photo: np.ndarray, description: checkpoint.Description, **changes: b
     how = {**description.preprocessing, **changes}
     if how.get("max_patches"):
         patch = models.architecture_of(description.model_type).vit_fields(description.model)["patches"]["size"]
-        options = {name: how[name] for name in ("interpolation", "antialias", "max_patches") if name in how}
+        options = {name: how[name] for name in ("interpolation", "antialias", "max_patches", "enlarge") if name in how}
         seen = patches.joined(patches.eval_patches(photo, exif_rotated=False, patch=patch, **options), patch)
     else:
         seen = eval_image(photo, crop=description.image_size, **how)

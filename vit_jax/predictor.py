@@ -328,7 +328,7 @@ def _check_whole_patches(size: tuple[int, int], description: Description) -> Non
 
 def _at_size(description: Description, size: tuple[int, int]) -> Description:
     """The description for images of this size, and so of one shape: of a centre crop, the same part is seen at any size."""
-    how = {name: value for name, value in description.preprocessing.items() if name != "max_patches"}
+    how = {name: value for name, value in description.preprocessing.items() if name not in ("max_patches", "enlarge")}
     if how.get("resize_to"):
         factor, sides = min(size) / min(description.image_size), how["resize_to"]
         how["resize_to"] = round(sides * factor) if isinstance(sides, int) else tuple(round(n * factor) for n in sides)

@@ -27,6 +27,8 @@ class Preprocessing:
     crop: int = 224  # size of the images that the model sees
     crop_width: int | None = None  # their width, where it is not the height, which is then `crop`
     max_patches: int = 0  # images keep their shapes, each as large as so many patches let it be; 0: all become crop
+    enlarge: bool = True  # with max_patches; False: an image that has fewer patches keeps its size
+    pack: int = 0  # with enlarge=False: as many images, on average, share a row of max_patches in training, see tasks/rows.py
     crop_method: str = "inception"  # how training images are cut out; or random_resized (torchvision's), simple (DeiT III's)
     area: tuple[float, float] = (0.05, 1.0)  # share of the image that such a crop covers, but for simple
     resize: int | None = None  # train on random crops of images resized to this size, whatever crop_method
@@ -272,6 +274,13 @@ class Settings:
             raise UserError(f"config.weight_decay_end={self.weight_decay_end} must be at least 0")
         if self.pp.crop < 1 or (self.pp.crop_width is not None and self.pp.crop_width < 1):
             raise UserError(f"config.pp.crop={self.pp.crop} must be the size of an image, such as 224")
+        if not self.pp.enlarge and not self.pp.max_patches:
+            raise UserError("config.pp.enlarge=False is for images that keep their shapes: add --config.pp.max_patches=256")
+        if self.pp.pack and (self.pp.enlarge or not 0 < self.pp.pack <= self.pp.max_patches):
+            raise UserError(
+                f"config.pp.pack={self.pp.pack} is from 1 to config.pp.max_patches={self.pp.max_patches}, and for images that "
+                "leave room in a row: add --config.pp.enlarge=False"
+            )
         if self.pp.interpolation != "bilinear" and not self.pp.antialias:
             raise UserError(f"config.pp.interpolation={self.pp.interpolation} needs --config.pp.antialias=True")
         if self.pp.eval_resize is not None and self.pp.eval_resize < min(self.pp.crop, self.pp.crop_width or self.pp.crop):

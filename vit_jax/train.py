@@ -160,6 +160,7 @@ def _train_batches(experiment: Experiment, start_step: int, stop: GracefulExit) 
         skip_bad_images=settings.bad_images == "skip",
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        collate=experiment.task.collate,
     )
     if jax.process_count() == 1:
         return experiment.parallelism.prefetch(batches, settings.prefetch)

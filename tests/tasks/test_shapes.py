@@ -9,7 +9,7 @@ from vit_jax import models, tasks
 from vit_jax.data import features
 from vit_jax.errors import UserError
 from vit_jax.settings import Settings
-from vit_jax.tasks import Setup
+from vit_jax.tasks import Setup, rows
 from vit_jax.tasks.task import Context
 
 PHOTOS = [
@@ -49,9 +49,49 @@ def test_filling_changes_neither_loss_nor_prediction():
     assert pictures.shape == (3, 8, 8, 3) and pictures.dtype == np.uint8 and captions == ["3"] * 3
 
 
+def test_images_that_share_rows_learn_what_each_alone_does():
+    """5, 8, 4 and 1 patches in two rows of 11, against a row each: the loss, accuracy, and gradients of the sum of losses."""
+    made = task(flip=False, area=(1.0, 1.0), enlarge=False, pack=2)
+    params = made.init(jax.random.key(0))
+    alone = batch_of(made, [PHOTOS[i][:h, :w] for i, h, w in ((0, 4, 20), (1, 16, 6), (2, 5, 8), (2, 4, 4))])
+    alone["label"] = np.arange(4, dtype=np.int32)
+    packed = made.collate(alone)
+    assert packed["image"].shape == (2, 11, 48) and packed["grid"].shape == (2, 4, 2) and packed["label"].shape == (2, 4)
+    assert sorted(map(tuple, packed["grid"].reshape(-1, 2))) == sorted([*map(tuple, alone["grid"]), *[(0, 0)] * 4])
+
+    def run(params, batch):
+        context = Context(np.int32(0), {}, None, {}, made.totals(batch), None)
+        loss = made.loss(params, context, batch, jax.random.key(1))
+        return loss.value, loss.metrics
+
+    compiled = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    with jax.default_matmul_precision("highest"):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *(compiled(params, x) for x in (packed, alone)))
+
+
+def test_the_largest_images_are_made_smaller_where_a_batch_is_too_many_patches():
+    """8 images of 1 to 8 patches of one colour, 36 together, in 2 rows of 10."""
+    image = np.zeros((8, 10, 3), np.uint8)
+    for i in range(8):
+        image[i, : i + 1] = 10 * i
+    batch = {"image": image, "grid": np.array([(1, i + 1) for i in range(8)], np.int32), "label": np.arange(8, dtype=np.int32)}
+    found = rows.collate(batch, pack=4, patch=(1, 1), interpolation="bilinear", antialias=False)
+    assert found["image"].shape == (2, 10, 3) and found["label"].shape == (2, 8)
+    seen = {}
+    for pixels, grids, labels in zip(found["image"], found["grid"], found["label"], strict=True):
+        counts = grids.prod(axis=1)
+        of_patches = np.repeat(labels, counts)
+        np.testing.assert_array_equal(pixels[: len(of_patches), 0], 10 * of_patches)
+        assert not pixels[len(of_patches) :].any()
+        seen |= {int(label): int(count) for label, count in zip(labels, counts, strict=True) if count}
+    assert seen == {i: min(i + 1, 2) for i in range(8)}  # of 3 and less they were 21
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"pp.pack": 2}, "config.pp.pack=2 is from 1 to config.pp.max_patches=11, and for images that leave room in a row"),
+        ({"pp.pack": 2, "pp.enlarge": False, "task": {"type": "contrast"}}, "is for the task classify, not contrast"),
         ({"pp.eval_resize": 20}, "does not go with config.pp.eval_resize=20"),
         ({"augment.mixup": 0.2}, "does not go with config.augment.mixup=0.2"),
         ({"pp.crop_method": "simple"}, "unknown crop_method of images that keep their shapes 'simple'"),

@@ -215,7 +215,7 @@ def _are_units(value: Any) -> bool:
 
 def _preprocessing(entries: Entries) -> dict[str, Any]:
     """Keywords of `view.eval_view`."""
-    entries.known(("resize_to", "interpolation", "antialias", "floor_cut", "max_patches"), "entry of preprocessing")
+    entries.known(("resize_to", "interpolation", "antialias", "floor_cut", "max_patches", "enlarge"), "entry of preprocessing")
     is_side = isinstance(entries.get("resize_to"), int)
     read = {
         "resize_to": entries.whole("resize_to", None, high=1 << 14) if is_side else entries.size("resize_to", None),
@@ -223,6 +223,7 @@ def _preprocessing(entries: Entries) -> dict[str, Any]:
         "antialias": entries.flag("antialias", None),
         "floor_cut": entries.flag("floor_cut", None),
         "max_patches": entries.whole("max_patches", None, low=0, high=_MOST_PATCHES),
+        "enlarge": entries.flag("enlarge", None),
     }
     if read["interpolation"] == "bicubic" and not read["antialias"]:
         raise entries.wrong("antialias", "true for bicubic interpolation")

@@ -44,6 +44,7 @@ def train_batches(
     skip_bad_images: bool = False,
     process_index: int = 0,
     process_count: int = 1,
+    collate: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[Batch]:
     """Endless batches from `start_step` on: what `train_example` makes, and "seed": uint32 (b,).
 
@@ -53,6 +54,7 @@ def train_batches(
       shuffle: False keeps the source's order.
       skip_bad_images: replaces an example whose image cannot be decoded by the next one of the source, and logs it;
         otherwise it is an error that names the image.
+      collate: what becomes of a batch of stacked examples.
     """
     order = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
@@ -60,7 +62,7 @@ def train_batches(
     examples = order.repeat().random_map(_TrainExample(source, train_example, skip_bad_images))
     local = batch_size // process_count
     examples = examples[process_index::process_count][start_step * local :]
-    return _batches(examples, local)
+    return _batches(examples, local, collate)
 
 
 def eval_batches(
@@ -80,7 +82,7 @@ def eval_batches(
     """
     rounded_up = -(-len(source) // batch_size) * batch_size
     examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, eval_example))
-    return _batches(examples[process_index::process_count], batch_size // process_count)
+    return _batches(examples[process_index::process_count], batch_size // process_count, lambda batch: batch)
 
 
 def load(source: Source, index: int, make_example: MakeExample) -> dict[str, np.ndarray]:
@@ -160,7 +162,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _batches(examples: grain.MapDataset, batch_size: int) -> Iterator[Batch]:
+def _batches(examples: grain.MapDataset, batch_size: int, collate: Callable[[Batch], Batch]) -> Iterator[Batch]:
     """Loads batches on as many threads as there are cores, ahead of the one asked for."""
     threads = os.cpu_count() or 1
     run = max(1, min(RUN, batch_size // threads))
@@ -172,6 +174,6 @@ def _batches(examples: grain.MapDataset, batch_size: int) -> Iterator[Batch]:
             if i < count:
                 loading.append(_Loading(executor, examples, range(i * batch_size, (i + 1) * batch_size), run))
             if i >= ahead:
-                yield loading.popleft().result()
+                yield collate(loading.popleft().result())
     finally:
         executor.shutdown(wait=False, cancel_futures=True)

@@ -88,6 +88,24 @@ def patchify(images: Float[Array, "b H W c"], patch: tuple[int, int]) -> Float[A
     return images[:, : h * p, : w * q].reshape(b, h, p, w, q, c).swapaxes(2, 3).reshape(b, h * w, p * q * c)
 
 
+def rows_of(counts: Sequence[int], n: int, most: int | None = None) -> list[list[int]]:
+    """Which images, of so many patches each, share a row of n: each, the largest first, goes where it just fits.
+
+    A row takes up to `most` images, where that is given.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        fits = [j for j, left in enumerate(room) if left >= counts[i] and len(rows[j]) != most]
+        j = min(fits, key=lambda j: room[j]) if fits else len(rows)
+        if not fits:
+            rows.append([])
+            room.append(n)
+        rows[j].append(i)
+        room[j] -= counts[i]
+    return rows
+
+
 def pack(images: Sequence[Float[np.ndarray, "_ _ c"]], patch: tuple[int, int], n: int) -> tuple[Pack, Int[np.ndarray, " i"]]:
     """Images of any sizes in as few rows of n patches as come out when each, the largest first, goes where it just fits.
 
@@ -102,16 +120,7 @@ def pack(images: Sequence[Float[np.ndarray, "_ _ c"]], patch: tuple[int, int], n
     for i, count in enumerate(counts):
         if not 0 < count <= n:
             raise UserError(f"image {i} of {images[i].shape[:2]} has {count} patches of {patch}: a row takes from 1 to {n}")
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(images)), key=lambda i: -counts[i]):
-        fits = [j for j, left in enumerate(room) if left >= counts[i]]
-        j = min(fits, key=lambda j: room[j]) if fits else len(rows)
-        if not fits:
-            rows.append([])
-            room.append(n)
-        rows[j].append(i)
-        room[j] -= counts[i]
+    rows = rows_of(counts, n)
     patches = np.zeros((len(rows), n, patch[0] * patch[1] * images[0].shape[2]), np.float32)
     of_rows = np.zeros((len(rows), max(map(len, rows)), 2), np.int32)
     places = np.zeros(len(images), np.int32)

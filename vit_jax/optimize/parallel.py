@@ -317,12 +317,16 @@ class Mesh:
 Parallelism = Pmap | Mesh
 
 
-def check_batch(batch_size: int, accum_steps: int, shards: int) -> None:
-    """Raises UserError unless each of the parts that a batch is cut into can get `accum_steps` equal micro-batches."""
-    if batch_size < 1 or accum_steps < 1 or batch_size % (shards * accum_steps):
+def check_batch(batch_size: int, accum_steps: int, shards: int, pack: int = 1) -> None:
+    """Raises UserError unless each of the parts that a batch is cut into can get `accum_steps` equal micro-batches.
+
+    `pack` examples count as one, see `tasks.rows`.
+    """
+    if batch_size < 1 or accum_steps < 1 or batch_size % (shards * accum_steps * pack):
+        packed = f" x pack={pack}" if pack > 1 else ""
         raise UserError(
-            f"batch={batch_size} cannot be shared out equally to {shards} device(s) x accum_steps={accum_steps}: "
-            f"choose a multiple of {shards * max(1, accum_steps)}, or another --config.accum_steps"
+            f"batch={batch_size} cannot be shared out equally to {shards} device(s) x accum_steps={accum_steps}{packed}: "
+            f"choose a multiple of {shards * max(1, accum_steps) * pack}, or another --config.accum_steps"
         )
 
 

@@ -88,7 +88,7 @@ def check_batch(settings: Settings, task: Task, parallelism: parallel.Parallelis
     """
     if settings.trainer != "train":
         return
-    parallel.check_batch(settings.batch, settings.accum_steps, parallelism.batch_shards)
+    parallel.check_batch(settings.batch, settings.accum_steps, parallelism.batch_shards, settings.pp.pack or 1)
     if task.whole_batch and count is not None and count < settings.batch:
         raise UserError(
             f"{settings.pp.train} of {settings.dataset} has {count:,} examples, and config.batch={settings.batch} of them are "

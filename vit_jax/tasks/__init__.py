@@ -59,6 +59,8 @@ def make(setup: Setup) -> Task:
         raise unknown("config.task.type", kind, TYPES)
     if (most := setup.settings.pp.max_patches) and kind not in OF_ANY_SHAPE:
         raise UserError(f"config.pp.max_patches={most} is for the tasks {' and '.join(OF_ANY_SHAPE)}, not {kind}")
+    if setup.settings.pp.pack and kind != "classify":
+        raise UserError(f"config.pp.pack={setup.settings.pp.pack} is for the task classify, not {kind}")
     make_task = TYPES[kind].make_task
     task = make_task(setup, **options.checked(make_task, task_options, "config.task", reserved=("type",)))
     for tower in setup.settings.sources:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from vit_jax.checkpoint import Description
 from vit_jax.data.features import ExampleError
 from vit_jax.errors import UserError, printable
-from vit_jax.tasks import images, shapes
+from vit_jax.tasks import images, rows, shapes
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Params, Shown, Task
 
@@ -51,6 +51,8 @@ def make_task(setup: Setup) -> Task:
         ),
         load=images.make_load(model, settings.image_size),
         head_inputs=make_head_inputs(model.module, mean=mean, std=std),
+        collate=rows.make_collate(settings, model),
+        totals=rows.totals,
     )
 
 
@@ -115,9 +117,9 @@ def make_loss(
         mix_key, dropout_key = jax.random.split(key)
         inputs, targets = prepare(batch, mix_key)
         logits = model.apply({"params": params}, inputs, train=True, rngs={"dropout": dropout_key})
-        value = LOSSES[loss](logits.astype(jnp.float32), targets).mean()
+        losses = LOSSES[loss](logits.astype(jnp.float32), targets)
         correct = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        return Loss(value, {"accuracy": correct.mean(dtype=jnp.float32)})
+        return Loss(rows.mean(losses, batch, context), {"accuracy": rows.mean(correct, batch, context)})
 
     return training_loss
 

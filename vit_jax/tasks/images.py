@@ -59,13 +59,14 @@ def preprocessing(settings: Settings) -> dict[str, Any]:
     """The keywords of `view.eval_image` that do not follow from the model."""
     pp = settings.pp
     names = ("interpolation", "antialias", "floor_cut")
-    more = {"max_patches": pp.max_patches} if pp.max_patches else {}
+    more = {"max_patches": pp.max_patches, "enlarge": pp.enlarge} if pp.max_patches else {}
     return {"resize_to": pp.eval_resize} | {name: getattr(pp, name) for name in names} | more
 
 
 def pixels_of_origin(settings: Settings, origin: checkpoint.Description) -> dict[str, Any]:
     """What of `config.pp` makes other pixels of a photo than the origin's own files say, and what these say, by field."""
-    said = {"resize_to": None, "interpolation": "bilinear", "antialias": False, "floor_cut": False} | origin.preprocessing
+    usual = {"resize_to": None, "interpolation": "bilinear", "antialias": False, "floor_cut": False, "enlarge": True}
+    said = usual | origin.preprocessing
     ours = preprocessing(settings)
     if said["resize_to"] == ours["resize_to"] is None:  # nothing is cut
         ours.pop("floor_cut")
@@ -118,7 +119,7 @@ def prepare(
         images = inputs({**batch, "image": images}, mean, std)
         if erased:
             images = erased(images, batch["seed"])
-        targets = mix.smooth(batch["label"], num_classes, label_smoothing)
+        targets = mix.smooth(batch["label"].reshape(-1), num_classes, label_smoothing)
         return mixed(images, targets, key) if mixed else (images, targets)
 
     return prepared
@@ -133,7 +134,7 @@ def inputs(batch: Batch, mean: Numbers, std: Numbers) -> Float[Array, "b H W 3"]
         return pixels if valid is None else pixels * valid[..., None]
     b, n, p = batch["image"].shape
     pixels = augment.normalize(batch["image"].reshape(b, n, p // 3, 3), mean, std)
-    return Pack(pixels.reshape(b, n, p), batch["grid"][:, None])
+    return Pack(pixels.reshape(b, n, p), batch["grid"].reshape(b, -1, 2))
 
 
 def load_backbone(

@@ -42,7 +42,7 @@ def pictures(batch: dict[str, np.ndarray], settings: Settings, model: Model) -> 
     """The images of a batch to look at; those of different shapes are fitted into the model's usual size."""
     if "grid" not in batch:
         return images.pixels(batch["image"])
-    patch, (height, width) = _patch(model), settings.image_size
+    patch, (height, width) = patch_of(model), settings.image_size
     whole = (patches.joined(patches.Patches(*x), patch) for x in zip(batch["image"], batch["grid"], strict=True))
     fitted = (ImageOps.pad(Image.fromarray(images.pixels(x)), (width, height), color="grey") for x in whole)
     return np.stack([np.asarray(x) for x in fitted])
@@ -62,11 +62,12 @@ def _options(settings: Settings, model: Model) -> dict[str, Any]:
         raise UserError(f"config.pp.max_patches={pp.max_patches} keeps the shapes of images: it does not go with {wrong[0]}")
     if pp.crop_method not in patches.DRAWN:
         raise unknown("crop_method of images that keep their shapes", pp.crop_method, patches.DRAWN)
-    how = {"interpolation": pp.interpolation, "antialias": pp.antialias}
-    return {"patch": _patch(model), "max_patches": pp.max_patches, **how}
+    how = {"enlarge": pp.enlarge, "interpolation": pp.interpolation, "antialias": pp.antialias}
+    return {"patch": patch_of(model), "max_patches": pp.max_patches, **how}
 
 
-def _patch(model: Model) -> tuple[int, int]:
+def patch_of(model: Model) -> tuple[int, int]:
+    """(h, w) of the patches of a ViT in pixels. UserError for a model that cuts images in another way."""
     fields = models.architecture_of(model.type).vit_fields(model.fields)
     if "transformer" not in fields or fields.get("resnet"):
         raise UserError(f"config.pp.max_patches is for a ViT, which a {model.type} with these fields is not")

@@ -109,6 +109,7 @@ class Task:
       needs: fields that the examples of a source must offer, such as ("image", "label").
       train_example: (example of a source, rng=numpy generator, exif_rotated=) → dict of arrays of fixed shapes.
       eval_example: (example of a source, exif_rotated=) → dict of arrays of fixed shapes.
+      collate: training examples, stacked → the batch that the devices get, see `rows`.
       init: key → fresh parameters, of the model, or of all that is trained where `leaves` picks the model from them.
       loss: (parameters of the model, Context, batch, key) → Loss. It draws all randomness from the key.
       predict: (parameters of the model, evaluation batch) → dict of arrays by example.
@@ -148,6 +149,7 @@ class Task:
     preview: Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]
     load: Callable[..., Params]
     head_inputs: Callable[[Params, Batch], Array] | None = None
+    collate: Callable[[Batch], Batch] = field(default=lambda batch: batch)
     towers: tuple[str, ...] = ()
     frozen: Callable[[], dict[str, Params]] = field(default=dict)
     init_carry: Callable[[], Tree] = field(default=dict)

@@ -68,7 +68,8 @@ def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     rng = np.random.default_rng(0)
     arrays = experiment.task.train_example(example, rng=rng, exif_rotated=False) | {"seed": np.uint32(0)}
     b = experiment.settings.batch
-    return {name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in arrays.items()}
+    batch = experiment.task.collate({name: np.broadcast_to(x, (b, *x.shape)) for name, x in arrays.items()})
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
 def step_flops(settings: Settings, num_classes: int, *, remat: str) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8
@@ -23,16 +23,18 @@ class Patches(NamedTuple):
     grid: Int[np.ndarray, "2"]
 
 
-def grid_within(size: tuple[float, float], patch: tuple[int, int], most: int) -> tuple[int, int]:
+def grid_within(size: tuple[float, float], patch: tuple[int, int], most: int, *, enlarge: bool = True) -> tuple[int, int]:
     """(h, w) in patches of an image of this size, scaled so that they are as many as they can be, but not above `most`.
 
-    Both sides are rounded up to whole patches, so that the shape changes a little. The scale is bisected to 1e-5, as in
-    SigLIP 2 (https://arxiv.org/abs/2502.14786), of which the grids are.
+    Without `enlarge` an image of fewer keeps its size. Both sides are rounded up to whole patches, so that the shape changes a
+    little. The scale is bisected to 1e-5, as in SigLIP 2 (https://arxiv.org/abs/2502.14786), of which the grids are.
     """
 
     def at(scale: float) -> tuple[int, int]:
         return tuple(max(1, math.ceil(length * scale / p)) for length, p in zip(size, patch, strict=True))
 
+    if not enlarge and math.prod(at(1.0)) <= most:
+        return at(1.0)
     low, high = 1e-6, 100.0
     while high - low >= 1e-5:
         middle = (low + high) / 2
@@ -46,12 +48,14 @@ def eval_patches(
     exif_rotated: bool,
     patch: tuple[int, int],
     max_patches: int,
+    enlarge: bool = True,
     interpolation: str = "bilinear",
     antialias: bool = False,
 ) -> Patches:
     """The whole image, as `decode` takes it, as a model sees it in evaluation: float32, 0..255, unrounded."""
     pixels = decode(image, exif_rotated=exif_rotated)
-    view = _view(pixels.shape[:2], Box(0, 0, *pixels.shape[:2]), patch, max_patches, interpolation, antialias)
+    how = {"enlarge": enlarge, "interpolation": interpolation, "antialias": antialias}
+    view = _view(pixels.shape[:2], Box(0, 0, *pixels.shape[:2]), patch, max_patches, **how)
     return cut(view.image(pixels, rounded=False), patch, max_patches)
 
 
@@ -65,6 +69,7 @@ def train_patches(
     crop_method: str,
     area: tuple[float, float],
     flip: bool,
+    enlarge: bool = True,
     interpolation: str = "bilinear",
     antialias: bool = False,
     scaled_decoding: bool = True,
@@ -74,7 +79,8 @@ def train_patches(
     (h, w), side = picture.size, max(picture.size)
     top, left, height, width = DRAWN[crop_method]((side, side), rng, area)
     window = Box(top * h / side, left * w / side, height * h / side, width * w / side)
-    view = _view(picture.size, window, patch, max_patches, interpolation, antialias)
+    how = {"enlarge": enlarge, "interpolation": interpolation, "antialias": antialias}
+    view = _view(picture.size, window, patch, max_patches, **how)
     view = dataclasses.replace(view, mirrored=bool(rng.random() < 0.5)) if flip else view
     return cut(view.image(picture.decoded([view], scaled=scaled_decoding)), patch, max_patches)
 
@@ -88,13 +94,19 @@ def cut(image: UInt8[np.ndarray, "H W c"] | Float32[np.ndarray, "H W c"], patch:
     return Patches(pixels, np.array([h, w], np.int32))
 
 
+def shrunk(found: Patches, patch: tuple[int, int], most: int, **how: Any) -> Patches:
+    """An image made smaller, so that it has at most so many patches; `how` is a `View`'s. It keeps its place for more."""
+    image = joined(found, patch)
+    view = _view(image.shape[:2], Box(0, 0, *image.shape[:2]), patch, most, enlarge=False, **how)
+    return cut(view.image(image), patch, len(found.pixels))
+
+
 def joined(patches: Patches, patch: tuple[int, int]) -> Shaped[np.ndarray, "H W 3"]:
     """Undoes `cut`."""
     (h, w), (p, q) = patches.grid, patch
     return patches.pixels[: h * w].reshape(h, w, p, q, -1).swapaxes(1, 2).reshape(h * p, w * q, -1)
 
 
-def _view(size: tuple[int, int], window: Box, patch: tuple[int, int], most: int, interpolation: str, antialias: bool) -> View:
-    grid = grid_within((window.height, window.width), patch, most)
-    resized = tuple(n * p for n, p in zip(grid, patch, strict=True))
-    return View(size, window, resized, interpolation=interpolation, antialias=antialias)
+def _view(size: tuple[int, int], window: Box, patch: tuple[int, int], most: int, *, enlarge: bool, **how: Any) -> View:
+    grid = grid_within((window.height, window.width), patch, most, enlarge=enlarge)
+    return View(size, window, tuple(n * p for n, p in zip(grid, patch, strict=True)), **how)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not difference < 1e-4:
         print("error: the written file is another model", file=sys.stderr)
         return 1
-    if args.to in ("dinov2", "mmseg", "segmenter"):
+    if args.to in ("dinov2", "dinov3", "mmseg", "segmenter"):
         print("photos      the layout tells nothing of them: whoever reads it decides how they are resized and normalised")
         return 0
     return _check_photo(opened, again, args.to)

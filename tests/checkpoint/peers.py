@@ -42,7 +42,7 @@ TIMM = {
     "mean, registers": {"global_pool": "avg", "reg_tokens": 2},
     "mean, registers, no class token": {"global_pool": "avg", "reg_tokens": 2, "class_token": False, "no_embed_class": True},
     "mean of patches without a class position": {"global_pool": "avg", "no_embed_class": True},
-    "q/k norm": {"qk_norm": True},
+    "q/k norm, no biases of queries, keys and values": {"qk_norm": True, "qkv_bias": False},
     "LayerScale, no head": {"init_values": 1e-5, "num_classes": 0},
     "SwiGLU": {"mlp_ratio": 3.0, "architecture": "vit_giant_patch14_dinov2"},
     "CLIP": {"architecture": "vit_base_patch32_clip_quickgelu_224"},

@@ -100,6 +100,78 @@ def test_a_trained_bias_of_the_keys_is_written(opened, tmp_path):
     opened.flat[name] = np.zeros_like(opened.flat[name])
 
 
+def official(peer):
+    """transformers' parameters under the names of facebookresearch/dinov3; in its files masked biases may be anything."""
+    theirs = dict(peer.named_parameters())
+    arrays = {"rope_embed.periods": 1 / peer.rope_embeddings.inv_freq, "local_cls_norm.weight": torch.ones(24)}
+    names = {
+        "embeddings.cls_token": "cls_token", "embeddings.register_tokens": "storage_tokens",
+        "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
+        "embeddings.patch_embeddings.bias": "patch_embed.proj.bias", "norm.weight": "norm.weight", "norm.bias": "norm.bias",
+    }  # fmt: skip
+    arrays |= {name: theirs[x] for x, name in names.items()} | {"mask_token": theirs["embeddings.mask_token"][0]}
+    ends = {"norm1": "norm1", "norm2": "norm2", "attention.o_proj": "attn.proj"}
+    gated = any("gate_proj" in name for name in theirs)
+    mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    ends |= {f"mlp.{x}": f"mlp.{name}" for x, name in mlp.items()}
+    for i in range(2):
+        block = {name.split(f"layer.{i}.")[1]: x for name, x in theirs.items() if f"layer.{i}." in name}
+        for end, name in ends.items():
+            arrays |= {f"blocks.{i}.{name}.{kind}": block[f"{end}.{kind}"] for kind in ("weight", "bias")}
+        arrays |= {f"blocks.{i}.ls{n}.gamma": block[f"layer_scale{n}.lambda1"] for n in (1, 2)}
+        projections = [f"attention.{name}_proj" for name in "qkv"]
+        arrays[f"blocks.{i}.attn.qkv.weight"] = torch.cat([block[f"{name}.weight"] for name in projections])
+        if "attention.q_proj.bias" in block:
+            biases = [block.get(f"{name}.bias", torch.full((24,), 7.0)) for name in projections]
+            arrays[f"blocks.{i}.attn.qkv.bias"] = torch.cat(biases)
+            arrays[f"blocks.{i}.attn.qkv.bias_mask"] = torch.tensor([1.0, 0, 1]).repeat_interleave(24)
+    return {name: x.detach().clone() for name, x in arrays.items()}
+
+
+def test_official_files_are_the_same_model_and_come_back(peer, opened, tmp_path):
+    given = official(peer)
+    torch.save(given, tmp_path / "dinov3.pth")
+    ours = checkpoint.open_checkpoint(tmp_path / "dinov3.pth")
+    assert ours.description.model == opened.description.model
+    assert ours.flat.keys() == opened.flat.keys()
+    for name, x in opened.flat.items():
+        np.testing.assert_array_equal(ours.flat[name], x.reshape(ours.flat[name].shape), err_msg=name)
+    written = load_file(checkpoint.write_checkpoint(ours, tmp_path / "back.safetensors", "dinov3"))
+    assert written.keys() == given.keys() - {"local_cls_norm.weight"}
+    np.testing.assert_allclose(written.pop("rope_embed.periods"), given["rope_embed.periods"], rtol=1e-6)
+    for name, x in written.items():
+        np.testing.assert_array_equal(x, np.where(given[name] == 7, 0, given[name]), err_msg=name)
+
+
+def test_projections_without_any_bias(tmp_path):
+    """The largest model's; transformers' file and the official one of the same numbers hold none, and come back so."""
+    biases = dict.fromkeys(("query_bias", "key_bias", "value_bias"), False)
+    how = {"intermediate_size": 40, "image_size": 16, "patch_size": 8, "use_gated_mlp": True, "hidden_act": "silu"}
+    config = transformers.DINOv3ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, **how, **biases)
+    config.num_register_tokens = 4
+    peer = transformers.DINOv3ViTModel(config).eval()
+    peer.save_pretrained(tmp_path / "hf")
+    torch.save(official(peer), tmp_path / "dinov3.pth")
+    ours = [checkpoint.open_checkpoint(path) for path in (tmp_path / "hf", tmp_path / "dinov3.pth")]
+    assert ours[0].description.model == ours[1].description.model
+    for name, x in ours[0].flat.items():
+        np.testing.assert_array_equal(ours[1].flat[name], x.reshape(ours[1].flat[name].shape), err_msg=name)
+    checkpoint.write_checkpoint(ours[0], tmp_path / "again", "hf")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(tmp_path / "hf/model.safetensors").keys()
+    back = load_file(checkpoint.write_checkpoint(ours[0], tmp_path / "back.safetensors", "dinov3"))
+    assert back.keys() == official(peer).keys() - {"local_cls_norm.weight"}
+
+
+def test_official_periods_of_another_kind_are_refused(peer, tmp_path):
+    for name, x, message in (
+        ("rope_embed.periods", torch.tensor([0.5, 0.9]), "periods are not theta"),
+        ("cls_norm.weight", torch.ones(24), "a norm of the class token alone"),
+    ):
+        torch.save(official(peer) | {name: x}, tmp_path / "dinov3.pth")
+        with pytest.raises(UserError, match=message):
+            checkpoint.open_checkpoint(tmp_path / "dinov3.pth")
+
+
 def test_any_size_in_whole_patches_and_no_other_layout(opened, tmp_path):
     checkpoint.write_checkpoint(opened, tmp_path / "model.npz", "npz")
     loaded = predictor.load(tmp_path, head=False, size=(16, 48))

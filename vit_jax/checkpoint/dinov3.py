@@ -1,4 +1,4 @@
-"""transformers' DINOv3 (https://arxiv.org/abs/2508.10104): rotary positions, registers, no bias of the keys, perhaps SwiGLU."""
+"""transformers' DINOv3 (https://arxiv.org/abs/2508.10104): rotary positions, registers, some projections without bias."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from vit_jax.checkpoint.family import ATTENTION, BLOCK, IMAGENET, Facts, Family,
 from vit_jax.checkpoint.rules import Flat, Rule, rule
 from vit_jax.errors import UserError
 
-_KEY_BIAS = "layer.{i}.attention.k_proj.bias"
+_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 
 def _rules(swiglu: bool) -> tuple[Rule, ...]:
@@ -37,7 +37,7 @@ def _rules(swiglu: bool) -> tuple[Rule, ...]:
 
 
 def _facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
-    for name in ("query_bias", "value_bias", "proj_bias", "mlp_bias"):
+    for name in ("proj_bias", "mlp_bias"):
         if not config.flag(name, True):
             raise config.wrong(name, "true: these layers have a bias here")
     swiglu = "layer.0.mlp.gate_proj.weight" in flat
@@ -69,24 +69,27 @@ def _facts(flat: Flat, config: Entries, preprocessor: Entries) -> Facts:
     return dataclasses.replace(facts, **how)
 
 
-def _with_key_bias(flat: Flat, facts: Facts) -> Flat:
-    """Keys without a bias are those with one of zeros."""
-    added = (_KEY_BIAS.replace("{i}", str(i)) for i in range(facts.model["transformer"]["num_layers"]))
-    return {name: np.zeros(facts.model["hidden_size"], np.float32) for name in added} | flat
+def _with_biases(flat: Flat, facts: Facts) -> Flat:
+    """Projections without a bias are those with one of zeros."""
+    blocks, zeros = range(facts.model["transformer"]["num_layers"]), np.zeros(facts.model["hidden_size"], np.float32)
+    return {f"layer.{i}.attention.{name}.bias": zeros for i in blocks for name in _PROJECTIONS.values()} | flat
 
 
 def _without_zeros(ours: Flat) -> Flat:
-    """What `_with_key_bias` adds is left out; a token for masked patches is added where ours has none."""
-    biases = [name for name in ours if name.endswith("/key/bias")]
-    left_out = () if any(ours[name].any() for name in biases) else biases
+    """What `_with_biases` adds is left out; a token for masked patches is added where ours has none."""
+    left_out = tuple(f"/{name}/bias" for name in _PROJECTIONS if not _has_bias(ours, name))
     mask = {"extras/mask_token": np.zeros((1, ours["cls"].shape[-1]), np.float32)}
-    return mask | {name: x for name, x in ours.items() if name not in left_out}
+    return mask | {name: x for name, x in ours.items() if not name.endswith(left_out)}
+
+
+def _has_bias(ours: Flat, projection: str) -> bool:
+    return any(x.any() for name, x in ours.items() if name.endswith(f"/{projection}/bias"))
 
 
 def _export(description: Description, ours: Flat) -> dict[str, Any]:
     """config.json and preprocessor_config.json. Raises UserError for what transformers' DINOv3 cannot express."""
     model, transformer = description.model, description.model["transformer"]
-    _check_expressible(model)
+    check_expressible(model, "transformers' dinov3_vit")
     swiglu = transformer.get("activation") == "swiglu"
     config = {
         "model_type": "dinov3_vit",
@@ -103,15 +106,16 @@ def _export(description: Description, ours: Flat) -> dict[str, Any]:
         "use_gated_mlp": swiglu,
         "layer_norm_eps": transformer.get("norm_eps", 1e-6),
         "rope_theta": transformer["rope_theta"],
-        "key_bias": any(x.any() for name, x in ours.items() if name.endswith("/key/bias")),
-        **dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), True),
+        **{f"{name}_bias": _has_bias(ours, name) for name in _PROJECTIONS},
+        **dict.fromkeys(("proj_bias", "mlp_bias"), True),
         "layerscale_value": 1.0,
         "drop_path_rate": 0.0,
     }
     return {"config.json": config, "preprocessor_config.json": hf_pixels.write(description, "dinov3_vit")}
 
 
-def _check_expressible(model: Mapping[str, Any]) -> None:
+def check_expressible(model: Mapping[str, Any], layout: str) -> None:
+    """Raises UserError for a ViT that is no DINOv3."""
     transformer = model["transformer"]
     faults = {
         "a head": model.get("num_classes"),
@@ -125,7 +129,7 @@ def _check_expressible(model: Mapping[str, Any]) -> None:
         "a ResNet": model.get("resnet"),
     }
     if wrong := [name for name, fault in faults.items() if fault]:
-        raise UserError(f"transformers' dinov3_vit cannot express {', '.join(wrong)}: convert with --to=npz")
+        raise UserError(f"{layout} cannot express {', '.join(wrong)}: convert with --to=npz")
 
 
-FAMILY = Family("Hugging Face DINOv3", _rules, _facts, fold=_with_key_bias, unfold=_without_zeros, export=_export)
+FAMILY = Family("Hugging Face DINOv3", _rules, _facts, fold=_with_biases, unfold=_without_zeros, export=_export)

@@ -12,6 +12,7 @@ from vit_jax.checkpoint import (
     describe,
     detectors,
     dinov3,
+    dinov3_official,
     encoder_decoder,
     eomt,
     huggingface,
@@ -54,23 +55,24 @@ WRITERS: dict[str, dict[str, Callable[[Opened], Written]]] = {
     "timm": {"ViT": _as(timm.TIMM), "MAE": partial(mae.write_autoencoder, to="timm")},
     "openclip": {"TwoTowers": partial(image_text_export.write_image_text, to="openclip")},
     "dinov2": {"ViT": _as(timm.DINOV2)},
+    "dinov3": {"ViT": dinov3_official.write_official},
     "mmseg": {"LinearSegmenter": segmenters.write_linear},
     "segmenter": {"Segmenter": segmenters.write_segmenter},
 }
 """What writes a model type in a layout of others."""
 FORMATS = ("npz", *WRITERS)
-_FILES = {"npz": ".npz"} | dict.fromkeys(("dinov2", "mmseg", "segmenter"), ".safetensors")
+_FILES = {"npz": ".npz"} | dict.fromkeys(("dinov2", "dinov3", "mmseg", "segmenter"), ".safetensors")
 
 
 def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) -> Path:
     """Writes the checkpoint and returns the path that `open_checkpoint` would take.
 
     Args:
-      destination: a folder; for npz also a file that ends with .npz, for the last three .safetensors.
+      destination: a folder; for npz also a file that ends with .npz, for the last four .safetensors.
         What lies there under the names to be written is replaced.
-      to: "npz" (ours and Google's, with its `model.json`), "hf" (transformers), "timm", "openclip", "dinov2" (the official
-        names), "mmseg" (a linear segmenter) or "segmenter", see `segmenters`. The vocabulary of a model that reads texts goes
-        along.
+      to: "npz" (ours and Google's, with its `model.json`), "hf" (transformers), "timm", "openclip", "dinov2" and "dinov3" (the
+        official names), "mmseg" (a linear segmenter) or "segmenter", see `segmenters`. The vocabulary of a model that reads
+        texts goes along.
 
     Raises:
       UserError: if the layout has no place for something the model has.

@@ -1,5 +1,6 @@
 """What every family of checkpoints has in common: what is said of its model, and how its tokens are folded into ours."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -156,6 +157,19 @@ def with_mask_token(ours: Flat) -> Flat:
     """DINOv2 learns a token for masked patches, which no use of the model needs: zeros where ours has none."""
     d = ours["cls"].shape[-1]
     return {"extras/mask_token": np.zeros((1, d), ours["cls"].dtype)} | ours
+
+
+def with_packed_biases(flat: Flat) -> Flat:
+    """Projections without a bias are those with one of zeros: adds it where queries, keys and values are packed."""
+    weights = {name: len(x) for name, x in flat.items() if name.endswith(".attn.qkv.weight")}
+    return {name.replace("weight", "bias"): np.zeros(n, np.float32) for name, n in weights.items()} | flat
+
+
+def without_zero_biases(ours: Flat) -> Flat:
+    """Leaves out the biases of queries, keys and values, if all of them are zeros."""
+    biases = [name for name in ours if re.search(r"encoderblock_\d+/.*/(query|key|value)/bias$", name)]
+    left_out = () if any(ours[name].any() for name in biases) else biases
+    return {name: x for name, x in ours.items() if name not in left_out}
 
 
 def square_side(n: int, where: str) -> int:

@@ -16,6 +16,7 @@ from vit_jax.checkpoint import (
     describe,
     detectors,
     dinov3,
+    dinov3_official,
     encoder_decoder,
     eomt,
     google,
@@ -191,6 +192,8 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
 
     if "embeddings.patch_embeddings.weight" in names and holds("attention.q_proj."):
         return dinov3.FAMILY
+    if dinov3_official.PERIODS in names:
+        return dinov3_official.FAMILY
     if holds("embeddings.patch_embeddings.projection"):
         return huggingface.DINOV2 if holds("layer_scale1") else huggingface.VIT
     if "patch_embed.proj.weight" in names:
@@ -203,7 +206,7 @@ def _detect(names: Mapping[str, np.ndarray], path: Path) -> Family:
     sample = ", ".join(sorted(names)[:5])
     raise UserError(
         f"{path} is of no family known here (Google or big_vision npz, transformers' ViT, DeiT and DINOv2, timm's ViT, "
-        f"official DINOv2, DETR, YOLOS, CLIP, SigLIP, OpenCLIP): its parameters are called {sample} …"
+        f"official DINOv2 and DINOv3, DETR, YOLOS, CLIP, SigLIP, OpenCLIP): its parameters are called {sample} …"
     )
 
 

@@ -26,6 +26,8 @@ from vit_jax.checkpoint.family import (
     square_side,
     vit_fields,
     with_mask_token,
+    with_packed_biases,
+    without_zero_biases,
 )
 from vit_jax.checkpoint.rules import Flat, Rule, rule
 from vit_jax.errors import UserError, printable
@@ -221,6 +223,7 @@ def _crop(description: Description) -> dict[str, Any]:
 def _fold(flat: Flat, facts: Facts) -> Flat:
     p, q = facts.model["patches"]["size"]
     patches = (facts.image_size[0] // p) * (facts.image_size[1] // q)
+    flat = with_packed_biases(flat)
     if "dist_token" in flat:
         return flat
     return fold_tokens(
@@ -270,6 +273,7 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
         "class_token": "cls" in ours,
         "global_pool": pool,
         "fc_norm": bool(model.get("fc_norm")),
+        "qkv_bias": len(without_zero_biases(ours)) == len(ours),
         "qk_norm": bool(transformer.get("qk_norm")),
         "init_values": 1e-5 if transformer.get("layer_scale") else None,
         "reg_tokens": model.get("num_registers", 0),
@@ -321,7 +325,7 @@ def _check_timm(description: Description, *, has_head: bool) -> None:
 
 def _unfold(ours: Flat) -> Flat:
     """In timm every token in front has a position, if the class token has: registers get one of zeros."""
-    ours = {name: x for name, x in ours.items() if not name.startswith("extras/")}
+    ours = without_zero_biases({name: x for name, x in ours.items() if not name.startswith("extras/")})
     if "register_tokens" in ours:
         first = int("cls" in ours)
         positions = ours[POSITIONS]

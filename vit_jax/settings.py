@@ -82,6 +82,7 @@ class HeadFit:
     """`config.head_fit`: before step 1 the head becomes the logistic regression on features, see fit_head.py."""
 
     views: int = 0  # of every image: as evaluated, mirrored, then as many cut out as in training; 0: off
+    layers: int = 1  # the last blocks of a ViT that its head reads, where it pools tokens without parameters; or all there are
     l2: tuple[float, ...] = tuple(10.0 ** (i / 2) for i in range(-8, 3))  # of ‖W‖²/2; of several one is chosen
 
 
@@ -253,7 +254,7 @@ class Settings:
 
     def _check_numbers(self) -> None:
         at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0, "cooldown_steps": 0}
-        at_least |= {"nonfinite_limit": 1, "head_fit.views": 0}
+        at_least |= {"nonfinite_limit": 1, "head_fit.views": 0, "head_fit.layers": 1}
         at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
         at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix", "cache_gb"), 0)
         for name, least in at_least.items():

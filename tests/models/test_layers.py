@@ -79,18 +79,22 @@ def test_without_classes_there_is_no_head_and_the_result_is_its_input(kind):
     chex.assert_trees_all_close(x @ head["kernel"] + head["bias"], logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("registers", [0, 2])
-def test_a_distilled_model_has_two_heads_whose_mean_are_its_logits(registers):
-    model, params, images = build("vit", classifier="distilled", num_registers=registers)
+@pytest.mark.parametrize(("registers", "head_layers"), [(0, 1), (2, 2)])
+def test_a_distilled_model_has_two_heads_whose_mean_are_its_logits(registers, head_layers):
+    """Each reads its token of the last `head_layers` blocks."""
+    model, params, images = build("vit", classifier="distilled", num_registers=registers, head_layers=head_layers)
     cls, dist = small.apply(model, params, images, method="head_logits")
-    last = small.apply(model, params, images, method="features")["layers"][-1]
-    tokens = encoder_norm(params, last)
+    layers = small.apply(model, params, images, method="features")["layers"][-head_layers:]
+    tokens = np.concatenate([encoder_norm(params, layer) for layer in layers], axis=-1)
     for logits, place, head in ((cls, 0, "head"), (dist, 1, "head_dist")):
         chex.assert_trees_all_close(logits, tokens[:, place] @ params[head]["kernel"] + params[head]["bias"], atol=1e-5)
     chex.assert_trees_all_close(small.apply(model, params, images), (cls + dist) / 2, atol=1e-6)
     for other in (small.vit(), small.vit(classifier="distilled", num_classes=None)):
         with pytest.raises(UserError, match="no two heads: use 'distilled'"):
             other.apply({"params": params}, images, method="head_logits")
+    for wrong, at_most in (({"head_layers": 3}, "1 to 2"), ({"head_layers": 2, "classifier": "map"}, "1 unless")):
+        with pytest.raises(UserError, match=at_most):
+            small.vit(**wrong).init(jax.random.key(0), images)
 
 
 # dtype

@@ -18,7 +18,7 @@ MODELS = {
     "token, registers": small.vit(num_registers=2, transformer={"num_layers": 1}),
     "gap, sigmoid": small.vit(classifier="gap", fc_norm=True, transformer={"attention": "sigmoid", "num_layers": 1}),
     "map": small.vit(classifier="map", transformer={"num_layers": 1}),
-    "cls_mean": small.vit(classifier="cls_mean", transformer={"num_layers": 1}),
+    "cls_mean of two blocks": small.vit(classifier="cls_mean", head_layers=2),
 }
 
 

@@ -246,6 +246,7 @@ def _check_expressible(model: Mapping[str, Any], grid: Sequence[int], kind: str)
     swiglu, d = transformer.get("activation") == "swiglu", model["hidden_size"]
     faults = {
         f"classifier={classifier}": classifier not in ((scored,) if model.get("num_classes") else without_head),
+        "a head on several blocks": model.get("head_layers", 1) > 1 and model.get("num_classes"),
         "resnet": model.get("resnet") is not None,
         "fc_norm": model.get("fc_norm"),
         "qk_norm": transformer.get("qk_norm"),

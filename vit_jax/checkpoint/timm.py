@@ -310,6 +310,7 @@ def _check_timm(description: Description, *, has_head: bool) -> None:
         "a head without a bias": not model.get("head_bias", True) and has_head,
         "registers beside a distillation token": classifier == "distilled" and model.get("num_registers"),
         "registers that a probe sees": classifier == "map" and model.get("num_registers"),
+        "a head on several blocks": model.get("head_layers", 1) > 1 and has_head,
         "resnet": model.get("resnet") is not None,
         "pre_logits": model.get("representation_size"),
         "a head of sigmoids, one a class": description.head == "sigmoid" and has_head,

@@ -1,6 +1,6 @@
 """Vision Transformer, plain and hybrid: "An Image is Worth 16x16 Words" (https://arxiv.org/abs/2010.11929)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from vit_jax.models.resnet import ResNet
 CLASSIFIERS = ("token", "gap", "map", "distilled", "cls_mean", "unpooled", "token_unpooled")
 POSITION_EMBEDDINGS = ("learned", "sincos2d", "none")
 Hidden = tuple[Bool[Array, "b h w"], Float[Array, "#b d"]]
+POOLED = ("token", "gap", "distilled", "cls_mean")  # without parameters, so that a head may read several blocks
 _WITH_CLS = ("token", "distilled", "cls_mean", "token_unpooled")
 
 
@@ -70,12 +71,22 @@ class ClassifierHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Float[Array, "b n d"], num_prefix: int = 0, *, apart: bool = False, segments: Segments | None = None
+        self,
+        tokens: Float[Array, "b n d"],
+        num_prefix: int = 0,
+        *,
+        earlier: Sequence[Float[Array, "b n d"]] = (),
+        apart: bool = False,
+        segments: Segments | None = None,
     ) -> Float[Array, "b *n classes"] | tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
-        """With `segments` every image of a row is pooled by itself, (b, s, classes): class tokens are the first s."""
-        x = self._pool(tokens, num_prefix, segments)
-        if self.fc_norm:
-            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="fc_norm")(x)
+        """With `segments` every image of a row is pooled by itself, (b, s, classes): class tokens are the first s.
+
+        What `earlier` blocks made of the tokens is pooled likewise, and stands in front.
+        """
+        norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="fc_norm") if self.fc_norm else lambda x: x
+        x = norm(self._pool(tokens, num_prefix, segments))
+        if earlier:
+            x = jnp.concatenate([*(norm(self._pool(y, num_prefix, segments)) for y in earlier), x], axis=-1)
         if self.representation_size:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
         if not self.num_classes:
@@ -139,6 +150,8 @@ class VisionTransformer(nn.Module):
       hidden_size: the width d of the tokens.
       resnet: keywords of `resnet.ResNet` (num_layers, width_factor) for a hybrid.
       representation_size, classifier, head_bias_init, fc_norm: see `ClassifierHead`.
+      head_layers: the last blocks whose tokens, each pooled behind the last LayerNorm, the head reads side by side, as the
+        linear probe of DINOv2 does.
       patch_bias, head_bias: whether the patch embedding and the head have a bias.
       position_embedding: "learned", "sincos2d" (fixed, of the patches alone), or "none", as with transformer.rope_theta.
       num_registers: extra tokens without a position, behind the class token.
@@ -153,6 +166,7 @@ class VisionTransformer(nn.Module):
     resnet: Mapping[str, Any] | None = None
     representation_size: int | None = None
     classifier: str = "token"
+    head_layers: int = 1
     head_bias_init: float = 0.0
     patch_bias: bool = True
     head_bias: bool = True
@@ -181,6 +195,10 @@ class VisionTransformer(nn.Module):
         self.Transformer = Encoder(
             **self.transformer, add_position_embedding=learned, final_norm=not self.fc_norm, dtype=self.dtype
         )
+        pools = self.classifier in POOLED and not self.representation_size
+        if not 1 <= self.head_layers <= (most := self.Transformer.num_layers) or (self.head_layers > 1 and not pools):
+            only = f"{' or '.join(POOLED)}, without representation_size"
+            raise UserError(f"head_layers={self.head_layers} must be from 1 to {most}, or 1 unless classifier is {only}")
         self.classifier_head = ClassifierHead(
             num_classes=self.num_classes,
             representation_size=self.representation_size,
@@ -202,11 +220,11 @@ class VisionTransformer(nn.Module):
         Of a `packed.Pack`, for which there must be parameters already, they are (b · s, classes), row by row.
         """
         if isinstance(images, Pack):
-            tokens, num_prefix, segments = self._encode_pack(images, train)
-            y = self.classifier_head(tokens, num_prefix, segments=segments)
+            tokens, num_prefix, segments, layers = self._encode_pack(images, train, **self._head_needs())
+            y = self.classifier_head(tokens, num_prefix, segments=segments, earlier=layers[-self.head_layers : -1])
             return y.reshape(-1, y.shape[-1])
-        tokens, (h, w), _ = self._encode(images, train)
-        return self.classifier_head(tokens, tokens.shape[1] - h * w)
+        tokens, (h, w), layers = self._encode(images, train, **self._head_needs())
+        return self.classifier_head(tokens, tokens.shape[1] - h * w, earlier=layers[-self.head_layers : -1])
 
     def head_logits(
         self, images: Float[Array, "b H W c"], *, train: bool = False
@@ -214,8 +232,8 @@ class VisionTransformer(nn.Module):
         """Logits of the class token and of the distillation token, of which `__call__` gives the mean."""
         if self.classifier != "distilled" or not self.num_classes:
             raise UserError(f"classifier {self.classifier!r} of {self.num_classes} classes has no two heads: use 'distilled'")
-        tokens, _, _ = self._encode(images, train)
-        return self.classifier_head(tokens, apart=True)
+        tokens, _, layers = self._encode(images, train, **self._head_needs())
+        return self.classifier_head(tokens, apart=True, earlier=layers[-self.head_layers : -1])
 
     def features(
         self,
@@ -260,6 +278,9 @@ class VisionTransformer(nn.Module):
         tokens, (h, w), _ = self._encode(images, train, joining=(first, batch))
         return tokens[:, : len(queries)], tokens[:, -h * w :].reshape(len(images), h, w, -1)
 
+    def _head_needs(self) -> dict[str, bool]:
+        return {"with_layers": True, "norm_layers": True} if self.head_layers > 1 else {}
+
     def _encode(
         self,
         images: Float[Array, "b H W c"],
@@ -289,8 +310,10 @@ class VisionTransformer(nn.Module):
         tokens, outputs = self.Transformer(x, registers, num_prefix=len(names), grid=(h, w), seen=seen, train=train, **how)
         return tokens, (h, w), outputs
 
-    def _encode_pack(self, pack: Pack, train: bool) -> tuple[Float[Array, "b n d"], int, Segments]:
-        """The tokens of all images: class tokens, then registers, then patches; how many stand in front; and whose they are."""
+    def _encode_pack(
+        self, pack: Pack, train: bool, **how: Any
+    ) -> tuple[Float[Array, "b n d"], int, Segments, tuple[Float[Array, "b n d"], ...]]:
+        """All images' tokens: class tokens, registers, patches; how many stand in front; whose they are; behind each block."""
         if self.resnet is not None or self.position_embedding != "learned":
             raise UserError("images of different sizes need a ViT without a ResNet, with position_embedding='learned'")
         (b, n, _), s, (p, q) = pack.patches.shape, pack.grids.shape[1], self.patches["size"]
@@ -311,9 +334,9 @@ class VisionTransformer(nn.Module):
             patches = pack.positions(table, int(has_cls))
             return jnp.concatenate([of_images(table[:, :1], s), patches], axis=1) if has_cls else patches
 
-        how = {"num_prefix": s * has_cls, "mask": segments.mask(), "resample": resample}
-        tokens, _ = self.Transformer(x, registers, train=train, **how)
-        return tokens, len(numbers), segments
+        how |= {"num_prefix": s * has_cls, "mask": segments.mask(), "resample": resample}
+        tokens, layers = self.Transformer(x, registers, train=train, **how)
+        return tokens, len(numbers), segments, layers
 
 
 def sincos2d(h: int, w: int, d: int, temperature: float = 10_000.0) -> Float[Array, "1 n d"]:

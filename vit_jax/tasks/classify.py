@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 from vit_jax.checkpoint import Description
 from vit_jax.data.features import ExampleError
 from vit_jax.errors import UserError, printable
+from vit_jax.models import vit
 from vit_jax.tasks import images, rows, shapes
 from vit_jax.tasks.setup import Setup
-from vit_jax.tasks.task import Batch, Context, Loss, Params, Shown, Task
+from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
 Logits = Float[Array, "b classes"]
 
@@ -24,7 +25,7 @@ Logits = Float[Array, "b classes"]
 def make_task(setup: Setup) -> Task:
     """Images to classes, as `config.loss`, `config.augment` and `config.label_smoothing` say."""
     names = class_names(setup)
-    model = setup.build_model(num_classes=len(names) or None)  # without classes: a model of features alone
+    model = build_model(setup, len(names) or None)  # without classes: a model of features alone
     if "unpooled" in (classifier := model.fields.get("classifier", "")):
         raise UserError(f"this model scores every token ({classifier}); images are classified as a whole, by token or gap")
     settings = setup.settings
@@ -54,6 +55,16 @@ def make_task(setup: Setup) -> Task:
         collate=rows.make_collate(settings, model),
         totals=rows.totals,
     )
+
+
+def build_model(setup: Setup, num_classes: int | None) -> Model:
+    """The recipe's model. The head of a ViT that is to be fitted reads `config.head_fit.layers` blocks, where it can."""
+    model, head_fit = setup.build_model(num_classes=num_classes), setup.settings.head_fit
+    fields = model.fields
+    pooled = model.type == "ViT" and fields.get("classifier", "token") in vit.POOLED and not fields.get("representation_size")
+    if not head_fit.views or head_fit.layers == 1 or not pooled or "head_layers" in fields:
+        return model
+    return setup.build_model(num_classes=num_classes, head_layers=min(head_fit.layers, fields["transformer"]["num_layers"]))
 
 
 def check_usable(description: Description, source: Any) -> None:

@@ -26,14 +26,20 @@ L2 = (1e-3, 1e-1, 10.0)
 def base(tmp_path_factory):
     """The workdir of a model that has learnt next to nothing."""
     workdir = tmp_path_factory.mktemp("base")
-    train_and_evaluate(tiny.config(total_steps=1, eval_every=1), workdir)
+    train_and_evaluate(two_blocks(total_steps=1, eval_every=1), workdir)
     return workdir
 
 
+def two_blocks(**overrides):
+    c = tiny.config(**overrides)
+    c.model.transformer.num_layers = 2
+    return c
+
+
 def config(base, **overrides):
-    """Two views: digits are not mirrored, so that the second is a crop."""
-    c = tiny.config(pretrained=str(base), **{"total_steps": 0, "warmup_steps": 0} | overrides)
-    c.head_fit.views = 2
+    """Two views: digits are not mirrored, so that the second is a crop. Of both blocks, as there are no six."""
+    c = two_blocks(pretrained=str(base), **{"total_steps": 0, "warmup_steps": 0} | overrides)
+    c.head_fit.views, c.head_fit.layers = 2, 6
     c.head_fit.l2 = (1e-3, 1e-1)
     return c
 
@@ -105,6 +111,7 @@ def test_a_quick_run_leaves_a_model_with_scikit_learns_head(base, quick):
     e = experiments.build(Settings.from_config(config(base)))
     view, params = fit_head.make_view(e), dict(np.load(base / "model.npz"))
     before, after = params, tiny.arrays(quick)
+    assert after["head/kernel"].shape == (2 * 16, 10) and loaded.description.model["head_layers"] == 2
     for name in before.keys() - {"head/kernel", "head/bias"}:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     tree = predictor.load(base).params
@@ -164,6 +171,15 @@ def test_fine_tuning_starts_from_the_fitted_head_and_is_continued_exactly(base, 
     (tmp_path / "again" / "model.npz").unlink()
     train_and_evaluate(c, tmp_path / "again")
     chex.assert_trees_all_equal(tiny.arrays(tmp_path / "again"), tiny.arrays(tmp_path / "run"))
+
+
+def test_fine_tuning_that_makes_it_worse_ends_with_the_fitted_head(base, quick, tmp_path):
+    c = config(base, total_steps=2, eval_every=1, base_lr=30.0, keep_best="accuracy_test", end_with_best=True)
+    train_and_evaluate(c, tmp_path)
+    scores = tiny.metrics(tmp_path, "accuracy_test")
+    assert scores[1] < scores[0] == scores[2] == tiny.metrics(quick, "accuracy_test")[0]
+    chex.assert_trees_all_equal(tiny.arrays(tmp_path), tiny.arrays(quick))
+    assert predictor.load(tmp_path).description.metrics["accuracy_test"] == scores[0]
 
 
 def test_what_cannot_be_fitted_is_refused(base, tmp_path):

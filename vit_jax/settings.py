@@ -172,6 +172,7 @@ class Settings:
     checkpoint_every: int = 1_000
     keep: int = 1  # how many checkpoints stay
     keep_best: str | None = None  # a metric such as accuracy_test: its best checkpoint stays too, and is model_best.npz
+    end_with_best: bool = False  # the run's result is that best one, not what the last step made of it
     evaluators: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: {"every": steps, …}}, see evaluators/
     report: bool = True  # report.html at the end: curves, mistakes, calibration, the recipe, see docs/report.md
 
@@ -244,6 +245,8 @@ class Settings:
             raise UserError("config.distill needs a teacher: --config.distill.teacher names a trained classifier")
         if self.distill.teacher and self.loss != "softmax":
             raise UserError(f"config.loss={self.loss} and config.distill exclude each other: a teacher is matched by softmax")
+        if self.end_with_best and not self.keep_best:
+            raise UserError("config.end_with_best needs the metric to be best in: add --config.keep_best=accuracy_test")
         if self.evaluator != "classify" and self.trainer != "evaluate":
             raise UserError(f"config.evaluator={self.evaluator} needs --config.trainer=evaluate")
         if self.tome and (self.trainer != "evaluate" or self.scan or self.remat != "none"):

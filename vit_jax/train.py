@@ -47,11 +47,12 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         if settings.head_fit.views:
             fit_head.check(experiment)
         due_evaluators = evaluators.make_evaluators(experiment)
+        every_evaluator = [evaluator for _, evaluator in due_evaluators]
         checkpointer = Checkpointer(
             directory / "checkpoints",
             keep=settings.keep,
             best=settings.keep_best,
-            lower_is_better=evaluators.lower_is_better(due_evaluators, settings.keep_best),
+            lower_is_better=evaluators.lower_is_better(every_evaluator, settings.keep_best),
         )
         state = start.restore_or_load(experiment, checkpointer)
         if state is None:
@@ -73,11 +74,11 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         progress = Progress(experiment, writer, checkpointer, stop)
         try:
             if fits_head:
-                _keep_fitted(experiment, state, [evaluator for _, evaluator in due_evaluators], progress, directory)
+                _keep_fitted(experiment, state, every_evaluator, progress, directory)
             _leave_if_asked(stop)
             if done >= settings.total_steps and not fits_head:
                 if not workdirs.has_model(directory):  # what stopped the last step came after it
-                    metrics = evaluators.scores(experiment, state, [evaluator for _, evaluator in due_evaluators])
+                    metrics = evaluators.scores(experiment, state, every_evaluator)
                     writer.scalars(done, metrics)
                     write_model(experiment, directory / "model.npz", state, done, metrics)
                 log.info("nothing to do: all %d steps are done, the model is in %s", settings.total_steps, directory)
@@ -99,6 +100,9 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                 # What stays: checkpoints, the best model, the last one
                 improved = progress.improves(metrics, complete=len(due) == len(due_evaluators))
                 stopping = progress.stopping
+                if last and settings.end_with_best and not improved:
+                    state, metrics = start.back_to_best(experiment, checkpointer, state, metrics)
+                    progress.report_scores(step, metrics)
                 if improved:
                     write_model(experiment, directory / "model_best.npz", state, step, metrics)
                 if step % settings.checkpoint_every == 0 or last or improved or stopping:

@@ -103,11 +103,7 @@ class Checkpointer:
         A leaf without sharding comes to the first local device. A damaged checkpoint is named and renamed, and the one
         before it used. Raises UserError if none is readable, or the state is another than `template`, which is no damage.
         """
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
-            for name, x in _flat(template).items()
-        }
+        wanted = _wanted(template)
         damaged: dict[Path, str] = {}
         for step in reversed(self._steps):
             arrays, reason = self._read(self._folder(step), wanted)
@@ -125,6 +121,20 @@ class Checkpointer:
             + "\n".join(f"  {folder}: {reason}" for folder, reason in damaged.items())
             + "\nMove these folders away to start anew, or start in another workdir."
         )
+
+    def restore_best(self, template: T) -> tuple[int, T, dict[str, float]] | None:
+        """(step, state, metrics) of the first of the best checkpoints; None if none has a score, or it is damaged."""
+        self._wait()
+        step = self._best_step()
+        if step is None:
+            return None
+        wanted = _wanted(template)
+        arrays, reason = self._read(self._folder(step), wanted)
+        if reason:
+            log.warning("%s, the best, is damaged (%s)", self._folder(step), reason)
+            return None
+        state = jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
+        return step, state, _metrics(self._folder(step))
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Has `state` written in the background; its arrays must stay as they are. A step that is there already is kept.
@@ -224,9 +234,8 @@ class Checkpointer:
     def _prune(self) -> None:
         """Deletes all but the newest, and the best."""
         kept = set(self._steps[-self._keep :])
-        scored = [step for step in self._steps if self._scores.get(step) is not None]
-        if scored:
-            kept.add(max(scored, key=self._scores.get))
+        if (best := self._best_step()) is not None:
+            kept.add(best)
         dropped = [step for step in self._steps if step not in kept]
         self._steps = sorted(kept)
         if not self._main:
@@ -238,6 +247,10 @@ class Checkpointer:
                 shutil.rmtree(self._folder(step).rename(self._directory / f"{step}{_DELETED}"))
         except OSError as e:
             log.warning("an old checkpoint could not be deleted: %s", e)
+
+    def _best_step(self) -> int | None:
+        scored = [step for step in self._steps if self._scores.get(step) is not None]
+        return max(scored, key=self._scores.get, default=None)
 
     # Reading. What one process finds wrong, all of them hear of, so that all go on with the same checkpoint.
 
@@ -272,6 +285,12 @@ class Checkpointer:
 
     def _folder(self, step: int) -> Path:
         return self._directory / str(step)
+
+
+def _wanted(template: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaves = _flat(template).items()
+    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here) for k, x in leaves}
 
 
 def _flat(tree: Any) -> dict[str, Any]:

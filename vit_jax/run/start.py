@@ -109,6 +109,20 @@ def restore_or_load(experiment: Experiment, checkpointer: Checkpointer, *, keep_
     return state.replace(frozen=new_state(experiment, params).frozen)
 
 
+def back_to_best(
+    experiment: Experiment, checkpointer: Checkpointer, state: State, metrics: dict[str, float]
+) -> tuple[State, dict[str, float]]:
+    """The state with the parameters of the best checkpoint, and that one's metrics; as it is, where there is none."""
+    wanted = experiment.parallelism.restore_shapes(abstract_state(experiment).replace(frozen={}))
+    found = checkpointer.restore_best(wanted)
+    if found is None:
+        return state, metrics
+    step, best, metrics = found
+    best = experiment.parallelism.place(best)
+    log.info("best     back to the parameters of step %d", step)
+    return state.replace(params=best.params, ema=best.ema, carry=best.carry), metrics
+
+
 def frozen_fingerprints(experiment: Experiment, state: State) -> dict[str, str]:
     """By name of the trees that are not trained: what tells whether they are the same as in another process."""
     frozen = experiment.parallelism.read(state.frozen)

@@ -22,7 +22,7 @@ log = logging.getLogger("vit_jax")
 # These may differ when a run is continued: they do not touch what is learnt.
 _FREE = {
     *("trainer", "evaluator", "pretrained", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir", "prefetch", "batch_eval"),
-    *("progress_every", "eval_every", "checkpoint_every", "keep", "keep_best", "evaluators", "report"),
+    *("progress_every", "eval_every", "checkpoint_every", "keep", "keep_best", "end_with_best", "evaluators", "report"),
     *("parallel", "mesh", "remat", "compilation_cache", "nonfinite", "nonfinite_limit", "bad_images", "changed_data"),
 }
 

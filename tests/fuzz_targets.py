@@ -13,17 +13,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import safetensors.numpy
+import tokenizers
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import vit_jax
-from tests.data import test_captions, test_detection, test_segmentation, test_shards
+from tests.data import test_captions, test_detection, test_parquet, test_segmentation, test_shards
 from tests.fuzz import Files, Target
 from tests.models import small
-from vit_jax import checkpoint, convert, finite, models
+from vit_jax import checkpoint, convert, finite, models, tokenizer
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import captions, detection, embedding_index, segmentation, shards
-from vit_jax.data.host import decode, view
+from vit_jax.data import captions, detection, embedding_index, parquet, segmentation, shards
+from vit_jax.data.host import decode, text, view
 from vit_jax.optimize import trainable
 from vit_jax.tasks import prompts
 
@@ -212,6 +213,44 @@ def _labels() -> Target:
     return Target({"labels.txt": "a cat\nein Dach\na dog\ncafé\n".encode()}, ("labels.txt",), read)
 
 
+def _words(pieces: int) -> bytes:
+    """A `tokenizer.json`."""
+    vocab = {"<unk>": 0, "<eos>": 1} | {f"word{i}": i + 2 for i in range(pieces)}
+    return tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>")).to_str().encode()
+
+
+VOCABULARIES: dict[str, tuple[type[text.Tokenizer], Callable[[], bytes]]] = {
+    "tokenizer.json": (text.SentencepieceTokenizer, lambda: _words(9)),
+    "spiece.model": (text.SentencepieceTokenizer, lambda: tokenizer.train(["a cat sat", "dogs ran"] * 9, vocab_size=30)),
+    "vocab.txt": (text.BertTokenizer, lambda: "[PAD]\n[UNK]\n[CLS]\ncat\n##s\nö\n".encode()),
+}
+
+
+def _vocabulary(name: str) -> Target:
+    kind, made = VOCABULARIES[name]
+
+    def read(folder: Path) -> str | None:
+        found = kind(folder / name, 8)
+        tokens = found(["a cat", "dogs & Cats ü"])
+        return None if 0 <= tokens.min() and tokens.max() < found.vocab_size else f"tokens {tokens} of {found.vocab_size}"
+
+    return Target({name: made()}, (name,), read)
+
+
+# Rows with images and labels.
+
+
+def _parquet() -> Target:
+    def read(folder: Path) -> str | None:
+        source = parquet.open_folder(str(folder), "train")
+        examples = [source[i] for i in range(len(source))] if source else []
+        return None if all(example["label"] in range(source.num_classes) for example in examples) else "a label of no class"
+
+    with tempfile.TemporaryDirectory() as folder:
+        test_parquet.write(Path(folder) / "train.parquet", range(9))
+        return Target({"train.parquet": (Path(folder) / "train.parquet").read_bytes()}, ("train.parquet",), read)
+
+
 # Annotations of boxes.
 
 
@@ -371,9 +410,10 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
     "adapter": (adapter, "adapter.npz"),
 }
 ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
-ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"shards": _tar_files}
+ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"tar files": _tar_files}
 ANNOTATIONS |= {f"{kind} masks": _masks(kind) for kind in ("split", "ade20k")}
-ANNOTATIONS |= {"photo index": _photo_index, "labels": _labels}
+ANNOTATIONS |= {"parquet": _parquet, "photo index": _photo_index, "labels": _labels}
+ANNOTATIONS |= {name: functools.partial(_vocabulary, name) for name in VOCABULARIES}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}
 CHECKPOINTS = PARAMETERS | DESCRIPTIONS | ANNOTATIONS  # all that tells of models or data

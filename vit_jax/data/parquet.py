@@ -102,10 +102,10 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with open_regular(file) as f:
             yield parquet.ParquetFile(f)
-    except (ArrowException, OverflowError) as e:
+    except (ArrowException, OSError, OverflowError) as e:
+        if getattr(e, "errno", None):
+            raise UserError(f"{shown(file)} cannot be read: {e.strerror}{MOVED}") from e
         raise UserError(f"{shown(file)} is no Parquet file, or is damaged: {printable(e)}") from e
-    except OSError as e:
-        raise UserError(f"{shown(file)} cannot be read: {e}{MOVED}") from e
 
 
 def _columns(table: Any, file: Path) -> tuple[str, str, tuple[str, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vit_jax.checkpoint.entries import Entries, folder_of, parse_json, read_object
 from vit_jax.checkpoint.opened import Opened
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 from vit_jax.files import read_regular, write_atomically, write_json
 
 log = logging.getLogger("vit_jax")
@@ -65,7 +65,7 @@ def _words(path: Path) -> Mapping[str, int]:
         words = content if path.name == "vocab.json" else content["model"]["vocab"]
         return dict(words)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} holds no vocabulary: {e}") from e
+        raise UserError(f"{path} holds no vocabulary: {printable(e)}") from e
 
 
 def copy_vocabulary(opened: Opened, folder: Path) -> None:

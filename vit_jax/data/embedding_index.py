@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from vit_jax.data.host.decode import decode
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 from vit_jax.files import read_regular, write_atomically
 
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -152,7 +152,7 @@ def load(path: Path, *, model: str) -> Index | None:
     except UserError:
         raise
     except Exception as e:  # of zipfile's, zlib's and NumPy's many kinds
-        raise UserError(f"{path} cannot be read: {e}") from e
+        raise UserError(f"{path} cannot be read: {printable(e)}") from e
     n, shapes = len(index), (index.stamps.shape, index.digests.shape, index.embeddings.shape[:1])
     if shapes != ((n, 2), (n, _DIGEST), (n,)) or index.embeddings.ndim != 2 or not np.isfinite(index.embeddings).all():
         raise UserError(f"{path} cannot be read: its arrays do not fit each other")

@@ -23,7 +23,7 @@ from jaxtyping import Int32
 from tokenizers import models, pre_tokenizers
 
 from vit_jax.data.host import byte_pairs
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, printable, unknown
 
 log = logging.getLogger("vit_jax")
 
@@ -69,7 +69,7 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as e:  # of each library's own kinds
-            raise UserError(f"{path} is no vocabulary for {type(self).__name__}: {e}") from e
+            raise UserError(f"{path} is no vocabulary for {type(self).__name__}: {printable(e)}") from e
 
     def __call__(self, texts: Sequence[str | bytes]) -> Int32[np.ndarray, "b n"]:
         """The tokens of each text. Raises UserError for what is no text, or no UTF-8."""
@@ -134,7 +134,7 @@ class Tokenizer:
         try:
             return self._encode(text)
         except Exception as e:  # of each library's own kinds
-            raise UserError(f"{self.vocab_path} makes no tokens of {text[:40]!r}: {e}") from e
+            raise UserError(f"{self.vocab_path} makes no tokens of {text[:40]!r}: {printable(e)}") from e
 
     def _fit(self, ids: list[int]) -> list[int]:
         """Exactly `max_len` tokens, of at most `max_len` less `_ends`."""

@@ -1,6 +1,6 @@
 """Compilation is most of what these tests take: it is done once for the whole session, and with few optimisations.
 
-tests/models has them all, so that the numbers of the programs that users run are those that are compared.
+Comparisons with other libraries' models have them all, so that the numbers that are compared are those of users' programs.
 """
 
 import os

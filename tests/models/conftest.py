@@ -1,4 +1,4 @@
-"""Models are compared with others as they are compiled for users."""
+"""Models are compared with those of others as they are compiled for users, where a test asks for it."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from tests import compiling
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def optimised() -> Iterator[None]:
     with compiling.as_for_users():
         yield

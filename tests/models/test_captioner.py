@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.small import random_values
 from vit_jax import models
 from vit_jax.models import captioner
 from vit_jax.models.generate import beam_search, generate
@@ -33,9 +34,8 @@ def small(kind):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(3, 8, 12, 3)), jnp.float32)
     tokens = jnp.asarray(rng.integers(0, VOCABULARY, (3, LENGTH)))
-    params = jax.jit(model.init)(jax.random.key(0), images, tokens)["params"]
-    params = jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32), params)
-    return model, {"params": params}, images, tokens
+    params = random_values(jax.eval_shape(model.init, jax.random.key(0), images, tokens)["params"])
+    return model, {"params": jax.tree.map(jnp.asarray, params)}, images, tokens
 
 
 @functools.cache
@@ -66,6 +66,7 @@ def torch_linear(params, name):
     return lambda x: x @ kernel + torch.from_numpy(np.array(params[name].get("bias", np.float32(0))))
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("attention", captioner.ATTENTIONS)
 def test_the_lstm_is_torchs_cell_with_attention_written_plainly(attention):
     _, variables, _, tokens = small(attention)

@@ -9,7 +9,7 @@ import optax
 import pytest
 import torch
 
-from tests.models import transformer_peer
+from tests.models import small, transformer_peer
 from vit_jax.models.decoder import Stack, Transformer
 from vit_jax.models.generate import beam_search, generate, restrict
 
@@ -58,6 +58,7 @@ def score(model, params, source, target, valid=None):
     return model.apply(params, source, target, valid)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("norm_first, activation", [(False, "relu"), (True, "gelu")])
 def test_it_is_torchs_transformer(norm_first, activation):
     peer = torch.nn.Transformer(
@@ -84,6 +85,7 @@ def test_it_is_torchs_transformer(norm_first, activation):
     np.testing.assert_allclose(outputs(params, source, target), theirs, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_it_is_marian():
     source, valid = sources()
     target = np.random.default_rng(2).integers(1, 22, (3, 9))
@@ -116,7 +118,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(positions):
     model = Transformer(VOCABULARY, 24, HEADS, 40, 2, 2, norm_first=True, final_norm=True, positions=positions, tied=False)
     source, valid = sources()
     target = np.random.default_rng(2).integers(1, 22, (3, 9))
-    params = jax.jit(model.init)(jax.random.key(0), source, target)
+    params = {"params": small.random_values(jax.eval_shape(model.init, jax.random.key(0), source, target)["params"])}
     whole = score(model, params, source, target, valid)
     cache = jax.jit(functools.partial(model.apply, length=9, method="start"))(params, source, valid)
     step = jax.jit(functools.partial(model.apply, method="step"))

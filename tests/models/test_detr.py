@@ -81,6 +81,7 @@ def run(model, params, *inputs):
     return jax.jit(model.apply)(params, *inputs)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_it_is_transformers_detr(saved):
     model, folder = saved
     _, fields, ours, _ = opened(folder)
@@ -213,6 +214,7 @@ def test_a_dilated_resnet_has_twice_the_resolution_and_is_torchs():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.usefixtures("optimised")
 def test_it_is_transformers_yolos_at_other_sizes_too(tmp_path):
     from transformers import YolosConfig, YolosForObjectDetection
 

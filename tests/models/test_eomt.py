@@ -44,6 +44,7 @@ def saved(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.usefixtures("optimised")
 def test_masks_and_classes_are_those_of_transformers_and_files_come_back(saved, tmp_path):
     model, folder = saved
     opened = open_checkpoint(folder)

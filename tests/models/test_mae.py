@@ -39,6 +39,7 @@ def opened(peer, tmp_path_factory):
     return checkpoint.open_checkpoint(folder)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_loss_and_gradients_are_transformers(peer, opened):
     rng = np.random.default_rng(0)
     images, noise = rng.normal(size=(3, SIDE, SIDE, 3)).astype(np.float32), rng.random((3, 25)).astype(np.float32)

@@ -53,6 +53,7 @@ def same(ours, theirs):
     np.testing.assert_allclose(ours, theirs.detach().permute(0, 2, 3, 1).numpy(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_the_linear_head_is_a_batch_norm_and_a_convolution(num_layers):
     model, params = drawn("LinearSegmenter", num_layers=num_layers)
@@ -119,6 +120,7 @@ class MaskTransformer(nn.Module):
         return self.norm(masks, p["mask_norm"]).transpose(1, 2).reshape(b, -1, h, w)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_mask_transformer_is_that_of_the_paper():
     model, params = drawn("Segmenter", **HEADS)
     ours = jax.jit(model.apply)({"params": params}, pictures())

@@ -147,6 +147,7 @@ def test_fresh_scores():
     np.testing.assert_allclose([params["t"], params["b"]], [[math.log(10)], [-10]], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_bert_is_transformers():
     torch_peer("transformers")
     import torch

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoint.peers import randomise, torch_peer
 from tests.models import small
 from vit_jax import checkpoint, convert, models, predictor
-from vit_jax.checkpoint import image_text_files
+from vit_jax.checkpoint import image_text_export, image_text_files, timm
 from vit_jax.errors import UserError
 from vit_jax.export.program import Program
 from vit_jax.models.packed import Pack
@@ -225,6 +226,7 @@ def test_siglip_of_openclip(tmp_path, monkeypatch):
     """Its image tower is timm's: the numbers of transformers' SigLIP under these names."""
     model = peer("SiglipModel", tmp_path / "hf")
     with torch_peer("timm").without_torchvision():
+        from timm import list_models
         from timm.models import VisionTransformer
 
     hf = load_file(tmp_path / "hf" / "model.safetensors")
@@ -252,6 +254,9 @@ def test_siglip_of_openclip(tmp_path, monkeypatch):
     for kind in ("weight", "bias"):
         q, k, v = np.split(hf[f"{tower}.head.attention.in_proj_{kind}"], 3)
         arrays |= {f"{trunk}.attn_pool.q.{kind}": q, f"{trunk}.attn_pool.kv.{kind}": np.concatenate([k, v])}
+    known = set(list_models("vit_*_siglip_*"))
+    for name, sides in image_text_export._TIMM_SIZES.values():
+        assert known >= {f"vit_{name}_patch{patch}_siglip_{side}" for patch in sides for side in sides[patch]}
     sizes = {"img_size": 21, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.25}
     peer_of_image = VisionTransformer(**sizes, num_classes=0, class_token=False, global_pool="map").state_dict()
     wanted = {f"{trunk}.{name}": tuple(x.shape) for name, x in peer_of_image.items()}
@@ -275,13 +280,29 @@ def test_siglip_of_openclip(tmp_path, monkeypatch):
     written = load_file(checkpoint.write_checkpoint(opened, tmp_path / "again", "hf"))
     assert written.keys() == hf.keys()
     assert all((written[name] == x).all() for name, x in hf.items())
+
+    with pytest.raises(UserError, match="an image tower of sizes for which timm has no SigLIP"):
+        checkpoint.write_checkpoint(opened, tmp_path / "back", "openclip")
+    monkeypatch.setattr(image_text_export, "_TIMM_SIZES", {(32, 2, 4, 40): ("so400m", {7: (21,)})})
+    with pytest.raises(UserError, match="activation=gelu_tanh, for which vit_so400m_patch7_siglip_21 has gelu"):
+        checkpoint.write_checkpoint(opened, tmp_path / "back", "openclip")
+    monkeypatch.setattr(timm, "SIGLIP_TANH", re.compile("so400m_patch7"))
+    written = load_file(checkpoint.write_checkpoint(opened, tmp_path / "back", "openclip"))
+    assert written.keys() == arrays.keys()
+    assert all(written[name].shape == x.shape and (written[name] == x).all() for name, x in arrays.items())
+    assert as_json(checkpoint.open_checkpoint(tmp_path / "back")) == as_json(opened)
+    told = json.loads((tmp_path / "back" / "open_clip_config.json").read_text())["model_cfg"]
+    assert told["embed_dim"] == 32 and told["vision_cfg"]["timm_model_name"] == "vit_so400m_patch7_siglip_21"
+    assert told["text_cfg"] | text | {"act_kwargs": {"approximate": "tanh"}} == told["text_cfg"]
     config["text_cfg"]["no_causal_mask"] = False
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     with pytest.raises(UserError, match="no_causal_mask is false; it must be true"):
         checkpoint.open_checkpoint(tmp_path / "open_clip_model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["SiglipVisionModel", "Siglip2VisionModel"])
+@pytest.mark.parametrize(
+    "name", ["CLIPVisionModel", "CLIPVisionModelWithProjection", "SiglipVisionModel", "Siglip2VisionModel"]
+)
 def test_an_image_tower_alone(tmp_path, name):
     """Of SigLIP 2 in a batch of two shapes, which is filled up."""
     torch_peer("transformers")
@@ -289,8 +310,8 @@ def test_an_image_tower_alone(tmp_path, name):
     import transformers
 
     cls = getattr(transformers, name)
-    sizes = CASES[name.replace("Vision", "")]["vision_config"]
-    model = randomise(cls(cls.config_class(**sizes)))
+    sizes = CASES[name.replace("Vision", "").removesuffix("WithProjection")]["vision_config"]
+    model = randomise(cls(cls.config_class(**sizes, **({"projection_dim": 20} if "Projection" in name else {}))))
     model.save_pretrained(tmp_path / "theirs")
     opened = checkpoint.open_checkpoint(tmp_path / "theirs")
     assert opened.description.image_size == (21, 21) and opened.description.class_names == ()
@@ -305,7 +326,8 @@ def test_an_image_tower_alone(tmp_path, name):
         x = {"pixel_values": patches, "pixel_attention_mask": mask.astype(np.int32), "spatial_shapes": grids}
         x = {name: torch.from_numpy(value) for name, value in x.items()}
     with torch.inference_mode():
-        expected = model(**x).pooler_output.numpy()
+        y = model(**x)
+        expected = (y.image_embeds if "Projection" in name else y.pooler_output).numpy()
     module = models.build("ViT", opened.description.model)
     with jax.default_matmul_precision("highest"):
         found = jax.jit(module.apply)({"params": opened.params}, inputs)
@@ -315,3 +337,4 @@ def test_an_image_tower_alone(tmp_path, name):
     assert written.keys() == before.keys() and all(written[n].tobytes() == x.tobytes() for n, x in before.items())
     assert as_json(checkpoint.open_checkpoint(tmp_path / "ours")) == as_json(opened)
     assert isinstance(cls.from_pretrained(tmp_path / "ours"), cls)
+    assert cls.__name__ == json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"][0]

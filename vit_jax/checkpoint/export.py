@@ -35,9 +35,11 @@ def _as(family: Family) -> Callable[[Opened], Written]:
 
 
 def _as_transformers(opened: Opened) -> Written:
-    if opened.description.model.get("classifier") == "map" and not opened.description.model.get("num_classes"):
+    model, transformer = opened.description.model, opened.description.model["transformer"]
+    of_siglip = model.get("classifier") == "map" and not model.get("num_classes")
+    of_clip = transformer.get("norm_pre") and not opened.description.class_names and not model.get("head_bias", True)
+    if of_siglip or of_clip:
         return image_tower.write_image_tower(opened)
-    transformer = opened.description.model["transformer"]
     family = huggingface.DINOV2 if transformer.get("layer_scale") else huggingface.VIT
     return _as(dinov3.FAMILY if transformer.get("rope_theta") else family)(opened)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint import hf_pixels, image_text
+from vit_jax.checkpoint import hf_pixels, image_text, timm
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.family import THEIR_ACTIVATIONS, Written
-from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, SIGLIP, SIGLIP2, Layout
+from vit_jax.checkpoint.image_text import CLIP, OPENCLIP, OPENCLIP_SIGLIP, SIGLIP, SIGLIP2, Layout
 from vit_jax.checkpoint.image_text_files import LEGACY_END, RESIZE, TOKENS
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat
@@ -29,7 +29,7 @@ def write_image_text(opened: Opened, to: str) -> Written:
     if most is not None:
         flat["t"] = np.minimum(flat["t"], np.float32(math.log(most)))
     theirs = image_text.write(layout, flat, blocks=(image["num_layers"], text["num_layers"]))
-    files = _openclip_files(description, theirs) if layout is OPENCLIP else _hf_files(description, layout)
+    files = _openclip_files(description, layout, theirs) if to == "openclip" else _hf_files(description, layout)
     return Written(theirs, files, TOKENS[layout.name])
 
 
@@ -54,6 +54,10 @@ _OF_OPENCLIP = {
     "image.transformer": _OF_CLIP["image.transformer"] | {"norm_eps": 1e-5},
     "text": _OF_CLIP["text"] | {"norm_eps": 1e-5},
 }
+_OF_OPENCLIP_SIGLIP = {
+    **_OF_SIGLIP,
+    "image.transformer": _OF_SIGLIP["image.transformer"] | {"norm_eps": 1e-6},
+}
 
 
 def _layout_for(description: Description, to: str) -> Layout:
@@ -66,15 +70,18 @@ def _layout_for(description: Description, to: str) -> Layout:
         "text": _complete(TextTransformer, model["text"]) if model.get("text_model") != "bert" else {},
     }
     is_clip = fields["image"]["classifier"] != "map"
-    layout = OPENCLIP if to == "openclip" else CLIP if is_clip else SIGLIP
+    of_clip, of_siglip = (OPENCLIP, OPENCLIP_SIGLIP) if to == "openclip" else (CLIP, SIGLIP)
+    layout = of_clip if is_clip else of_siglip
     if layout is SIGLIP and description.resize == RESIZE[SIGLIP2.name]:
         layout = SIGLIP2
-    expected = {CLIP.name: _OF_CLIP, OPENCLIP.name: _OF_OPENCLIP}.get(layout.name, _OF_SIGLIP)
-    faults = _differences(fields, expected)
+    expected = {CLIP.name: _OF_CLIP, OPENCLIP.name: _OF_OPENCLIP, OPENCLIP_SIGLIP.name: _OF_OPENCLIP_SIGLIP}
+    faults = _differences(fields, expected.get(layout.name, _OF_SIGLIP))
     image, text = fields["image.transformer"], fields["text"]
     acts = {image["activation"], text.get("activation")}
     if not acts <= set(THEIR_ACTIVATIONS) or (layout is OPENCLIP and (len(acts) > 1 or "gelu_tanh" in acts)):
         faults.append(f"the activations {' and '.join(map(str, sorted(acts, key=str)))}")
+    if layout is OPENCLIP_SIGLIP and not faults:
+        faults += _not_in_timm(description)
     if layout in (SIGLIP, SIGLIP2) and model.get("bias_init") is None:
         faults.append("scores without a bias")
     if layout is OPENCLIP and text.get("end_token") not in (None, text.get("vocab_size", 0) - 1):
@@ -86,11 +93,44 @@ def _layout_for(description: Description, to: str) -> Layout:
     return layout
 
 
+_TIMM_SIZES = {
+    (768, 12, 12, 3072): ("base", {16: (224, 256, 384, 512), 32: (256,)}),
+    (1024, 24, 16, 4096): ("large", {16: (256, 384, 512)}),
+    (1152, 27, 16, 4304): ("so400m", {14: (224, 378, 384), 16: (256, 384, 512)}),
+    (1536, 40, 16, 6144): ("giantopt", {16: (256, 384)}),
+}
+"""timm's image towers of SigLIP by width, blocks, heads and width of the MLPs: sides of their images, by their patches."""
+
+
+def _timm_name(description: Description) -> str | None:
+    """What timm calls an image tower, which is all that OpenCLIP says of one; None for others."""
+    image, patch, side = _sizes(description)
+    encoder = image["transformer"]
+    sizes = image["hidden_size"], *(encoder[name] for name in ("num_layers", "num_heads", "mlp_dim"))
+    name, sides = _TIMM_SIZES.get(sizes, ("", {}))
+    return f"vit_{name}_patch{patch}_siglip_{side}" if side in sides.get(patch, ()) else None
+
+
+def _not_in_timm(description: Description) -> list[str]:
+    name, activation = _timm_name(description), description.model["image"]["transformer"]["activation"]
+    if name is None:
+        return ["an image tower of sizes for which timm has no SigLIP"]
+    theirs = "gelu_tanh" if timm.SIGLIP_TANH.search(name) else "gelu"
+    faults = [] if activation == theirs else [f"image.transformer.activation={activation}, for which {name} has {theirs}"]
+    if _complete(TextTransformer, description.model["text"])["activation"] not in ("gelu", "gelu_tanh"):
+        faults.append(f"text.activation={description.model['text']['activation']}")
+    widths = description.model.get("out_dim")
+    if (widths[0] if isinstance(widths, list | tuple) else widths) is not None:
+        faults.append("a projection of the image tower")
+    return faults
+
+
 def check_image_tower(description: Description, layout: Layout) -> None:
     """Raises UserError for a ViT that a layout cannot express as its image tower alone."""
     model = description.model
     fields = {"image": _complete(VisionTransformer, model), "image.transformer": _complete(Encoder, model["transformer"])}
-    faults = _differences(fields, {name: _OF_SIGLIP[name] for name in fields})
+    expected = _OF_CLIP if layout is CLIP else _OF_SIGLIP
+    faults = _differences(fields, {name: expected[name] for name in fields})
     if fields["image.transformer"]["activation"] not in THEIR_ACTIVATIONS:
         faults.append(f"the activation {fields['image.transformer']['activation']}")
     if len(set(description.grid)) > 1 or len(set(model["patches"]["size"])) > 1:
@@ -183,32 +223,28 @@ def _encoder_config(width: int, fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _openclip_files(description: Description, theirs: Flat) -> dict[str, Any]:
+def _openclip_files(description: Description, layout: Layout, theirs: Flat) -> dict[str, Any]:
     """open_clip_config.json, as on the hub."""
     model, how = description.model, description.preprocessing
-    image, encoder, text = model["image"], model["image"]["transformer"], _complete(TextTransformer, model["text"])
-    size = description.image_size
+    size, text = description.image_size, _complete(TextTransformer, model["text"])
     if how.get("resize_to") not in (None, min(size)) or len(set(size)) > 1:
         raise UserError("OpenCLIP resizes photos to the size of the model, or their shorter side: convert with --to=npz")
+    towers = _openclip_towers if layout is OPENCLIP else _openclip_siglip_towers
+    image_config, text_config = towers(description)
     config = {
-        "embed_dim": theirs["text_projection"].shape[1],
+        "embed_dim": theirs["text_projection"].shape[1] if layout is OPENCLIP else len(theirs["text.text_projection.weight"]),
         **({"quick_gelu": True} if text["activation"] == "quick_gelu" else {}),
         **({"init_logit_bias": model["bias_init"]} if "logit_bias" in theirs else {}),
-        "vision_cfg": {
-            "image_size": description.native_size[0],
-            "layers": encoder["num_layers"],
-            "width": image["hidden_size"],
-            "head_width": image["hidden_size"] // encoder["num_heads"],
-            "mlp_ratio": encoder["mlp_dim"] / image["hidden_size"],
-            "patch_size": image["patches"]["size"][0],
-        },
+        **({} if layout is OPENCLIP else {"custom_text": True}),
+        "vision_cfg": {"image_size": description.native_size[0], **image_config},
         "text_cfg": {
             "context_length": text["max_len"],
             "vocab_size": text["vocab_size"],
             "width": text["width"],
             "heads": text["num_heads"],
             "layers": text["num_layers"],
-            "mlp_ratio": text["mlp_dim"] / text["width"],
+            "mlp_ratio": _ratio(text["mlp_dim"], text["width"]),
+            **text_config,
         },
     }
     pixels = {
@@ -218,3 +254,37 @@ def _openclip_files(description: Description, theirs: Flat) -> dict[str, Any]:
         "resize_mode": "shortest" if how.get("resize_to") else "squash",
     }
     return {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": pixels}}
+
+
+def _openclip_towers(description: Description) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What only OpenCLIP's own image tower and a text tower beside it have to say."""
+    image, patch, _ = _sizes(description)
+    encoder, width = image["transformer"], image["hidden_size"]
+    sizes = {"layers": encoder["num_layers"], "width": width, "head_width": width // encoder["num_heads"]}
+    return sizes | {"mlp_ratio": _ratio(encoder["mlp_dim"], width), "patch_size": patch}, {}
+
+
+def _openclip_siglip_towers(description: Description) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What only an image tower of timm and SigLIP's text tower have to say."""
+    text = _complete(TextTransformer, description.model["text"])
+    image = {
+        "timm_model_name": _timm_name(description),
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+    return image, {
+        "hf_tokenizer_name": "",
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": text["norm_eps"]},
+        **({"act_kwargs": {"approximate": "tanh"}} if text["activation"] == "gelu_tanh" else {}),
+    }
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """That of an MLP, of which OpenCLIP rounds the width down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -179,6 +179,21 @@ def test_siglip_2_sees_photos_in_their_own_shapes(tmp_path):
         checkpoint.open_checkpoint(tmp_path)
 
 
+def test_naflex_of_big_vision(tmp_path):
+    """Patches are mapped by a matrix there, and positions are a grid."""
+    peer("Siglip2Model", tmp_path / "hf")
+    hf = checkpoint.open_checkpoint(tmp_path / "hf")
+    arrays = {f"params/{name}": x for name, x in hf.flat.items()}
+    arrays["params/img/embedding/kernel"] = arrays["params/img/embedding/kernel"].reshape(147, 32)
+    arrays["params/img/pos_embedding"] = arrays.pop("params/img/Transformer/posembed_input/pos_embedding").reshape(3, 3, 32)
+    np.savez(tmp_path / "naflex.npz", **arrays)
+    opened = checkpoint.open_checkpoint(tmp_path / "naflex.npz")
+    assert opened.flat.keys() == hf.flat.keys() and all((opened.flat[name] == x).all() for name, x in hf.flat.items())
+    mine, theirs = opened.description, hf.description
+    assert mine.resize == theirs.resize and mine.image_size == theirs.image_size and mine.head == "sigmoid"
+    assert mine.preprocessing | {"floor_cut": True} == theirs.preprocessing | {"floor_cut": True, "resize_to": None}
+
+
 def test_openclip(tmp_path):
     """Its names and its packed attention, of the same numbers as transformers' model."""
     model = peer("CLIPModel", tmp_path / "hf")

@@ -1,5 +1,6 @@
 """Opens the .npz of an image and a text tower: LiT's, and those of big_vision such as SigLIP's."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ _LIT_LENGTH = 16
 """Tokens a text of LiT: a BERT's parameters have room for more."""
 _GEMMA = 256_000
 """Tokens of Gemma's vocabulary, that of SigLIP 2."""
+_NAFLEX = {
+    "resize": "bilinear_antialias",
+    "preprocessing": {"resize_to": None, "interpolation": "bilinear", "antialias": True, "max_patches": 256},
+}
+"""How SigLIP 2's NaFlex sees images, of as many patches as its processor gives one where nothing else is said."""
 
 
 def open_towers(path: Path, arrays: Flat) -> Opened | None:
@@ -26,7 +32,8 @@ def open_towers(path: Path, arrays: Flat) -> Opened | None:
             arrays = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     if path.suffix != ".npz" or not {"img", "txt"} <= {name.split("/")[0] for name in arrays}:
         return None
-    img = google.normalize(_tower(arrays, "img/"))
+    of_any_shape = "img/embedding/kernel" in arrays and arrays["img/embedding/kernel"].ndim == 2
+    img = google.normalize(_of_a_grid(_tower(arrays, "img/")) if of_any_shape else _tower(arrays, "img/"))
     txt = canonical(google.unstack(_tower(arrays, "txt/")))
     if (more := txt.pop("Encoder_0/pos_embedding", None)) is not None:  # of older files: it is added behind the other
         txt["pos_embedding"] = txt["pos_embedding"] + more
@@ -35,7 +42,15 @@ def open_towers(path: Path, arrays: Flat) -> Opened | None:
     known = describe.read(path)
     if known:
         known.check_sizes(flat, path)
-    return Opened(path, "two towers", flat, known or _description(img, txt, flat, path))
+    return Opened(path, "two towers", flat, known or _description(img, txt, flat, path, of_any_shape))
+
+
+def _of_a_grid(flat: Flat) -> Flat:
+    """NaFlex's linear map of flat patches (p·p·3, d) as a convolution's, and its positions (side, side, d) as a table."""
+    kernel, table = flat["embedding/kernel"], flat["pos_embedding"]
+    side = math.isqrt(kernel.shape[0] // 3)
+    grid = {"embedding/kernel": kernel.reshape(side, side, 3, -1), "pos_embedding": table.reshape(1, -1, table.shape[-1])}
+    return flat | grid
 
 
 def _tower(arrays: Flat, prefix: str) -> Flat:
@@ -67,7 +82,7 @@ def describe_towers(
     return Description(**about, model=fields, text=tokens, **usual | entries)
 
 
-def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
+def _description(img: Flat, txt: Flat, flat: Flat, path: Path, of_any_shape: bool) -> Description:
     facts = google.facts(img)
     if any(name.startswith("BertEncoder_0/") for name in txt):
         text = _bert(txt)
@@ -82,9 +97,9 @@ def _description(img: Flat, txt: Flat, flat: Flat, path: Path) -> Description:
         text=text,
         tokens=tokens,
         image_size=facts.image_size,
-        resize=facts.resize,
         mean=facts.mean,
         std=facts.std,
+        **(_NAFLEX if of_any_shape else {"resize": facts.resize}),
     )
 
 

@@ -187,6 +187,11 @@ class Settings:
         return self.pp.crop, self.pp.crop_width or self.pp.crop
 
     @property
+    def tfds_folders(self) -> dict[str, str | None]:
+        """Keywords of `data.sources.get_source`."""
+        return {"tfds_data_dir": self.tfds_data_dir, "tfds_manual_dir": self.tfds_manual_dir}
+
+    @property
     def sources(self) -> dict[str, str]:
         """What `pretrained` names, by tower; that of a whole model is called ""."""
         named = self.pretrained if isinstance(self.pretrained, Mapping) else {"": self.pretrained}

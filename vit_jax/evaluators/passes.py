@@ -29,9 +29,8 @@ def open_split(experiment: Experiment, split: str | None, dataset: str | None) -
         return experiment.test_source
     if dataset is None and split == settings.pp.train:
         return experiment.train_source
-    where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
-    needs = experiment.task.needs
-    return sources.get_source(dataset or settings.dataset, split or settings.pp.test, needs=needs, **where)
+    asked = dataset or settings.dataset, split or settings.pp.test
+    return sources.get_source(*asked, needs=experiment.task.needs, **settings.tfds_folders)
 
 
 def of_split(make_score: Callable[..., Callable]) -> Callable[..., Callable[[Any], dict[str, float]]]:

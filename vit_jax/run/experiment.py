@@ -51,8 +51,7 @@ def build(
     get_source: Callable[..., sources.Source] = sources.get_source,
 ) -> Experiment:
     """The experiment of a recipe. Raises UserError for whatever does not fit together. See `Experiment.origin`."""
-    where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
-    where["needs"] = tasks.needs(settings)
+    where = {"needs": tasks.needs(settings), **settings.tfds_folders}
     train_source = get_source(settings.dataset, settings.pp.train, **where)
     test_source = get_source(settings.dataset, settings.pp.test, **where)
     parallelism = make_parallelism(settings)

@@ -38,8 +38,8 @@ SIDE = 128, 224
 
 def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Image:
     """The picture of a recipe."""
-    where = {"tfds_data_dir": settings.tfds_data_dir, "tfds_manual_dir": settings.tfds_manual_dir}
-    source = sources.get_source(settings.dataset, settings.pp.train, needs=tasks.needs(settings), **where)
+    needs = tasks.needs(settings)
+    source = sources.get_source(settings.dataset, settings.pp.train, needs=needs, **settings.tfds_folders)
     source = memory.kept_in_memory(source, settings.cache_gb)  # as in training: it decides at which scale photos are decoded
     task = tasks.make(Setup(settings, source.features, find_origin(settings)))
     return draw(augmented(task, source, settings, rows=rows, columns=columns))

@@ -1,4 +1,4 @@
-"""Shards give the pairs that were put into them, from an index that is made once; what is wrong with a pair is named."""
+"""Shards give the pairs, classes and images that were put into them, from an index made once; what is wrong is named."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def test_an_index_is_made_once_and_anew_for_another_file(folder, monkeypatch):
     before = get_source(pattern, "train").fingerprint()
     assert len(list(folder.glob(".train-*.tar.index.npz"))) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_made", None)
+        patch.setattr(shards, "_listed", None)
         assert get_source(pattern, "train").fingerprint() == before
     write(folder / "train-09.tar", pair("n", "drei"))
     changed = get_source(pattern, "train")
@@ -98,7 +98,7 @@ def test_where_nothing_can_be_written_the_index_is_in_the_cache(folder, tmp_path
     monkeypatch.setattr(shards, "write_atomically", write_atomically)
     assert len(get_source(str(folder), "train")) == 5
     assert len(list((tmp_path / "cache" / "shards").glob("*.npz"))) == 3 and not list(folder.glob(".*"))
-    monkeypatch.setattr(shards, "_made", None)
+    monkeypatch.setattr(shards, "_listed", None)
     assert [example["text"] for example in get_source(str(folder), "train")] == TEXTS
 
 
@@ -114,7 +114,7 @@ def test_where_nothing_can_be_written_the_index_is_in_the_cache(folder, tmp_path
         ({"a.jpg": b"x", "a.json": b'{"text": []}'}, "it has text=\\[\\]"),
         ({"a.jpg": b"x", "a.json": b'{"text": '}, "s.tar: a: its text is no JSON"),
         ({"a.jpg": b"x", "a.json": b"[" * 100_000}, "s.tar: a: its text is no JSON"),
-        ({"a.jpg": b"x", "a.png": b"x", "a.txt": b"x"}, "s.tar: a.png is the second image of this pair"),
+        ({"a.jpg": b"x", "a.png": b"x", "a.txt": b"x"}, "s.tar: a.png is the second image of its key"),
         ({"a.jpg": b"x", "a.txt": b"x" * (shards.LARGEST_TEXT + 1)}, "its text has 1,048,577 bytes, allowed are 1,048,576"),
         ({"readme.md": b"x"}, "s.tar holds no pairs of an image"),
     ],
@@ -149,3 +149,69 @@ def test_only_regular_files_whole_and_unpacked_are_read(tmp_path):
             get_source(str(tmp_path / name), "train")
     with pytest.raises(UserError, match=r"is all for training: name parts, such as --config.pp.train='train\[:99%\]'"):
         get_source(str(tmp_path / "cut.tar"), "test")
+
+
+def classes(folder, split="train"):
+    return get_source(str(folder), split, needs=("image", "label"))
+
+
+def test_classes_are_numbers_or_names_in_an_order_that_mixes_them(tmp_path):
+    write(tmp_path / "train-0.tar", {f"{i:02}.{kind}": x for i in range(8) for kind, x in (("jpg", jpeg(i)), ("cls", b"0\n"))})
+    json_of = {f"{i:02}.json": json.dumps({"label": 2, "text": "not read"}).encode() for i in range(8, 16)}
+    write(tmp_path / "train-1.tar", json_of | {f"{i:02}.png": jpeg(i) for i in range(8, 16)})
+    source = classes(tmp_path)
+    found = [(example["label"], example["image"], source.where(i)[-2:]) for i, example in enumerate(source)]
+    assert sorted(found, key=lambda x: x[2]) == [(2 if i > 7 else 0, jpeg(i), f"{i:02}") for i in range(16)]
+    assert source.class_names == ("0", "1", "2") and {label for label, *_ in found[:6]} == {0, 2}
+    part = classes(tmp_path / "train-{0..1}.tar", "train[50%:]")
+    assert [part[i] for i in range(len(part))] == [source[i] for i in range(8, 16)]
+    assert part.fingerprint()["names"] != source.fingerprint()["names"]
+    (tmp_path / "classes.txt").write_text("cat\ndog\nö\n")
+    write(tmp_path / "test-0.tar", {"a.jpg": jpeg(1), "a.cls": b"1", "b.jpg": jpeg(2), "b.cls": b"7"})
+    test = classes(tmp_path, "test")
+    assert test.class_names == ("cat", "dog", "ö")
+    by_key = {test.where(i)[-1]: i for i in range(2)}
+    assert test[by_key["a"]] == {"image": jpeg(1), "label": 1}
+    with pytest.raises(UserError, match="test-0.tar: b is of class 7, which no shard for training has"):
+        test[by_key["b"]]
+    named = {"a.jpg": jpeg(1), "a.cls": "ö".encode(), "b.jpg": jpeg(2), "b.json": b'{"cls": "dog"}'}
+    write(tmp_path / "names.tar", named)
+    assert {classes(tmp_path / "names.tar")[i]["label"] for i in range(2)} == {0, 1}
+    assert classes(tmp_path / "names.tar").class_names == ("dog", "ö")
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"a.cls": b"1"}, "s.tar: a has a class without an image"),
+        (
+            {"a.jpg": b"x", "a.txt": b"x"},
+            "s.tar: a has an image without a class: add .cls or .json, or remove it; .* unlabelled:",
+        ),
+        ({"a.jpg": b"x", "a.cls": b" "}, "s.tar: a has class none: .cls, or label or cls in .json, is a number or a name"),
+        ({"a.jpg": b"x", "a.json": b'{"label": true}'}, "s.tar: a has class True"),
+        ({"a.jpg": b"x", "a.json": b"[1"}, "s.tar: a: its class cannot be read"),
+        ({"a.jpg": b"x", "a.cls": b"\xff"}, "s.tar: a: its class cannot be read"),
+        ({"a.jpg": b"x", "a.cls": b"9" * 99}, "has class 9.*, allowed are 0 to 999,999"),
+        ({"a.jpg": b"x", "a.cls": b"0"}, "has one class only, 0: two or more are needed"),
+        (
+            {"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x", "b.cls": b"-1"},
+            r"some classes are numbers .*, and others names \(1 and -1\)",
+        ),
+        ({"a.md": b"x"}, "s.tar holds no pairs of an image .* and .cls or .json"),
+    ],
+)
+def test_what_is_wrong_with_a_class_is_named(tmp_path, members, message):
+    write(tmp_path / "s.tar", members)
+    with pytest.raises(UserError, match=message):
+        classes(tmp_path / "s.tar")
+
+
+def test_images_alone_are_read_whatever_else_there_is(tmp_path):
+    write(tmp_path / "train-0.tar", {f"{i:02}.{kind}": x for i in range(20) for kind, x in (("jpg", jpeg(i)), ("cls", b"0"))})
+    for dataset in (f"unlabelled:{tmp_path}/train-0.tar", f"unlabelled:{tmp_path}"):
+        train, test = (get_source(dataset, split) for split in ("train", "test"))
+        assert (len(train), len(test), set(train.features)) == (18, 2, {"image"})
+        assert sorted(example["image"] for source in (train, test) for example in source) == sorted(map(jpeg, range(20)))
+    write(tmp_path / "val-0.tar", {"a.jpg": jpeg(1)})
+    assert [len(get_source(f"unlabelled:{tmp_path}", split)) for split in ("train", "test", "train[:5]")] == [20, 1, 5]

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,17 +43,57 @@ class Index(NamedTuple):
     is_json: np.ndarray
 
 
-class ShardSource(InFiles):
-    """The pairs of some shards, in their order."""
+Members = dict[str, dict[str, tuple[int, int]]]
+"""Offset and size by key and kind: "image", and those of `Layout.kinds`."""
+
+
+class Layout(NamedTuple):
+    """What is read of a shard.
+
+    Attributes:
+      index: a NamedTuple of arrays, with `keys` and `images`.
+      name: the end of the file that keeps an index.
+      kinds: what is read besides images, by suffix.
+      needed: what a shard must hold, in words.
+      make: (file, members, name of the shard) → index; it checks what belongs to a key.
+    """
+
+    index: type
+    name: str
+    kinds: Mapping[str, str]
+    needed: str
+    make: Callable[[Any, Members, str], Any]
+
+
+class InShards(InFiles):
+    """Examples that lie in shards, of which an index tells the places."""
 
     exif_rotated = True
 
+    def __init__(self, shards: list[Path], split: str, layout: Layout):
+        self._shards, self._indices = shards, indices_of(shards, layout)
+        super().__init__([len(index.keys) for index in self._indices], split)
+
+    def where(self, index: int) -> str:
+        shard, i = self._place(index)
+        return f"{shown(self._shards[shard])}: {printable(self._indices[shard].keys[i].decode(errors='replace'))}"
+
+    def _members(self, index: int, *kinds: str) -> list[bytes]:
+        """What the shard holds of an example, by the names of the places in its index."""
+        shard, i = self._place(index)
+        try:
+            with open_regular(self._shards[shard]) as f:
+                return [read_at(f, *getattr(self._indices[shard], kind)[i]) for kind in kinds]
+        except OSError as error:
+            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}{MOVED}") from error
+
+
+class ShardSource(InShards):
+    """The pairs of some shards, in their order."""
+
     def __init__(self, shards: list[Path], split: str):
+        super().__init__(shards, split, PAIRS)
         self.features = {"image": Image(), "text": Text()}
-        with ThreadPoolExecutor() as executor:
-            indices = list(executor.map(_index, shards))
-        super().__init__([len(index.keys) for index in indices], split)
-        self._shards, self._indices = shards, indices
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, text = self._members(index, "images", "texts")
@@ -61,10 +101,6 @@ class ShardSource(InFiles):
 
     def texts(self, index: int) -> tuple[str, ...]:
         return self._said(index, *self._members(index, "texts"))
-
-    def where(self, index: int) -> str:
-        shard, i = self._place(index)
-        return f"{shown(self._shards[shard])}: {printable(self._indices[shard].keys[i].decode(errors='replace'))}"
 
     def fingerprint(self) -> dict[str, str | int]:
         keys = (key for index in self._indices for key in index.keys.tolist())
@@ -76,15 +112,6 @@ class ShardSource(InFiles):
         shard, i = self._place(index)
         return _sentences(text, bool(self._indices[shard].is_json[i]), self.where(index))
 
-    def _members(self, index: int, *kinds: str) -> list[bytes]:
-        """What the shard holds of an example, by the names of the places in its index."""
-        shard, i = self._place(index)
-        try:
-            with open_regular(self._shards[shard]) as f:
-                return [_read(f, *getattr(self._indices[shard], kind)[i]) for kind in kinds]
-        except OSError as error:
-            raise UserError(f"{self.where(index)} cannot be read: {error.strerror}{MOVED}") from error
-
 
 def is_pattern(dataset: str) -> bool:
     """Whether a dataset is named as tar files: `name.tar` or `name-{000..012}.tar`."""
@@ -92,10 +119,15 @@ def is_pattern(dataset: str) -> bool:
 
 
 def open_pattern(pattern: str, split: str) -> ShardSource:
-    """The pairs of `name.tar` or `name-{000..012}.tar`: all make up `train`, of which parts are for testing.
+    """The pairs of `name.tar` or `name-{000..012}.tar`, see `named`.
 
     Raises UserError for a shard that is not there, for what is no tar file, and for whatever is wrong with a pair.
     """
+    return ShardSource(named(pattern, split), split)
+
+
+def named(pattern: str, split: str) -> list[Path]:
+    """The files of `name.tar` or `name-{000..012}.tar`: all make up `train`, of which parts are for testing."""
     if not pattern.endswith(".tar"):
         raise UserError(f"{printable(pattern)}: nothing can be read from its place in a compressed file: unpack it to .tar")
     if split.partition("[")[0] != "train":
@@ -103,7 +135,7 @@ def open_pattern(pattern: str, split: str) -> ShardSource:
             f"{printable(pattern)} is all for training: name parts, such as --config.pp.train='train[:99%]' and"
             f" --config.pp.test='train[99%:]', not {split!r}"
         )
-    return ShardSource([Path(name) for name in _expanded(pattern)], split)
+    return [Path(name) for name in _expanded(pattern)]
 
 
 def open_folder(path: str, split: str) -> ShardSource | None:
@@ -129,17 +161,24 @@ def _expanded(pattern: str) -> Iterator[str]:
             yield f"{start}{number:0{len(first)}}{after}"
 
 
-def _index(shard: Path) -> Index:
+def indices_of(shards: list[Path], layout: Layout) -> list[Any]:
+    """The index of each shard."""
+    with ThreadPoolExecutor() as executor:
+        return list(executor.map(lambda shard: _index(shard, layout), shards))
+
+
+def _index(shard: Path, layout: Layout) -> Any:
     """The index of a shard: the one that is kept, if it is of this very file, or a new one."""
     try:
         with open_regular(shard) as f:
             status = os.fstat(f.fileno())
             of_file = np.array([status.st_size, status.st_mtime_ns])
-            kept = (shard.with_name(f".{shard.name}.index.npz"), _cached(shard))
+            kept = (shard.with_name(f".{shard.name}.{layout.name}.npz"), _cached(shard, layout))
             for path in kept:
-                if (index := _kept(path, of_file)) is not None:
+                if (index := _kept(path, of_file, layout)) is not None:
                     return index
-            index = _made(f, shard, status.st_size)
+            members = _listed(f, shard, status.st_size, layout)
+            index = layout.make(f, members, shown(shard))
     except OSError as e:
         raise UserError(f"{shown(shard)} cannot be read: {e.strerror}") from e
     except UserError as e:
@@ -153,33 +192,33 @@ def _index(shard: Path) -> Index:
     return index
 
 
-def _cached(shard: Path) -> Path:
+def _cached(shard: Path, layout: Layout) -> Path:
     """Where the index is kept if it cannot be beside the shard."""
     cache = os.environ.get("VIT_JAX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vit_jax")
     name = hashlib.blake2s(os.fsencode(shard.absolute()), digest_size=16).hexdigest()
-    return Path(cache).expanduser() / "shards" / f"{name}.npz"
+    return Path(cache).expanduser() / "shards" / f"{name}.{layout.name}.npz"
 
 
-def _kept(path: Path, of_file: np.ndarray) -> Index | None:
+def _kept(path: Path, of_file: np.ndarray, layout: Layout) -> Any:
     """An index that was written for a file of this size and time; None if there is none."""
     try:
         with open_regular(path) as f:
             arrays = dict(np.load(f, allow_pickle=False))
         if np.array_equal(arrays.pop("of_file"), of_file):
-            return Index(**arrays)
+            return layout.index(**arrays)
     except Exception:  # of zipfile's, zlib's and NumPy's many kinds: there is none, or it is damaged and made anew
         pass
     return None
 
 
-def _made(f: Any, shard: Path, size: int) -> Index:
-    """Reads where the members lie, and checks every pair."""
-    pairs: dict[str, dict[str, tuple[int, int]]] = {}
+def _listed(f: Any, shard: Path, size: int, layout: Layout) -> Members:
+    """Reads where the members lie."""
+    found: Members = {}
     ignored: Counter[str] = Counter()
     try:
         with tarfile.open(fileobj=f, mode="r:") as tar:
             for member in tar:
-                key, kind = _key_and_kind(member.name)
+                key, kind = _key_and_kind(member.name, layout.kinds)
                 if kind is None or member.isdir():
                     ignored.update([] if member.isdir() else [_suffix(member.name)])
                     continue
@@ -188,32 +227,50 @@ def _made(f: Any, shard: Path, size: int) -> Index:
                     raise UserError(f"{where} is a link, a device or a sparse file: only regular files are read")
                 if member.offset_data + member.size > size:
                     raise UserError(f"{where} is cut off: fetch the file anew")
-                if kind in pairs.setdefault(key, {}):
-                    raise UserError(f"{where} is the second {kind} of this pair: keep one of them")
-                pairs[key][kind] = member.offset_data, member.size
+                if kind in found.setdefault(key, {}):
+                    raise UserError(f"{where} is the second {kind} of its key: keep one of them")
+                found[key][kind] = member.offset_data, member.size
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as e:
         raise (e if isinstance(e, UserError) else UserError(f"{shown(shard)} is no tar file, or is cut off: {e}")) from e
-    if not pairs:
-        raise UserError(f"{shown(shard)} holds no pairs of an image ({', '.join(IMAGE_SUFFIXES[:5])} …) and .txt or .json")
-    for key, members in pairs.items():
-        _check_pair(f, members, f"{shown(shard)}: {printable(key)}")
+    if not found:
+        raise UserError(f"{shown(shard)} holds no {layout.needed}")
     if ignored:
         kinds = ", ".join(f"{n:,} {printable(suffix, 20)}" for suffix, n in ignored.most_common(10))
         log.info("%s: ignored %d members: %s", shown(shard), ignored.total(), kinds)
+    return found
+
+
+def _pairs(f: Any, pairs: Members, shard: str) -> Index:
+    for key, members in pairs.items():
+        _check_pair(f, members, f"{shard}: {printable(key)}")
     texts = [members.get("txt", members.get("json")) for members in pairs.values()]
     return Index(
-        keys=np.array([key.encode("utf-8", "surrogateescape") for key in pairs]),
-        images=np.array([members["image"] for members in pairs.values()], np.int64),
+        keys=keys_of(pairs),
+        images=places_of(pairs),
         texts=np.array(texts, np.int64),
         is_json=np.array(["txt" not in members for members in pairs.values()]),
     )
 
 
-def _key_and_kind(name: str) -> tuple[str, str | None]:
-    """What pairs the members of a tar file, and "image", "txt" or "json"; None for other suffixes, from the first dot on."""
+IMAGES_NEEDED = f"an image ({', '.join(IMAGE_SUFFIXES[:5])} …)"
+PAIRS = Layout(Index, "index", {".txt": "txt", ".json": "json"}, f"pairs of {IMAGES_NEEDED} and .txt or .json", _pairs)
+
+
+def keys_of(members: Members) -> np.ndarray:
+    """The keys, (n,) bytes."""
+    return np.array([key.encode("utf-8", "surrogateescape") for key in members])
+
+
+def places_of(members: Members) -> np.ndarray:
+    """(n, 2) offset and size of the images."""
+    return np.array([kinds["image"] for kinds in members.values()], np.int64)
+
+
+def _key_and_kind(name: str, kinds: Mapping[str, str]) -> tuple[str, str | None]:
+    """What the members of an example share, and "image" or one of `kinds`; None for other suffixes, from the first dot on."""
     folder, base = os.path.split(name)
     stem, suffix = base.partition(".")[0], _suffix(base)
-    kind = "image" if suffix in IMAGE_SUFFIXES else {".txt": "txt", ".json": "json"}.get(suffix)
+    kind = "image" if suffix in IMAGE_SUFFIXES else kinds.get(suffix)
     return os.path.join(folder, stem), kind if stem else None
 
 
@@ -227,13 +284,16 @@ def _check_pair(f: Any, members: dict[str, tuple[int, int]], where: str) -> None
         raise UserError(f"{where} has a text without an image: add it, or remove the text")
     place = members.get("txt", members.get("json"))
     if place is None:
-        raise UserError(f"{where} has an image without a text: add .txt or .json, or remove the image")
+        raise UserError(
+            f"{where} has an image without a text: add .txt or .json, or remove it; images alone are unlabelled:SHARDS"
+        )
     if place[1] > LARGEST_TEXT:
         raise UserError(f"{where}: its text has {place[1]:,} bytes, allowed are {LARGEST_TEXT:,}")
-    _sentences(_read(f, *place), "txt" not in members, where)
+    _sentences(read_at(f, *place), "txt" not in members, where)
 
 
-def _read(f: Any, offset: int, size: int) -> bytes:
+def read_at(f: Any, offset: int, size: int) -> bytes:
+    """So many bytes of a file from a place on."""
     f.seek(offset)
     return f.read(size)
 

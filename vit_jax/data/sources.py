@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from vit_jax.data import captions, detection, listing, parquet, segmentation, shards
+from vit_jax.data import captions, class_shards, detection, listing, parquet, segmentation, shards
 from vit_jax.data.digit_canvas import DigitCanvasSource
 from vit_jax.data.digit_pairs import DigitPairsSource
 from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
@@ -19,7 +19,7 @@ from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, MOVED, Listing, read_file, shown
 from vit_jax.data.splits import TEST_NAMES, split_range
-from vit_jax.data.unlabelled import PREFIX, UnlabelledSource
+from vit_jax.data.unlabelled import PREFIX, open_unlabelled
 from vit_jax.errors import UserError
 
 log = logging.getLogger("vit_jax")
@@ -43,8 +43,8 @@ def get_source(
     `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas`, `digit_pairs` (see
     their classes), the path of an existing folder (see FolderSource, detection.open_folder for images with boxes,
     segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences,
-    parquet.open_folder for Parquet files with labels),
-    `unlabelled:FOLDER` (see UnlabelledSource), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
+    class_shards.open_folder and parquet.open_folder for tar and Parquet files with classes),
+    `unlabelled:FOLDER` (see open_unlabelled), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
     alone the two tfds folders are. A folder of several layouts is read in the one that offers what a task `needs`.
 
     Raises UserError for an unknown dataset, split or empty part.
@@ -62,14 +62,15 @@ def get_source(
     if dataset == "digit_pairs":
         return DigitPairsSource(split)
     if dataset.startswith(PREFIX):
-        return UnlabelledSource(dataset.removeprefix(PREFIX), split)
+        return open_unlabelled(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        layouts = sorted((detection, segmentation, captions, shards, parquet), key=lambda layout: layout.OFFERS not in needs)
+        layouts = (detection, segmentation, captions, shards, class_shards, parquet)
+        layouts = sorted(layouts, key=lambda layout: layout.OFFERS not in needs)
         known = (source for layout in layouts if (source := layout.open_folder(path, split)))
         return next(known, None) or FolderSource(path, split)
     if shards.is_pattern(path):
-        return shards.open_pattern(path, split)
+        return (class_shards if class_shards.OFFERS in needs else shards).open_pattern(path, split)
     # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z]\w*(:[\w.*]+)?(/[\w.+-]+(:[\w.*]+)?)?", dataset):
         raise UserError(

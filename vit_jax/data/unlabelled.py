@@ -1,16 +1,22 @@
-"""Images without classes: every one below a folder, however it is sorted."""
+"""Images without classes: every one below a folder, however it is sorted, or in tar files."""
 
 import hashlib
 import os
 from typing import Any
 
-from vit_jax.data import listing
+from vit_jax.data import class_shards, listing
 from vit_jax.data.features import Image, Source, digest
 from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError
 
 PREFIX = "unlabelled:"
 HELD_OUT = 0.1
+
+
+def open_unlabelled(name: str, split: str) -> Source:
+    """The images alone of tar files, see `class_shards.open_images`, or of a folder, see UnlabelledSource."""
+    path = os.path.expanduser(name)
+    return class_shards.open_images(path, split) or UnlabelledSource(name, split)
 
 
 class UnlabelledSource(Source):

@@ -20,6 +20,7 @@ from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
 Logits = Float[Array, "b classes"]
+NEEDS = ("image", "label")
 
 
 def make_task(setup: Setup) -> Task:
@@ -33,7 +34,7 @@ def make_task(setup: Setup) -> Task:
     prepare = images.make_prepare(settings, len(names), mean, std)
     return Task(
         model=model,
-        needs=("image", "label"),
+        needs=NEEDS,
         train_example=make_train_example(shapes.train_fields(settings, model), len(names)),
         eval_example=make_eval_example(shapes.eval_fields(settings, model), len(names)),
         init=make_init(model.module, settings.image_size),

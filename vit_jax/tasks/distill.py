@@ -18,6 +18,7 @@ from vit_jax.tasks import classify, images
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Task
 
+NEEDS = classify.NEEDS
 KINDS = ("soft", "hard", "function_matching")
 
 Images = Float[Array, "b h w c"]

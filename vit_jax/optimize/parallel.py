@@ -159,7 +159,11 @@ class Pmap:
 
     def prefetch(self, batches: Iterator[dict[str, np.ndarray]], size: int) -> Iterator[dict[str, Array]]:
         """Sends batches to the devices, `size` of them ahead of the one in use."""
-        return _prefetch(map(self.send, batches), size)
+        sent = map(self.send, batches)
+        queue = deque(itertools.islice(sent, size))
+        while queue:
+            yield queue.popleft()
+            queue.extend(itertools.islice(sent, 1))
 
     def _stored(self) -> jax.sharding.Sharding:
         if jax.process_count() == 1:
@@ -385,13 +389,6 @@ def _unstrided(micro_batches: Tree) -> Tree:
 def _local_copy(tree: Tree) -> Tree:
     """NumPy copies of host arrays, or of global arrays that are whole on every device."""
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree)
-
-
-def _prefetch(sent: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
-    queue = deque(itertools.islice(sent, size))
-    while queue:
-        yield queue.popleft()
-        queue.extend(itertools.islice(sent, 1))
 
 
 @jax.jit

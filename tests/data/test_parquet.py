@@ -56,6 +56,16 @@ def test_rows_are_read_in_any_order_from_several_files(tmp_path):
     assert len(part) == 3 and part[1] == train[6] and part.fingerprint() != train.fingerprint()
 
 
+def test_images_alone_need_no_label(tmp_path):
+    write(tmp_path / "train.parquet", range(20), features={"img": {"_type": "Image"}})
+    train, test = (sources.get_source(f"unlabelled:{tmp_path}", split) for split in ("train", "test"))
+    assert (len(train), len(test), set(train.features)) == (18, 2, {"image"}) and train.fingerprint() != test.fingerprint()
+    assert sorted(example["image"] for source in (train, test) for example in source) == sorted(map(png, range(20)))
+    assert sources.get_source(f"unlabelled:{tmp_path}", "train[3:]")[0] == train[3]
+    write(tmp_path / "test.parquet", range(3))
+    assert [len(sources.get_source(f"unlabelled:{tmp_path}", split)) for split in ("train", "test")] == [20, 3]
+
+
 def test_few_groups_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("vit_jax.data.parquet.KEPT", 1)
     write(tmp_path / "train.parquet", range(12))

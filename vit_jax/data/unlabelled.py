@@ -1,10 +1,10 @@
-"""Images without classes: every one below a folder, however it is sorted, or in tar files."""
+"""Images without classes: every one below a folder, however it is sorted, or in tar or Parquet files."""
 
 import hashlib
 import os
 from typing import Any
 
-from vit_jax.data import class_shards, listing
+from vit_jax.data import class_shards, listing, parquet
 from vit_jax.data.features import Image, Source, digest
 from vit_jax.data.splits import TEST_NAMES, split_range
 from vit_jax.errors import UserError
@@ -14,9 +14,9 @@ HELD_OUT = 0.1
 
 
 def open_unlabelled(name: str, split: str) -> Source:
-    """The images alone of tar files, see `class_shards.open_images`, or of a folder, see UnlabelledSource."""
+    """The images alone of tar or Parquet files, see `open_images` of class_shards and parquet, or of a folder."""
     path = os.path.expanduser(name)
-    return class_shards.open_images(path, split) or UnlabelledSource(name, split)
+    return class_shards.open_images(path, split) or parquet.open_images(path, split) or UnlabelledSource(name, split)
 
 
 class UnlabelledSource(Source):

@@ -52,6 +52,8 @@ def main() -> None:
         return
     if not weights.exists():
         write_weights(args.onnx, weights)
+    if "timm" in args.rows.split(",") and not (for_timm := weights.with_name("dinov2_small_timm")).exists():
+        subprocess.run([sys.executable, "-m", "vit_jax.convert", str(weights), str(for_timm), "--to=timm"], check=True)
     rows = []
     for folder in args.folders.split(","):
         images = args.out.resolve() / "images" / folder
@@ -138,10 +140,7 @@ def _timm(weights: Path):
 
     with without_torchvision():
         import timm
-    file = weights.with_name("dinov2_small_timm")
-    if not file.exists():
-        subprocess.run([sys.executable, "-m", "vit_jax.convert", str(weights), str(file), "--to=timm"], check=True)
-    checkpoint = next(file.rglob("*.safetensors"))
+    checkpoint = next(weights.with_name("dinov2_small_timm").rglob("*.safetensors"))
     model = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0, dynamic_img_size=True)
     timm.models.load_checkpoint(model, str(checkpoint))
     return lambda x: model.eval()(x)

@@ -63,10 +63,12 @@ def cross_entropy(logits, labels):
     return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels])
 
 
-def test_the_head_is_scikit_learns_logistic_regression_of_all_views():
-    x, labels = two_views()
+@pytest.mark.parametrize("d", [12, 320])
+def test_the_head_is_scikit_learns_logistic_regression_of_all_views(d):
+    """Of less numbers in a row than there are rows, and of more."""
+    x, labels = two_views(d=d)
     head = fit_head.fit(x, labels, np.eye(5, dtype=np.float32)[labels], L2)
-    rows, twice = x.reshape(-1, 12).astype(np.float64), np.tile(labels, 2)
+    rows, twice = x.reshape(-1, d).astype(np.float64), np.tile(labels, 2)
     scaled = (rows - rows.mean(axis=0)) / (rows.std(axis=0) + 1e-5)
     peers = {value: LogisticRegression(C=1 / (300 * value), solver="newton-cg", tol=1e-10, max_iter=500) for value in L2}
     peer = peers[head.l2].fit(scaled, twice)

@@ -96,8 +96,12 @@ def fit(
     v, n, d = x.shape
     x = x.reshape(v * n, d)
     mean, std = x.mean(axis=0, dtype=np.float64) * with_bias, x.std(axis=0, dtype=np.float64) + 1e-5
-    x = jnp.asarray((x - mean) / std, jnp.float32)
-    every, nothing = jnp.tile(targets, (v, 1)), (jnp.zeros((d, targets.shape[1])), jnp.zeros(targets.shape[1]))
+    x, basis = (x - mean) / std, None
+    if v * n < d:  # the best kernel is a sum of rows: their coordinates in the space that they span tell all, and are fewer
+        basis, r = np.linalg.qr(x.T)
+        x = r.T
+    x = jnp.asarray(x, jnp.float32)
+    every, nothing = jnp.tile(targets, (v, 1)), (jnp.zeros((x.shape[1], targets.shape[1])), jnp.zeros(targets.shape[1]))
 
     def solve(begin: probe.Weights, counted: Bool[np.ndarray, " n"], l2: float, tolerance: float) -> probe.Weights:
         how = {"loss": LOSSES[loss], "with_bias": with_bias, "tolerance": tolerance}
@@ -114,7 +118,7 @@ def fit(
                 break
         chosen = min(losses, key=losses.__getitem__)
     kernel, bias = (np.asarray(part, np.float64) for part in solve(nothing, np.ones(n, bool), chosen, TOLERANCE))
-    kernel = kernel / std[:, None]
+    kernel = (kernel if basis is None else basis @ kernel) / std[:, None]
     return Head(kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32), chosen)
 
 

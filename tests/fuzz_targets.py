@@ -86,6 +86,34 @@ def towers(to: str) -> Files:
         text={"tokenizer": "clip", "vocab": "tokenizer.json", "max_len": 16},
         task={"type": "contrast", "max_len": 16},
     )
+    return _random(init, described, to)
+
+
+def captioner() -> Files:
+    """A tiny ViT with a GPT-2 of another width, as transformers saves them."""
+    vit = {"hidden_size": 16, "patches": {"size": (4, 4)}, "num_classes": None, "classifier": "token"}
+    vit |= {"transformer": {"num_layers": 1, "mlp_dim": 32, "num_heads": 2, "activation": "gelu"}}
+    fields = {"vocabulary": 30, "width": 12, "num_heads": 2, "mlp_dim": 20, "num_layers": 1, "max_length": 16, "norm_eps": 1e-5}
+    fields |= {"body": {"vit": vit}, "tied": True, "use_bias": True, "project_memory": True}
+    init = functools.partial(
+        models.build("Captioner", fields).init, images=np.zeros((1, SIDE, SIDE, 3)), tokens=np.zeros((1, 16), int)
+    )
+    described = describe.Description(
+        model_type="Captioner",
+        model=fields,
+        image_size=(SIDE, SIDE),
+        grid=(2, 2),
+        mean=(127.5,) * 3,
+        std=(127.5,) * 3,
+        class_names=(),
+        text={"tokenizer": "gpt2", "vocab": "tokenizer.json", "max_len": 16},
+        task={"type": "caption", "beams": 1, "length_penalty": 1.0},
+    )
+    return _random(init, described, "hf")
+
+
+def _random(init: Callable, described: describe.Description, to: str) -> Files:
+    """A model with random parameters in one of the layouts of `checkpoint.write_checkpoint`."""
     flat = flatten_dict(small.random_values(jax.eval_shape(init, jax.random.key(0))["params"]), sep="/")
     with tempfile.TemporaryDirectory() as folder:
         opened = checkpoint.Opened(Path(folder), "", flat, described)
@@ -406,6 +434,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
     "hf dinov2": (lambda: written("hf", **DINOV2), ""),
     "clip": (lambda: towers("hf"), ""),
     "openclip": (lambda: towers("openclip"), ""),
+    "captioner": (captioner, ""),
     "shards": (_shards, ""),
     "adapter": (adapter, "adapter.npz"),
 }

@@ -132,3 +132,8 @@ def test_what_gpt2_has_no_place_for_is_named(peer, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="activation_function"):
         checkpoint.open_checkpoint(tmp_path)
+    config["decoder"]["activation_function"] = "gelu_new"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text('{"num_beams": "many"}')
+    with pytest.raises(UserError, match=r"num_beams is \"many\"; it must be a whole number from 1"):
+        checkpoint.open_checkpoint(tmp_path)

@@ -111,15 +111,16 @@ def open_captioner(path: Path, arrays: Flat) -> Opened | None:
         "norm_eps": text.number("layer_norm_epsilon", 1e-5, 1e-12, 1),
     }
     written = read_object(folder / "generation_config.json")
-    said = lambda name, default: written.get(name) or config.get(name) or default  # noqa: E731
+    whole = lambda name, default, high: written.whole(name, config.whole(name, default, high=high), high=high)  # noqa: E731
+    penalty = written.number("length_penalty", config.number("length_penalty", 1.0, -10, 10), -10, 10)
     vocab = next((name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), "tokenizer.json")
     description = dataclasses.replace(
         vit,
         model_name=path.stem,
         model_type="Captioner",
         model={"body": {"vit": vit.model}, **fields},
-        text={"tokenizer": "gpt2", "vocab": vocab, "max_len": min(places, int(said("max_length", 20)))},
-        task={"type": "caption", "beams": int(said("num_beams", 1)), "length_penalty": float(said("length_penalty", 1.0))},
+        text={"tokenizer": "gpt2", "vocab": vocab, "max_len": min(places, whole("max_length", 20, 10**6))},
+        task={"type": "caption", "beams": whole("num_beams", 1, 1_000), "length_penalty": float(penalty)},
     )
     return Opened(path, NAME, flat, description)
 

@@ -41,6 +41,7 @@ DATA = (
 )
 MODEL = ("model.hidden_size=16", *(f"model.transformer.{field}" for field in ("num_layers=1", "mlp_dim=16", "num_heads=2")))
 TOWERS = (*(field.replace("model.", "model.image.", 1) for field in MODEL), "model.out_dim=(None,16)")
+SEGMENTER = tuple(field.replace("model.", "model.body.vit.", 1) for field in MODEL)
 DIGITS = ("pp.train=train[:60]", "pp.test=test[:20]")
 
 
@@ -101,6 +102,7 @@ def run(line: str) -> int:
         more = [*DATA, *(MODEL if "micro4" in given else ())]
         more += DIGITS if "digit" in given else ()
         more += TOWERS if given.startswith("lit:digits") else ()
+        more += (*SEGMENTER, *DIGITS) if given.startswith("segment") else ()
         added = [f"--config.{field}" for field in more]
         rest += [option for option in added if option.partition("=")[0] not in named]
     with arguments(name, *rest), pytest.raises(SystemExit) as stop:

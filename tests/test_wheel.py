@@ -20,6 +20,7 @@ FEW_STEPS = (
     "--config.batch=8",
     "--config.batch_eval=8",
     "--config.pp.test=test[:8]",
+    "--config.model.transformer.num_layers=1",
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoint.hostile import assert_refused
-from tests.models import transformer_peer
+from tests.models import small, transformer_peer
 from tests.models.torch_peer import without_torchvision
 from vit_jax import checkpoint, models
 from vit_jax.tasks import detect
@@ -55,7 +55,7 @@ def test_it_is_the_same_model_and_begins_a_detector(tmp_path, write):
     opened = checkpoint.open_checkpoint(path)
     assert opened.description.model["num_layers"] == list(UNITS) and opened.description.mean == (123.675, 116.28, 103.53)
     images = np.random.default_rng(0).normal(size=(2, 75, 102, 3)).astype(np.float32)
-    ours = models.build("BatchNormResNet", opened.description.model).apply({"params": opened.params}, images)
+    ours = jax.jit(models.build("BatchNormResNet", opened.description.model).apply)({"params": opened.params}, images)
     with torch.inference_mode():
         theirs = forward(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
@@ -63,7 +63,7 @@ def test_it_is_the_same_model_and_begins_a_detector(tmp_path, write):
     fields = {"body": {"resnet": opened.description.model}, "num_classes": 3, "num_queries": 4, "width": 16, "mlp_dim": 8}
     fields |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
     model = Model("DETR", fields, models.build("DETR", fields))
-    fresh = detect.make_init(model.module, (64, 64))(jax.random.key(0))
+    fresh = small.random_values(jax.eval_shape(detect.make_init(model.module, (64, 64)), jax.random.key(0)))
     for tower in ("", "backbone"):
         begun = detect.make_load(model, (64, 64))({tower: opened}, fresh)
         np.testing.assert_array_equal(

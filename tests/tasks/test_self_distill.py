@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
+from tests.models import small
 from tests.tasks import test_contract
 from vit_jax import models
 from vit_jax.checkpoint import resize
@@ -42,7 +43,7 @@ def probabilities(*shape, seed=0):
 
 def assert_equal_with_gradients(ours, theirs, *arrays):
     """Of JAX's and torch's functions of the same arrays: values, and gradients with respect to all of them."""
-    value, gradients = jax.value_and_grad(ours, argnums=tuple(range(len(arrays))))(*map(jnp.asarray, arrays))
+    value, gradients = jax.jit(jax.value_and_grad(ours, argnums=tuple(range(len(arrays)))))(*arrays)
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     expected = theirs(*tensors)
     expected.backward()
@@ -126,19 +127,19 @@ def test_a_centre_follows_the_mean_of_the_rows_that_count():
 def test_every_device_sees_the_rows_of_all(monkeypatch):
     """A device of two, by hand: sums and neighbours are those of both."""
     scores, x = np.clip(drawn(8, K), -1, 1), drawn(8, D)
-    whole, halves = centring.sinkhorn(scores, np.ones(8), 0.1, ONE), scores.reshape(2, 4, K)
+    whole, halves = jax.jit(lambda s: centring.sinkhorn(s, np.ones(8), 0.1, ONE))(scores), scores.reshape(2, 4, K)
     devices = dataclasses.make_dataclass("Two", ["sum", "all_examples", "device_index"])(
         lambda t: jax.lax.psum(t, "d"), lambda t: jax.lax.all_gather(t, "d", tiled=True), lambda: jax.lax.axis_index("d")
     )
-    parts = jax.vmap(lambda s: centring.sinkhorn(s, jnp.ones(4), 0.1, devices), axis_name="d")(halves)
+    parts = jax.jit(jax.vmap(lambda s: centring.sinkhorn(s, jnp.ones(4), 0.1, devices), axis_name="d"))(halves)
     np.testing.assert_allclose(parts.reshape(8, K), whole, atol=1e-6)
-    parts = jax.vmap(lambda y: koleo_loss(y, devices), axis_name="d")(x.reshape(2, 4, D))
-    np.testing.assert_allclose(parts.mean(), koleo_loss(x, ONE), rtol=1e-6)
+    parts = jax.jit(jax.vmap(lambda y: koleo_loss(y, devices), axis_name="d"))(x.reshape(2, 4, D))
+    np.testing.assert_allclose(np.mean(parts), jax.jit(lambda y: koleo_loss(y, ONE))(x), rtol=1e-6)
 
 
 def test_the_head_is_torchs():
     head, x = DinoHead(K, hidden=11, bottleneck=5), drawn(B, D)
-    params = head.init(jax.random.key(0), x)["params"]
+    params = jax.eval_shape(head.init, jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda p: np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32), params)
     y = torch.tensor(x)
     for i in range(3):
@@ -148,7 +149,7 @@ def test_the_head_is_torchs():
     last.parametrizations.weight.original0.data = torch.tensor(params["last_layer"]["scale"][:, None])
     last.parametrizations.weight.original1.data = torch.tensor(params["last_layer"]["kernel"].T)
     expected = last(F.normalize(y, dim=-1)).detach()
-    np.testing.assert_allclose(head.apply({"params": params}, x), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(head.apply)({"params": params}, x), expected, atol=1e-5)
 
 
 # Views and what is hidden of them
@@ -248,7 +249,7 @@ def test_positions_are_resampled_as_in_the_checkpoints_of_dinov2():
 def test_hidden_patches_are_not_seen():
     model = models.build("ViT", {**models.named("ViT-Micro_4")[1], "num_classes": None})
     images = drawn(2, 16, 16, 3)
-    params = {"params": model.init(jax.random.key(0), images)["params"]}
+    params = {"params": small.random_params(model, images)}
     hidden = np.zeros((2, 4, 4), bool)
     hidden[:, 1, 2] = True
     changed = images.copy()

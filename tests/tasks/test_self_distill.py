@@ -27,7 +27,7 @@ from vit_jax.tasks import backbone, centring, self_distill
 from vit_jax.tasks.dino import dino_loss
 from vit_jax.tasks.ibot import ibot_loss
 from vit_jax.tasks.koleo import koleo_loss
-from vit_jax.tasks.task import TrainingFailed
+from vit_jax.tasks.task import Context, TrainingFailed
 
 B, N, M, K, D = 5, 3, 4, 7, 6
 ONE = parallel.Mesh()  # one program sees the whole batch
@@ -289,11 +289,19 @@ def test_a_photo_that_is_too_small_is_named(tmp_path):
 
 
 def test_a_collapse_stops_the_run_with_words():
+    """Whether to one prototype or to all of them alike; a teacher that is sure of each image may be as sure."""
+    context, features = Context(0, {}, None, {}, {}, ONE), drawn(8, 2, D)
+    one, alike = np.eye(K)[np.zeros((8, 2), int)], np.full((8, 2, K), 1 / K)
+    sure = np.eye(K)[np.arange(16).reshape(8, 2) % K]
+    found = [self_distill.spread(jnp.asarray(taught), features, context) for taught in (one, alike, sure)]
+    np.testing.assert_allclose([x["teacher_entropy"] for x in found], [0, 1, 0], atol=1e-5)
+    np.testing.assert_allclose([x["teacher_information"] for x in found[:2]], 0, atol=1e-5)
     check = self_distill.make_check(beginning=2)
-    check(1, {"feature_spread": 0.0, "teacher_entropy": 1.0})
-    check(3, {"feature_spread": 0.2, "teacher_entropy": 1.0})
-    with pytest.raises(TrainingFailed, match="step 3: the teacher's features have collapsed"):
-        check(3, {"feature_spread": 0.001, "teacher_entropy": 1.0})
+    check(1, found[0])
+    check(3, found[2])
+    for collapsed in found[:2]:
+        with pytest.raises(TrainingFailed, match="step 3: the teacher has collapsed"):
+            check(3, collapsed)
 
 
 def test_a_teacher_becomes_the_backbone_of_the_next_run(tmp_path):

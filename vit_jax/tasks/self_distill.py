@@ -28,8 +28,8 @@ from vit_jax.tasks.koleo import koleo_loss
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Metrics, Model, Params, Task, TrainingFailed, Tree, of_whole_batch
 
-COLLAPSED = 0.01
-"""The spread of the teacher's features, of at most 1, below which they say the same of every image."""
+COLLAPSED, EARLIEST = 0.05, 50
+"""The teacher's information below which it says the same of every image, see `spread`, and the last step that is not asked."""
 
 
 class Views(NamedTuple):
@@ -130,7 +130,7 @@ def make_task(
             "loss_of": loss_of,
             "init_carry": make_init_carry(heads, terms),
             "leaves": lambda params: {"": backbone_of(params["_ema"])},
-            "check": make_check(max(settings.warmup_steps, freeze_last_layer)),
+            "check": make_check(max(settings.warmup_steps, freeze_last_layer, EARLIEST)),
             "describe": lambda: {"class_names": (), "task": {"type": "self_distill"}, "resize": rule},
             "preview": make_preview(recolor, tuple(model.fields["patches"]["size"])),
             "load": make_load(model, settings.image_size),
@@ -283,25 +283,32 @@ def make_loss_of(heads: Mapping[str, DinoHead], terms: Terms) -> Callable[[Param
 
 
 def spread(taught: Float[Array, "b 2 k"], features: Float[Array, "b 2 d"], context: Context) -> Metrics:
-    """What tells of a collapse: `teacher_entropy`, 0 for one prototype and 1 for all alike, and `feature_spread`.
+    """`teacher_information`, which tells of a collapse, `teacher_entropy` and `feature_spread`, all from 0 to 1.
 
-    That is the root mean square distance of the teacher's features, at length 1, to their mean: 0 where all are the same, and
-    1 where they point everywhere.
+    The entropy of what is said of an image is 0 for one prototype and 1 for all alike. That of the batch's mean, less it,
+    is the information on the image: 0 where the same is said of all, be it one prototype or all alike. The spread is the root
+    mean square distance of the teacher's features, at length 1, to their mean: 0 where all are the same, 1 where they differ.
     """
-    entropy = -jnp.einsum("bvk,bvk->bv", taught, jnp.log(taught + 1e-12)).mean() / math.log(taught.shape[-1])
+
+    def entropy_of(p: Float[Array, "*b k"]) -> Float[Array, "*b"]:
+        return -(p * jnp.log(p + 1e-12)).sum(axis=-1) / math.log(p.shape[-1])
+
+    entropy = entropy_of(taught).mean()
+    information = entropy_of(context.devices.mean(taught.mean(axis=(0, 1)))) - entropy
     x = unit(features).reshape(-1, features.shape[-1])
     mean = context.devices.mean(x.mean(axis=0))
-    return {"teacher_entropy": entropy, "feature_spread": jnp.sqrt(jnp.maximum(0, 1 - (mean * mean).sum()))}
+    apart = jnp.sqrt(jnp.maximum(0, 1 - (mean * mean).sum()))
+    return {"teacher_entropy": entropy, "teacher_information": information, "feature_spread": apart}
 
 
 def make_check(beginning: int) -> Callable[[int, Mapping[str, float]], None]:
-    """See `Task.check`: once the first steps are over, in which features hardly differ, the teacher must tell images apart."""
+    """See `Task.check`: once the first steps are over, the teacher must tell images apart; a new one may not do so."""
 
     def check(step: int, metrics: Mapping[str, float]) -> None:
-        if step > beginning and metrics["feature_spread"] < COLLAPSED:
+        if step > beginning and metrics["teacher_information"] < COLLAPSED:
+            seen = ", ".join(f"{name} {metrics[name]:.2g}" for name in ("teacher_information", "teacher_entropy"))
             raise TrainingFailed(
-                f"step {step}: the teacher's features have collapsed, they are the same for every image (feature_spread "
-                f"{metrics['feature_spread']:.2g}, teacher_entropy {metrics['teacher_entropy']:.2g}); training stops. In a new "
+                f"step {step}: the teacher has collapsed, it says the same of every image ({seen}); training stops. In a new "
                 "--workdir, try a lower --config.base_lr, more --config.warmup_steps, a larger --config.batch, or "
                 "--config.task.centring=sinkhorn"
             )

@@ -162,6 +162,10 @@ def test_siglip_2_sees_photos_in_their_own_shapes(tmp_path):
     again = checkpoint.open_checkpoint(checkpoint.write_checkpoint(opened, tmp_path / "npz", "npz"))
     hf = checkpoint.open_checkpoint(checkpoint.write_checkpoint(again, tmp_path / "hf", "hf"))
     assert as_json(hf) == as_json(opened) and convert._check_photo(opened, hf, "hf") == 0
+    how = opened.description.preprocessing | {"enlarge": False}
+    small_photos = dataclasses.replace(opened, description=dataclasses.replace(opened.description, preprocessing=how))
+    with pytest.raises(UserError, match="enlarges small photos, which this model does not"):
+        checkpoint.write_checkpoint(small_photos, tmp_path / "small", "hf")
     loaded = predictor.load(tmp_path, batch_size=4)
     assert loaded.description.preprocessing["max_patches"] == 23
     with jax.default_matmul_precision("highest"):

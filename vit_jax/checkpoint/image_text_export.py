@@ -206,6 +206,8 @@ def preprocessor(description: Description, layout: Layout) -> dict[str, Any]:
     pixels["image_processor_type"] = {"clip": "CLIPImageProcessor"}.get(kind, "SiglipImageProcessor")
     if layout is not SIGLIP2:
         return pixels
+    if not description.preprocessing.get("enlarge", True):
+        raise UserError(f"{layout.name} enlarges small photos, which this model does not: convert with --to=npz")
     pixels = {name: x for name, x in pixels.items() if name not in ("size", "crop_size", "do_center_crop")}
     most = description.preprocessing.get("max_patches") or (side // patch) ** 2
     return pixels | {"image_processor_type": "Siglip2ImageProcessor", "patch_size": patch, "max_num_patches": most}

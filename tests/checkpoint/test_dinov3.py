@@ -55,7 +55,8 @@ def test_blocks_in_a_loop_turn_as_well(opened):
     outputs = []
     for scan in (False, True):
         model = models.build("ViT", fields | {"transformer": {**fields["transformer"], "scan": scan}})
-        outputs.append(model.apply({"params": opened.params}, pixels, method="features")["patches"])
+        run = jax.jit(lambda p, x, model=model: model.apply({"params": p}, x, method="features")["patches"])
+        outputs.append(run(opened.params, pixels))
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
 
 

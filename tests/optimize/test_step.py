@@ -30,7 +30,7 @@ def _batch(rng: np.random.Generator, b: int = 8) -> dict[str, np.ndarray]:
 
 
 def _state(model, optimizer) -> State:
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

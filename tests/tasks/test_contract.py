@@ -223,7 +223,7 @@ def test_a_saved_model_predicts_what_the_trained_one_does(kind, folder, undistur
 
 
 def test_a_plan_has_the_shapes_of_the_step(kind, folder):
-    experiment = plan.build(Settings.from_config(config(kind, folder)), num_classes=10)
+    experiment = plan.build(Settings.from_config(config(kind, folder, ema_decay=0.5)), num_classes=10)
     state, batch = plan.abstract_arguments(experiment)
     real = start.new_state(experiment)
     real_batch = next(train._train_batches(experiment, 0, GracefulExit()))

@@ -95,7 +95,7 @@ def test_a_step_is_the_same_on_pmap_and_mesh_and_with_cached_gradients(kind, way
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (16, 8, 8, 3), np.uint8), "tokens": rng.integers(0, 11, (16, 5), np.int32)}
     images = (batch["image"].astype(np.float32) - 127.5) / 127.5
-    params = jax.device_get(model.init(jax.random.key(0), images=images, tokens=batch["tokens"])["params"])
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images=images, tokens=batch["tokens"])["params"])
     # An image's head and class token begin at 0, which has no direction
     params = jax.tree.map(lambda x: x + rng.normal(0, 0.5, x.shape).astype(np.float32), params)
     embed, loss_of = pairs.make_embed(model, [127.5] * 3, [127.5] * 3), pairs.make_loss_of(model, loss=kind)

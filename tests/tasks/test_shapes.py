@@ -36,7 +36,7 @@ def batch_of(made, photos, **how):
 def test_filling_changes_neither_loss_nor_prediction():
     """Rows of 11 patches and of 20, which the same photos fill less."""
     made = task(flip=False, area=(1.0, 1.0))
-    params = made.init(jax.random.key(0))
+    params = jax.jit(made.init)(jax.random.key(0))
     batch = batch_of(made, PHOTOS)
     assert batch["image"].shape == (3, 11, 48) and batch["image"].dtype == np.uint8 and len(set(map(tuple, batch["grid"]))) == 3
     longer = batch | {"image": np.pad(batch["image"], ((0, 0), (0, 9), (0, 0)), constant_values=77)}
@@ -52,7 +52,7 @@ def test_filling_changes_neither_loss_nor_prediction():
 def test_images_that_share_rows_learn_what_each_alone_does():
     """5, 8, 4 and 1 patches in two rows of 11, against a row each: the loss, accuracy, and gradients of the sum of losses."""
     made = task(flip=False, area=(1.0, 1.0), enlarge=False, pack=2)
-    params = made.init(jax.random.key(0))
+    params = jax.jit(made.init)(jax.random.key(0))
     alone = batch_of(made, [PHOTOS[i][:h, :w] for i, h, w in ((0, 4, 20), (1, 16, 6), (2, 5, 8), (2, 4, 4))])
     alone["label"] = np.arange(4, dtype=np.int32)
     packed = made.collate(alone)

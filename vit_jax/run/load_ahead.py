@@ -7,6 +7,7 @@ as always: one that was loaded for nothing is never run. The thread holds up nob
 import base64
 import contextlib
 import hashlib
+import inspect
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,11 @@ import jax
 
 from vit_jax.run.runtime import Compiled, trim_memory
 
+ARGUMENTS = (
+    ("cache_key", "compile_options", "backend", "executable_devices"),
+    ("cache_key", "module_name", "executable", "backend", "compile_time"),
+)
+"""Of JAX's functions that get and put a program, as they are known here."""
 LONG = 0.5
 """Seconds of loading from which on a program is noted; a step of B/16 takes 3."""
 LONG_TO_COMPILE = 2
@@ -75,13 +81,19 @@ class _Ahead:
 
 
 def start(kept: Compiled | None, recipe: str) -> None:
-    """Loads what an earlier process noted for this recipe, and notes what this one needs. For one process on CPUs alone."""
+    """Loads what an earlier process noted for this recipe, and notes what this one needs. For one process on CPUs alone.
+
+    Where JAX's functions take other arguments, as those of 0.12 do, they are left alone.
+    """
     if kept is None or jax.process_count() > 1 or jax.default_backend() != "cpu":
         return
     with contextlib.suppress(ImportError, AttributeError):  # it is no part of JAX's interface
         from jax._src import compilation_cache
         from jax._src.lib import xla_client
 
+        replaced = (compilation_cache.get_executable_and_time, compilation_cache.put_executable_and_time)
+        if tuple(tuple(inspect.signature(function).parameters) for function in replaced) != ARGUMENTS:
+            return
         name = f"ahead-{hashlib.sha256(recipe.encode('utf-8', 'surrogateescape')).hexdigest()}"
         ahead = _Ahead(kept, name, compilation_cache, xla_client)
         compilation_cache.get_executable_and_time, compilation_cache.put_executable_and_time = ahead.get, ahead.put

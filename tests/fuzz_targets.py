@@ -43,16 +43,17 @@ def tiny(**overrides):
     model = small.vit(**fields | {"transformer": encoder})
     params = small.random_params(model, small.random_images(SIDE, SIDE, batch=1))
     plain = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0} | encoder
-    described = describe.Description(
-        model_type="ViT",
-        model={"classifier": "token", "representation_size": None, "resnet": None} | fields | {"transformer": plain},
-        image_size=(SIDE, SIDE),
-        grid=(2, 2),
-        mean=(127.5,) * 3,
-        std=(127.5,) * 3,
+    described = _described(
+        "ViT",
+        {"classifier": "token", "representation_size": None, "resnet": None} | fields | {"transformer": plain},
         class_names=NAMES if fields["num_classes"] else (),
     )
     return model, params, described
+
+
+def _described(kind: str, fields: dict, **others) -> describe.Description:
+    pixels = {"image_size": (SIDE, SIDE), "grid": (2, 2), "mean": (127.5,) * 3, "std": (127.5,) * 3}
+    return describe.Description(model_type=kind, model=fields, **pixels, **{"class_names": (), **others})
 
 
 def written(to: str, **overrides) -> Files:
@@ -75,14 +76,9 @@ def towers(to: str) -> Files:
     fields = {"image": image | {"transformer": encoder}, "text": text, "out_dim": (6, 6)}
     inputs = {"images": np.zeros((1, SIDE, SIDE, 3)), "tokens": np.zeros((1, 16), int)}
     init = functools.partial(models.build("TwoTowers", fields).init, **inputs)
-    described = describe.Description(
-        model_type="TwoTowers",
-        model=fields,
-        image_size=(SIDE, SIDE),
-        grid=(2, 2),
-        mean=(127.5,) * 3,
-        std=(127.5,) * 3,
-        class_names=(),
+    described = _described(
+        "TwoTowers",
+        fields,
         text={"tokenizer": "clip", "vocab": "tokenizer.json", "max_len": 16},
         task={"type": "contrast", "max_len": 16},
     )
@@ -98,14 +94,9 @@ def captioner() -> Files:
     init = functools.partial(
         models.build("Captioner", fields).init, images=np.zeros((1, SIDE, SIDE, 3)), tokens=np.zeros((1, 16), int)
     )
-    described = describe.Description(
-        model_type="Captioner",
-        model=fields,
-        image_size=(SIDE, SIDE),
-        grid=(2, 2),
-        mean=(127.5,) * 3,
-        std=(127.5,) * 3,
-        class_names=(),
+    described = _described(
+        "Captioner",
+        fields,
         text={"tokenizer": "gpt2", "vocab": "tokenizer.json", "max_len": 16},
         task={"type": "caption", "beams": 1, "length_penalty": 1.0},
     )

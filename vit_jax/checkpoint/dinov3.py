@@ -20,17 +20,13 @@ def _rules(swiglu: bool) -> tuple[Rule, ...]:
     theirs, first = "layer.{i}", f"{BLOCK}/MlpBlock_3/Dense_0"
     attends = rules.attention(ATTENTION, f"{theirs}.attention", f"{theirs}.attention.o_proj")
     mlp = None if swiglu else "mlp.up_proj", "mlp.down_proj"
-    joined = [
-        Rule((f"{first}/{ours}",), tuple(f"{theirs}.mlp.{n}_proj.{kind}" for n in ("gate", "up")), rules.JOINED)
-        for ours, kind in (("kernel", "weight"), ("bias", "bias"))
-    ]
     return (
         rule("cls", "embeddings.cls_token"),
         rule("register_tokens", "embeddings.register_tokens"),
         rule("extras/mask_token", "embeddings.mask_token", rules.ROW),
         *rules.patch_embedding("embeddings.patch_embeddings"),
         *rules.block(BLOCK, theirs, attends, ("norm1", "norm2"), mlp),
-        *(joined if swiglu else ()),
+        *(rules.joined(first, f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj") if swiglu else ()),
         *(rule(f"{BLOCK}/ls{k}/gamma", f"{theirs}.layer_scale{k}.lambda1") for k in (1, 2)),
         *rules.norm("Transformer/encoder_norm", "norm"),
     )

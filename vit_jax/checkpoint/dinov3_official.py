@@ -29,11 +29,7 @@ _UNUSED = re.compile(r"local_cls_norm\.|rope_embed\.|.*\.bias_mask$")
 
 
 def _rules(swiglu: bool) -> tuple[Rule, ...]:
-    mlp = f"{BLOCK}/MlpBlock_3"
-    first = [
-        Rule((f"{mlp}/Dense_0/{ours}",), tuple(f"blocks.{{i}}.mlp.{n}.{theirs}" for n in ("w1", "w2")), rules.JOINED)
-        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
-    ]
+    mlp, first = f"{BLOCK}/MlpBlock_3", ("w1", "w2") if swiglu else ("fc1",)
     return (
         rule("cls", "cls_token"),
         rule("register_tokens", "storage_tokens"),
@@ -43,7 +39,7 @@ def _rules(swiglu: bool) -> tuple[Rule, ...]:
         *rules.qkv_attention(ATTENTION, "blocks.{i}.attn"),
         rule(f"{BLOCK}/ls1/gamma", "blocks.{i}.ls1.gamma"),
         *rules.norm(f"{BLOCK}/LayerNorm_2", "blocks.{i}.norm2"),
-        *(first if swiglu else rules.dense(f"{mlp}/Dense_0", "blocks.{i}.mlp.fc1")),
+        *(rules.joined if swiglu else rules.dense)(f"{mlp}/Dense_0", *(f"blocks.{{i}}.mlp.{x}" for x in first)),
         *rules.dense(f"{mlp}/Dense_1", f"blocks.{{i}}.mlp.{'w3' if swiglu else 'fc2'}"),
         rule(f"{BLOCK}/ls2/gamma", "blocks.{i}.ls2.gamma"),
         *rules.norm("Transformer/encoder_norm", "norm"),

@@ -41,6 +41,12 @@ def dense(ours: str, theirs: str) -> list[Rule]:
     return [rule(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSED), rule(f"{ours}/bias", f"{theirs}.bias")]
 
 
+def joined(ours: str, *theirs: str) -> list[Rule]:
+    """Linear layers of the same inputs, such as a SwiGLU's gate and value, which are one of ours, one after the other."""
+    kinds = (("kernel", "weight"), ("bias", "bias"))
+    return [Rule((f"{ours}/{our}",), tuple(f"{name}.{their}" for name in theirs), JOINED) for our, their in kinds]
+
+
 def norm(ours: str, theirs: str) -> list[Rule]:
     """A LayerNorm."""
     return [rule(f"{ours}/scale", f"{theirs}.weight"), rule(f"{ours}/bias", f"{theirs}.bias")]

@@ -16,7 +16,7 @@ from vit_jax.data import shards
 from vit_jax.data.features import Image, Label, digest
 from vit_jax.data.listing import read_text, shown
 from vit_jax.data.shards import InShards, Layout, Members
-from vit_jax.data.splits import TEST_NAMES, chosen, files_by_split, split_range
+from vit_jax.data.splits import chosen, files_by_split, hold_out, taken
 from vit_jax.errors import UserError, printable
 
 OFFERS = "label"
@@ -25,7 +25,6 @@ CLASSES = "classes.txt"
 MOST_CLASSES = 1_000_000
 LONGEST = 200
 """In characters: no name of a class is longer."""
-HELD_OUT = 0.1  # of images without shards for testing
 
 
 class LabelIndex(NamedTuple):
@@ -74,13 +73,10 @@ class ImageShardSource(InShards):
     """The images of some shards, without classes. Of `train` alone a tenth, or one, is for testing, by a hash of their keys."""
 
     def __init__(self, files: list[Path], split: str, *, holds_out: bool):
-        super().__init__(files, "all", IMAGES)
+        super().__init__(files, "all" if holds_out else split, IMAGES)
         self.features = {"image": Image()}
         order = _by_hash(self._indices)
-        held_out = max(1, round(HELD_OUT * len(order))) if holds_out else 0
-        parts = {"train": order[held_out:]} | dict.fromkeys(TEST_NAMES, order[:held_out] if holds_out else order)
-        name, part = split_range(split, {name: len(part) for name, part in parts.items()})
-        self._part = parts[name][part.start : part.stop]
+        self._part = taken(hold_out(order), split) if holds_out else order[self._part.start : self._part.stop]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self._members(index, "images")[0]}
@@ -155,17 +151,9 @@ def _images(f: Any, members: Members, shard: str) -> ImageIndex:
 
 def _label_of(f: Any, kinds: dict[str, tuple[int, int]], where: str) -> str:
     """The class of an example. UserError for a class without an image, an image without a class, and what is no class."""
-    if "image" not in kinds:
-        raise UserError(f"{where} has a class without an image: add it, or remove the class")
-    place = kinds.get("cls", kinds.get("json"))
-    if place is None:
-        raise UserError(
-            f"{where} has an image without a class: add .cls or .json, or remove it; images alone are unlabelled:SHARDS"
-        )
-    if place[1] > shards.LARGEST_TEXT:
-        raise UserError(f"{where}: its class has {place[1]:,} bytes, allowed are {shards.LARGEST_TEXT:,}")
+    data = shards.beside_image(f, kinds, "class", "cls", where)
     try:
-        label: Any = shards.read_at(f, *place).decode("utf-8-sig").strip()
+        label: Any = data.decode("utf-8-sig").strip()
         if "cls" not in kinds:
             row = json.loads(label)
             label = row.get("label", row.get("cls")) if isinstance(row, dict) else None

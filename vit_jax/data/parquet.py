@@ -16,13 +16,11 @@ from typing import Any
 from vit_jax.data.features import Image, Label, digest
 from vit_jax.data.host.decode import ImageError
 from vit_jax.data.listing import MOVED, shown
-from vit_jax.data.splits import TEST_NAMES, InFiles, chosen, files_by_split, split_range
+from vit_jax.data.splits import InFiles, chosen, files_by_split, hold_out, taken
 from vit_jax.errors import UserError, printable
 from vit_jax.files import open_regular
 
 OFFERS = "label"
-HELD_OUT = 0.1
-"""Of images alone, without files for testing."""
 KEPT = 1 << 30
 """Bytes of groups of rows that are kept."""
 
@@ -113,10 +111,7 @@ def open_images(path: str, split: str) -> ParquetSource | None:
         return ParquetSource(chosen(found, split, Path(path), "files"), split, labelled=False)
     source = ParquetSource(found["train"], "train", labelled=False)
     order = sorted(range(len(source)), key=lambda i: hashlib.blake2s(f"{i}".encode(), digest_size=8).digest())
-    count = max(1, round(HELD_OUT * len(order)))
-    parts = {"train": sorted(order[count:])} | dict.fromkeys(TEST_NAMES, sorted(order[:count]))
-    name, part = split_range(split, {name: len(rows) for name, rows in parts.items()})
-    return source.only(parts[name][part.start : part.stop])
+    return source.only(taken({name: sorted(rows) for name, rows in hold_out(order).items()}, split))
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class InShards(InFiles):
         shard, i = self._place(index)
         try:
             with open_regular(self._shards[shard]) as f:
-                return [read_at(f, *getattr(self._indices[shard], kind)[i]) for kind in kinds]
+                return [_read_at(f, *getattr(self._indices[shard], kind)[i]) for kind in kinds]
         except OSError as error:
             raise UserError(f"{self.where(index)} cannot be read: {error.strerror}{MOVED}") from error
 
@@ -280,20 +280,24 @@ def _suffix(name: str) -> str:
 
 def _check_pair(f: Any, members: dict[str, tuple[int, int]], where: str) -> None:
     """Raises UserError for a text without an image, an image without a text, and a text without words."""
+    _sentences(beside_image(f, members, "text", "txt", where), "txt" not in members, where)
+
+
+def beside_image(f: Any, members: Mapping[str, tuple[int, int]], what: str, kind: str, where: str) -> bytes:
+    """What an example has beside its image, as `kind` or json. UserError where one of both is missing, or it is too long."""
     if "image" not in members:
-        raise UserError(f"{where} has a text without an image: add it, or remove the text")
-    place = members.get("txt", members.get("json"))
+        raise UserError(f"{where} has a {what} without an image: add it, or remove the {what}")
+    place = members.get(kind, members.get("json"))
     if place is None:
         raise UserError(
-            f"{where} has an image without a text: add .txt or .json, or remove it; images alone are unlabelled:SHARDS"
+            f"{where} has an image without a {what}: add .{kind} or .json, or remove it; images alone are unlabelled:SHARDS"
         )
     if place[1] > LARGEST_TEXT:
-        raise UserError(f"{where}: its text has {place[1]:,} bytes, allowed are {LARGEST_TEXT:,}")
-    _sentences(read_at(f, *place), "txt" not in members, where)
+        raise UserError(f"{where}: its {what} has {place[1]:,} bytes, allowed are {LARGEST_TEXT:,}")
+    return _read_at(f, *place)
 
 
-def read_at(f: Any, offset: int, size: int) -> bytes:
-    """So many bytes of a file from a place on."""
+def _read_at(f: Any, offset: int, size: int) -> bytes:
     f.seek(offset)
     return f.read(size)
 

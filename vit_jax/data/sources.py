@@ -18,14 +18,13 @@ from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, MOVED, Listing, read_file, shown
-from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.splits import HELD_OUT, TEST_NAMES, split_range
 from vit_jax.data.unlabelled import PREFIX, open_unlabelled
 from vit_jax.errors import UserError
 
 log = logging.getLogger("vit_jax")
 
 SIZES = 1000  # so many files, evenly spaced, tell by their sizes whether contents have changed
-HELD_OUT = 0.1  # share of a folder that is kept for testing where the folder itself keeps none
 # Where these stand for classes, splits were meant: training must not take them for its classes.
 SPLIT_LIKE = (*TEST_NAMES, "train", "training", "testing")
 

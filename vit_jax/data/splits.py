@@ -14,6 +14,7 @@ from vit_jax.errors import UserError
 
 T = TypeVar("T")
 
+HELD_OUT = 0.1  # share of the examples that is for testing where a dataset itself keeps none
 TEST_NAMES = ("validation", "val", "valid", "test")  # one stands in for another, the first before the last
 
 
@@ -59,6 +60,18 @@ def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:
 def part_of(split: str, size: int) -> range:
     """`split_range` of the one split that is meant, whatever it is called."""
     return split_range(split, {split.partition("[")[0]: size})[1]
+
+
+def hold_out(order: Sequence[T]) -> dict[str, Sequence[T]]:
+    """Examples without a split for testing, by split: the first `HELD_OUT` of them, or one, are for testing."""
+    count = max(1, round(HELD_OUT * len(order)))
+    return {"train": order[count:]} | dict.fromkeys(TEST_NAMES, order[:count])
+
+
+def taken(parts: Mapping[str, Sequence[T]], split: str) -> Sequence[T]:
+    """The examples of a split or a part of it."""
+    name, part = split_range(split, {name: len(examples) for name, examples in parts.items()})
+    return parts[name][part.start : part.stop]
 
 
 def chosen(found: Mapping[str, T], split: str, root: Path, what: str) -> T:

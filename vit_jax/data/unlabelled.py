@@ -6,11 +6,10 @@ from typing import Any
 
 from vit_jax.data import class_shards, listing, parquet
 from vit_jax.data.features import Image, Source, digest
-from vit_jax.data.splits import TEST_NAMES, split_range
+from vit_jax.data.splits import hold_out, taken
 from vit_jax.errors import UserError
 
 PREFIX = "unlabelled:"
-HELD_OUT = 0.1
 
 
 def open_unlabelled(name: str, split: str) -> Source:
@@ -39,10 +38,7 @@ class UnlabelledSource(Source):
             raise UserError(
                 f"{listing.shown(self._root)} holds {len(names)} images, two or more are needed{report and f': {report}'}"
             )
-        held_out = max(1, round(HELD_OUT * len(names)))
-        parts = {"train": names[held_out:]} | dict.fromkeys(TEST_NAMES, names[:held_out])
-        asked, part = split_range(split, {name: len(part) for name, part in parts.items()})
-        self._names = parts[asked][part.start : part.stop]
+        self._names = taken(hold_out(names), split)
 
     def __len__(self) -> int:
         return len(self._names)

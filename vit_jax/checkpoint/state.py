@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from vit_jax.checkpoint import quiet_orbax
 from vit_jax.checkpoint.checksums import check_files, checksum, files_in, read_json, sync_names, write_json
 from vit_jax.errors import UserError
 
@@ -73,7 +74,7 @@ class Checkpointer:
         self._wait_for_all = ocp.multihost.get_barrier_sync_fn()  # needs no device, so that it can be used in a thread
         # Compressed parameters are 8 % smaller, and take three times as long to write and five times to read.
         self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        logging.getLogger("absl").addFilter(_is_not_orbaxs)
+        quiet_orbax.hush()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future] | None = None
         self.stall_seconds = 0.0
@@ -173,7 +174,8 @@ class Checkpointer:
             intact = f"The checkpoint of step {good} is intact" if good is not None else "There is no earlier one"
             raise WriteError(
                 f"the checkpoint of step {step} could not be written to {self._directory}: {_short(e)}. "
-                f"{intact}; free space there or make it writable, and repeat the command to continue"
+                f"{intact}; free space there, lift its limit (quota, ulimit -f) or make it writable, "
+                "and repeat the command to continue"
             ) from e
 
     # Writing, in the background. Every process comes to each of the barriers, even if it failed.
@@ -207,7 +209,8 @@ class Checkpointer:
 
     def _write_part(self, folder: Path, arrays: dict[str, jax.Array]) -> None:
         """Writes this process's shards, and what its files must be."""
-        self._handler.save(epath.Path(folder / _STATE), args=ocp.args.PyTreeSave(arrays))
+        with quiet_orbax.finishing():
+            self._handler.save(epath.Path(folder / _STATE), args=ocp.args.PyTreeSave(arrays))
         number = jax.process_index()
         written = files_in(folder / _STATE / f"ocdbt.process_{number}")
         write_json(folder / _PART.format(number), {str(p.relative_to(folder)): checksum(p, sync=True) for p in written})
@@ -314,11 +317,6 @@ def _check_arrays(folder: Path, found: dict[str, str], wanted: dict[str, str], m
             + more
             + "\nRepeat the config that wrote it, or start in another workdir."
         )
-
-
-def _is_not_orbaxs(record: logging.LogRecord) -> bool:
-    """Orbax prints each error with pages of tracebacks before it raises it, to be told in one line."""
-    return "orbax" not in record.pathname
 
 
 def steps_in(directory: Path) -> list[int]:

@@ -233,6 +233,28 @@ def test_openclip(tmp_path):
     assert arrays.keys() == written.keys()
     assert all(written[name].shape == x.shape and (written[name] == x).all() for name, x in arrays.items())
     assert as_json(checkpoint.open_checkpoint(tmp_path / "again")) == as_json(opened)
+    plain = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["model_cfg"]
+    assert "act_kwargs" not in plain["text_cfg"] and "norm_kwargs" not in plain["vision_cfg"]
+    for activations in (("gelu_tanh", "gelu_tanh"), ("gelu", "gelu_tanh")):
+        other = dataclasses.replace(
+            opened, description=dataclasses.replace(opened.description, model={**opened.description.model})
+        )
+        tower, words = other.description.model["image"], other.description.model["text"]
+        how = {"activation": activations[0], "norm_eps": 1e-6}
+        other.description.model["image"] = tower | {"transformer": tower["transformer"] | how}
+        other.description.model["text"] = words | {"activation": activations[1]}
+        checkpoint.write_checkpoint(other, tmp_path / "tanh", "openclip")
+        told = json.loads((tmp_path / "tanh" / "open_clip_config.json").read_text())["model_cfg"]
+        assert told["text_cfg"]["act_kwargs"] == {"approximate": "tanh"} and not told.get("quick_gelu")
+        assert told["vision_cfg"]["norm_kwargs"] == {"eps": 1e-6} and "norm_kwargs" not in told["text_cfg"]
+        assert as_json(checkpoint.open_checkpoint(tmp_path / "tanh")) == as_json(other)
+    other.description.model["text"]["activation"] = "quick_gelu"  # which OpenCLIP has in both towers or in none
+    with pytest.raises(UserError, match="cannot express the activations gelu and quick_gelu"):
+        checkpoint.write_checkpoint(other, tmp_path / "x", "openclip")
+    config["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(UserError, match="text_cfg.act_kwargs is .*left out where quick_gelu is true"):
+        checkpoint.open_checkpoint(folder)
     alone = {name: np.ascontiguousarray(x) for name, x in arrays.items() if name.startswith("visual.")}
     save_file(alone, tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match=r"has visual.conv1.weight, but not both towers"):
@@ -356,4 +378,7 @@ def test_an_image_tower_alone(tmp_path, name):
     assert written.keys() == before.keys() and all(written[n].tobytes() == x.tobytes() for n, x in before.items())
     assert as_json(checkpoint.open_checkpoint(tmp_path / "ours")) == as_json(opened)
     assert isinstance(cls.from_pretrained(tmp_path / "ours"), cls)
+    said = "its head gives embeddings of 20 numbers, no classes. `features`" if "Projection" in name else "has no head"
+    with pytest.raises(UserError, match=said):
+        predictor.load(tmp_path / "theirs")
     assert cls.__name__ == json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"][0]

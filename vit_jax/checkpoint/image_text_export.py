@@ -51,8 +51,6 @@ _OF_SIGLIP = {
 _OF_OPENCLIP = {
     **_OF_CLIP,
     "model": {"text_model": "text_transformer"},
-    "image.transformer": _OF_CLIP["image.transformer"] | {"norm_eps": 1e-5},
-    "text": _OF_CLIP["text"] | {"norm_eps": 1e-5},
 }
 _OF_OPENCLIP_SIGLIP = {
     **_OF_SIGLIP,
@@ -78,7 +76,7 @@ def _layout_for(description: Description, to: str) -> Layout:
     faults = _differences(fields, expected.get(layout.name, _OF_SIGLIP))
     image, text = fields["image.transformer"], fields["text"]
     acts = {image["activation"], text.get("activation")}
-    if not acts <= set(THEIR_ACTIVATIONS) or (layout is OPENCLIP and (len(acts) > 1 or "gelu_tanh" in acts)):
+    if not acts <= set(THEIR_ACTIVATIONS) or (layout is OPENCLIP and len(acts) > 1 and "quick_gelu" in acts):
         faults.append(f"the activations {' and '.join(map(str, sorted(acts, key=str)))}")
     if layout is OPENCLIP_SIGLIP and not faults:
         faults += _not_in_timm(description)
@@ -261,9 +259,10 @@ def _openclip_files(description: Description, layout: Layout, theirs: Flat) -> d
 def _openclip_towers(description: Description) -> tuple[dict[str, Any], dict[str, Any]]:
     """What only OpenCLIP's own image tower and a text tower beside it have to say."""
     image, patch, _ = _sizes(description)
-    encoder, width = image["transformer"], image["hidden_size"]
+    encoder, width = _complete(Encoder, image["transformer"]), image["hidden_size"]
     sizes = {"layers": encoder["num_layers"], "width": width, "head_width": width // encoder["num_heads"]}
-    return sizes | {"mlp_ratio": _ratio(encoder["mlp_dim"], width), "patch_size": patch}, {}
+    sizes |= {"mlp_ratio": _ratio(encoder["mlp_dim"], width), "patch_size": patch}
+    return sizes | _openclip_options(encoder), _openclip_options(_complete(TextTransformer, description.model["text"]))
 
 
 def _openclip_siglip_towers(description: Description) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -281,8 +280,15 @@ def _openclip_siglip_towers(description: Description) -> tuple[dict[str, Any], d
         "no_causal_mask": True,
         "proj_bias": True,
         "pool_type": "last",
-        "norm_kwargs": {"eps": text["norm_eps"]},
-        **({"act_kwargs": {"approximate": "tanh"}} if text["activation"] == "gelu_tanh" else {}),
+        **_openclip_options(text),
+    }
+
+
+def _openclip_options(tower: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a tower's norms and activations that are others than of most."""
+    return {
+        **({"norm_kwargs": {"eps": tower["norm_eps"]}} if tower["norm_eps"] != 1e-5 else {}),
+        **({"act_kwargs": {"approximate": "tanh"}} if tower["activation"] == "gelu_tanh" else {}),
     }
 
 

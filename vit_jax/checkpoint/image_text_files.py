@@ -82,21 +82,37 @@ def _openclip_sizes(folder: Path, theirs: Flat) -> _Sizes:
     if not model.content:
         log.warning("opened   %s: no open_clip_config.json lies beside it: GELU, and heads of 64, are assumed", folder)
     for part in (image, text):
-        for name in ("act_kwargs", "norm_kwargs", "attentional_pool", "final_ln_after_pool", "no_causal_mask", "embed_cls"):
+        for name in ("attentional_pool", "final_ln_after_pool", "no_causal_mask", "embed_cls"):
             if part.get(name):
                 raise part.wrong(name, "left out: such a model is not known here")
     image.text("pool_type", "tok", ("tok",))
     text.text("pool_type", "argmax", ("argmax",))
-    activation = "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
+    quick = model.flag("quick_gelu", False)
     widths = theirs["visual.class_embedding"].shape[-1], theirs["token_embedding.weight"].shape[-1]
     return _Sizes(
         heads=(
             widths[0] // image.whole("head_width", 64) or 1,
             text.whole("heads", max(1, widths[1] // 64)),
         ),
-        activations=(activation, activation),
-        norm_eps=(1e-5, 1e-5),
+        activations=(_openclip_activation(image, quick), _openclip_activation(text, quick)),
+        norm_eps=(_openclip_eps(image), _openclip_eps(text)),
     )
+
+
+def _openclip_activation(part: Entries, quick: bool = False) -> str:
+    """A tower's, of which `act_kwargs` tells the form of GELU."""
+    options = part.object("act_kwargs", {})
+    options.known(("approximate",), "option of GELU")
+    tanh = options.text("approximate", "none", ("none", "tanh")) == "tanh"
+    if quick and options.content:
+        raise part.wrong("act_kwargs", "left out where quick_gelu is true, which has no options")
+    return "quick_gelu" if quick else "gelu_tanh" if tanh else "gelu"
+
+
+def _openclip_eps(part: Entries) -> float:
+    options = part.object("norm_kwargs", {})
+    options.known(("eps",), "option of LayerNorm")
+    return options.number("eps", 1e-5, 1e-16, 1)
 
 
 _SIGLIP_HEADS = {1152: 16, 1536: 16}
@@ -115,12 +131,11 @@ def _openclip_siglip_sizes(folder: Path, theirs: Flat) -> _Sizes:
     text.text("pool_type", "last", ("last",))
     if not text.flag("no_causal_mask", True):
         raise text.wrong("no_causal_mask", "true: such a model is not known here")
-    tanh = text.object("act_kwargs", {}).text("approximate", "none", ("none", "tanh")) == "tanh"
     widths = theirs["visual.trunk.attn_pool.latent"].shape[-1], theirs["text.token_embedding.weight"].shape[-1]
     return _Sizes(
         heads=(_SIGLIP_HEADS.get(widths[0], widths[0] // 64 or 1), text.whole("heads", widths[1] // 64 or 1)),
-        activations=("gelu_tanh" if timm.SIGLIP_TANH.search(name) else "gelu", "gelu_tanh" if tanh else "gelu"),
-        norm_eps=(1e-6, text.object("norm_kwargs", {}).number("eps", 1e-6 if not text.content else 1e-5, 1e-16, 1)),
+        activations=("gelu_tanh" if timm.SIGLIP_TANH.search(name) else "gelu", _openclip_activation(text)),
+        norm_eps=(1e-6, _openclip_eps(text) if text.content else 1e-6),
     )
 
 

@@ -70,8 +70,15 @@ def build_model(setup: Setup, num_classes: int | None) -> Model:
 
 def check_usable(description: Description, source: Any) -> None:
     """Raises UserError for a checkpoint that cannot predict."""
-    if not description.model.get("num_classes"):
+    fields = description.model
+    if not fields.get("num_classes"):
         raise UserError(f"{source} has no head: it cannot classify before it is fine-tuned (configs/vit.py)")
+    if not description.class_names and fields.get("head_bias") is False:  # see checkpoint.image_tower
+        raise UserError(
+            f"{source} is the image tower of a CLIP without its text tower: its head gives embeddings of "
+            f"{fields['num_classes']} numbers, no classes. `features` writes what it sees of images; to name them by words "
+            "give the whole model, both towers, to `zeroshot`; fine-tuned it classifies (configs/vit.py)"
+        )
 
 
 def class_names(setup: Setup) -> tuple[str, ...]:

@@ -1,9 +1,7 @@
 """The tokenizer of a checkpoint that reads texts: what its description names, with the vocabulary beside it."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vit_jax.checkpoint.entries import folder_of
 from vit_jax.checkpoint.hub import fetch
@@ -31,24 +29,25 @@ def open_tokenizer(opened: Opened, *, vocab: str | os.PathLike | None = None) ->
         raise UserError(f"{opened.path} does not tell how texts become tokens: its description has no entry text")
     name, _, max_len = (described.pop(key) for key in ("tokenizer", "vocab", "max_len"))
     tokenizer = text.make(name, find_vocabulary(opened, vocab=vocab), max_len, **described)
-    check_vocabulary(tokenizer, opened.description.model)
+    check_vocabulary(tokenizer, opened.description.model["text"].get("vocab_size"))
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: Mapping[str, Any], *, or_set: str = "") -> None:
-    """Raises UserError for a tokenizer with more tokens than the text tower of a model with these fields knows.
+def check_vocabulary(tokenizer: Tokenizer, known: int | None, *, reader: str = "the text tower", or_set: str = "") -> None:
+    """Raises UserError for a tokenizer with more tokens than are `known` to what reads them; None: to one of no given size.
 
     `or_set` is the field that makes room for them, of a model that is not trained yet.
     """
-    known = model["text"].get("vocab_size")
-    if known is not None and tokenizer.vocab_size > known:
+    if known is None:
+        return
+    if tokenizer.vocab_size > known:
         more = f"set {or_set}={tokenizer.vocab_size}, or " if or_set else ""
         raise UserError(
-            f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, the text tower knows {known:,}: "
+            f"{tokenizer.vocab_path} has {tokenizer.vocab_size:,} tokens, {reader} knows {known:,}: "
             f"{more}give the vocabulary that the model was trained with"
         )
-    if known is not None and tokenizer.fill_token >= known:
-        raise UserError(f"texts end in pad_token={tokenizer.fill_token:,}: the text tower knows {known:,} tokens, from 0 on")
+    if tokenizer.fill_token >= known:
+        raise UserError(f"texts end in pad_token={tokenizer.fill_token:,}: {reader} knows {known:,} tokens, from 0 on")
 
 
 def find_vocabulary(opened: Opened, *, vocab: str | os.PathLike | None = None) -> Path:

@@ -19,6 +19,7 @@ from vit_jax import pictures
 from vit_jax.checkpoint import Description, check_fit
 from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.segmenters import backbone_of
+from vit_jax.checkpoint.texts import check_vocabulary
 from vit_jax.data.device import augment
 from vit_jax.data.host import text
 from vit_jax.data.host.text import Tokenizer
@@ -117,11 +118,7 @@ def _check(settings: Settings, model: Model, words: Tokenizer, parallel: float, 
         raise UserError(f"config.task.parallel={parallel} must be from 0 to 1, and beams={beams} at least 1")
     if parallel and not model.fields.get("mask_token"):
         raise UserError(f"config.task.parallel={parallel} needs a Captioner with config.model.mask_token=True")
-    if words.vocab_size > model.fields["vocabulary"]:
-        raise UserError(
-            f"{words.vocab_path} has {words.vocab_size:,} tokens, the model knows {model.fields['vocabulary']:,}: "
-            f"set config.model.vocabulary={words.vocab_size}, or give the vocabulary that the model was trained with"
-        )
+    check_vocabulary(words, model.fields["vocabulary"], reader="the model", or_set="config.model.vocabulary")
     if model.type == "Captioner" and _room(words) > (most := model.module.max_length):
         raise UserError(f"config.task.max_len={words.max_len} is more than the {most} places of config.model.max_length")
 

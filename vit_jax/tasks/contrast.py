@@ -63,7 +63,7 @@ def make_task(
         raise UserError(f"config.task.vocab is empty: give the {tokenizer} tokenizer's file")
     tokenize = text.make(tokenizer, vocab, max_len, **tokenizer_options) if vocab else None
     if tokenize:
-        check_vocabulary(tokenize, model.fields, or_set="config.model.text.vocab_size")
+        check_vocabulary(tokenize, model.fields["text"].get("vocab_size"), or_set="config.model.text.vocab_size")
     mean, std = setup.normalisation
     embed, loss_of = pairs.make_embed(model.module, mean, std), pairs.make_loss_of(model.module, loss=loss)
     described = {"tokenizer": tokenizer, "vocab": vocab.name, "max_len": max_len, **tokenizer_options} if vocab else {}

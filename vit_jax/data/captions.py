@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data import listing
-from vit_jax.data.features import Image, Source, Text, digest
+from vit_jax.data.features import Image, Text, digest
+from vit_jax.data.image_files import ImageFiles
 from vit_jax.data.listing import shown
 from vit_jax.data.splits import TEST_NAMES, chosen, part_of
 from vit_jax.errors import UserError, printable
@@ -27,31 +28,22 @@ LISTS = ("captions.jsonl", "captions.csv", "captions.tsv")
 Read = Callable[[], dict[Path, list[str]]]
 
 
-class CaptionSource(Source):
+class CaptionSource(ImageFiles):
     """Images with one or more sentences each, in the order of their first mention."""
 
-    exif_rotated = True
-
     def __init__(self, captions: Mapping[Path, Sequence[str]]):
+        super().__init__(list(captions))
         self.features = {"image": Image(), "text": Text()}
-        self._captions = [(path, tuple(texts)) for path, texts in captions.items()]
-
-    def __len__(self) -> int:
-        return len(self._captions)
+        self._texts = [tuple(texts) for texts in captions.values()]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, texts = self._captions[index]
-        return {"image": listing.read_file(path, listing.MOVED), "text": texts}
+        return {"image": listing.read_file(self._images[index], listing.MOVED), "text": self._texts[index]}
 
     def texts(self, index: int) -> tuple[str, ...]:
-        return self._captions[index][1]
-
-    def where(self, index: int) -> str:
-        return shown(self._captions[index][0])
+        return self._texts[index]
 
     def fingerprint(self) -> dict[str, str | int]:
-        names, texts = (path.name for path, _ in self._captions), (texts for _, texts in self._captions)
-        return super().fingerprint() | {"names": digest(names), "texts": digest(texts)}
+        return super().fingerprint() | {"texts": digest(self._texts)}
 
 
 def open_folder(path: str, split: str) -> CaptionSource | None:

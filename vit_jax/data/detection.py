@@ -16,8 +16,9 @@ from xml.etree import ElementTree
 import numpy as np
 import yaml
 
-from vit_jax.data.features import Boxes, Image, Source, digest
+from vit_jax.data.features import Boxes, Image, digest
 from vit_jax.data.host.decode import ImageError, header_size
+from vit_jax.data.image_files import ImageFiles
 from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
 from vit_jax.data.splits import TEST_NAMES, meant, part_of
 from vit_jax.errors import UserError, printable, unknown
@@ -67,21 +68,17 @@ class Picture:
         self.crowds.append(crowd)
 
 
-class DetectionSource(Source):
+class DetectionSource(ImageFiles):
     """Pictures as examples: `image` (encoded bytes), `boxes` (n, 4), `box_labels` (n,) and `box_crowd` (n,).
 
     Boxes are (left, top, right, bottom) in pixels of the upright image. Crowds are for the evaluation, which ignores what
     is found there; training leaves them out.
     """
 
-    exif_rotated = True
-
     def __init__(self, pictures: Sequence[Picture], class_names: Sequence[str]):
+        super().__init__([picture.path for picture in pictures])
         self.features = {"image": Image(), "boxes": Boxes(tuple(class_names))}
         self._pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self._pictures)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture = self._pictures[index]
@@ -96,12 +93,8 @@ class DetectionSource(Source):
             "box_crowd": np.array(picture.crowds, bool),
         }
 
-    def where(self, index: int) -> str:
-        return shown(self._pictures[index].path)
-
     def fingerprint(self) -> dict[str, str | int]:
-        names, boxes = (p.path.name for p in self._pictures), ((p.corners, p.labels) for p in self._pictures)
-        return super().fingerprint() | {"names": digest(names), "boxes": digest(boxes)}
+        return super().fingerprint() | {"boxes": digest((picture.corners, picture.labels) for picture in self._pictures)}
 
 
 def _scale(picture: Picture, image: bytes) -> np.ndarray:

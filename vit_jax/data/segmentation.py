@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vit_jax.data.features import Image, Segmentation, Source, digest
+from vit_jax.data.features import Image, Segmentation
 from vit_jax.data.host.decode import decode_indices
 from vit_jax.data.host.view import IGNORED
+from vit_jax.data.image_files import ImageFiles
 from vit_jax.data.listing import is_file, list_images, read_file, read_text, shown
 from vit_jax.data.splits import TEST_NAMES, part_of
 from vit_jax.errors import UserError, printable, unknown
@@ -47,27 +48,19 @@ class Classes:
     reduce_zero_label: bool = False
 
 
-class SegmentationSource(Source):
+class SegmentationSource(ImageFiles):
     """Pairs of files as examples: `image` (encoded bytes) and `segmentation` (h, w), of the upright image; 255 is ignored."""
 
-    exif_rotated = True
-
     def __init__(self, pairs: Sequence[tuple[Path, Path]], classes: Classes):
+        super().__init__([image for image, _ in pairs])
         self.features = {"image": Image(), "segmentation": Segmentation(classes.names, classes.colors)}
-        self._pairs, self._classes = pairs, classes
-
-    def __len__(self) -> int:
-        return len(self._pairs)
+        self._masks, self._classes = [mask for _, mask in pairs], classes
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, mask = self._pairs[index]
-        return {"image": read_file(image), "segmentation": self._indices(mask, self.where(index))}
-
-    def where(self, index: int) -> str:
-        return shown(self._pairs[index][0])
-
-    def fingerprint(self) -> dict[str, str | int]:
-        return super().fingerprint() | {"names": digest(image.name for image, _ in self._pairs)}
+        return {
+            "image": read_file(self._images[index]),
+            "segmentation": self._indices(self._masks[index], self.where(index)),
+        }
 
     def _indices(self, mask: Path, where: str) -> UInt8[np.ndarray, "h w"]:
         data = read_file(mask)

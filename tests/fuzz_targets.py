@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import math
+import os
 import tempfile
 import zipfile
 import zlib
@@ -23,7 +24,7 @@ from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite, models, tokenizer
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import captions, detection, embedding_index, parquet, segmentation, shards
+from vit_jax.data import captions, class_shards, detection, embedding_index, parquet, segmentation, shards
 from vit_jax.data.host import decode, text, view
 from vit_jax.optimize import trainable
 from vit_jax.tasks import prompts
@@ -339,6 +340,56 @@ def _tar_files() -> Target:
         return Target({"train-0.tar": (Path(folder) / "train-0.tar").read_bytes()}, ("train-0.tar",), _sentences)
 
 
+# Tar files with classes, and images alone in them; what is kept of tar files.
+
+CLASSES = {"a.jpg": b"A", "a.cls": b"0", "b.png": b"B", "b.json": b'{"label": 1, "text": "blue"}', "c.jpg": b"C", "c.cls": b"2"}
+
+
+def _class_files(read: Callable[[Path], str | None]) -> Target:
+    with tempfile.TemporaryDirectory() as folder:
+        test_shards.write(Path(folder) / "train-0.tar", CLASSES)
+        test_shards.write(Path(folder) / "test-0.tar", CLASSES)
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()} | {"classes.txt": b"cat\ndog\n\xc3\xb6\n"}
+    return Target(files, tuple(sorted(files)), read)
+
+
+def _classes(folder: Path) -> str | None:
+    """What training reads of images with classes."""
+    sources = [class_shards.open_folder(str(folder), split) for split in ("train", "test")]
+    for source in filter(None, sources):
+        source.fingerprint()
+        examples = [source[i] for i in range(len(source))]
+        if not all(name.strip() for name in source.class_names):
+            return f"a class without a name in {source.class_names}"
+        if not all(example["label"] in range(source.num_classes) for example in examples):
+            return "a label of no class"
+    return None
+
+
+def _images_alone(folder: Path) -> str | None:
+    sources = [class_shards.open_images(str(folder), split) for split in ("train", "test")]
+    images = [source[i]["image"] for source in filter(None, sources) for i in range(len(source))]
+    return None if all(isinstance(image, bytes) for image in images) else "an image of another kind than bytes"
+
+
+def _shard_index() -> Target:
+    """The indices that are kept beside tar files, whose times tell that they are of them."""
+
+    def read(folder: Path) -> str | None:
+        for shard in folder.glob("*.tar"):
+            os.utime(shard, (1, 1))
+        return _classes(folder) or _images_alone(folder) or _sentences(folder)
+
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = {name: data for key in "abcd" for name, data in ((f"{key}.jpg", b"x"), (f"{key}.json", CLASSES["b.json"]))}
+        pairs["a.json"] = b'{"cls": 3, "text": ["red", "rot"]}'
+        for split in ("train", "test"):
+            test_shards.write(Path(folder) / f"{split}-0.tar", pairs)
+        assert read(Path(folder)) is None
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        return Target(files, tuple(sorted(name for name in files if name.endswith(".npz"))), read)
+
+
 def _sentences(folder: Path) -> str | None:
     """What training reads of images with sentences."""
     source = captions.open_folder(str(folder), "train") or shards.open_folder(str(folder), "train")
@@ -431,10 +482,13 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
 }
 ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
 ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"tar files": _tar_files}
+ANNOTATIONS |= {"tar files of classes": functools.partial(_class_files, _classes)}
+ANNOTATIONS |= {"tar files of images": functools.partial(_class_files, _images_alone)}
 ANNOTATIONS |= {f"{kind} masks": _masks(kind) for kind in ("split", "ade20k")}
 ANNOTATIONS |= {"parquet": _parquet, "photo index": _photo_index, "labels": _labels}
 ANNOTATIONS |= {name: functools.partial(_vocabulary, name) for name in VOCABULARIES}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}
-CHECKPOINTS = PARAMETERS | DESCRIPTIONS | ANNOTATIONS  # all that tells of models or data
+REMADE = {"tar index": _shard_index}  # where it is damaged
+CHECKPOINTS = PARAMETERS | DESCRIPTIONS | ANNOTATIONS | REMADE  # all that tells of models or data
 TARGETS = CHECKPOINTS | {kind: _image(kind) for kind in IMAGES}

@@ -83,8 +83,12 @@ def test_an_index_is_made_once_and_anew_for_another_file(folder, monkeypatch):
     changed = get_source(pattern, "train")
     assert changed[2]["text"] == ("drei",) and changed.fingerprint()["sizes"] != before["sizes"]
     index = folder / ".train-09.tar.index.npz"
-    index.write_bytes(index.read_bytes()[:50])
+    whole, arrays = index.read_bytes(), dict(np.load(index))
+    index.write_bytes(whole[:50])
     assert get_source(pattern, "train")[2]["text"] == ("drei",)
+    for name, wrong in (("texts", arrays["texts"] + (1 << 40)), ("images", -arrays["images"]), ("keys", arrays["keys"][:0])):
+        np.savez(index, **arrays | {name: wrong})
+        assert get_source(pattern, "train")[2]["text"] == ("drei",)
 
 
 def test_where_nothing_can_be_written_the_index_is_in_the_cache(folder, tmp_path, monkeypatch):
@@ -190,6 +194,7 @@ def test_classes_are_numbers_or_names_in_an_order_that_mixes_them(tmp_path):
         ),
         ({"a.jpg": b"x", "a.cls": b" "}, "s.tar: a has class none: .cls, or label or cls in .json, is a number or a name"),
         ({"a.jpg": b"x", "a.json": b'{"label": true}'}, "s.tar: a has class True"),
+        ({"a.jpg": b"x", "a.cls": b"\0"}, r"s.tar: a has class .x00: .cls, or label or cls"),
         ({"a.jpg": b"x", "a.json": b"[1"}, "s.tar: a: its class cannot be read"),
         ({"a.jpg": b"x", "a.cls": b"\xff"}, "s.tar: a: its class cannot be read"),
         ({"a.jpg": b"x", "a.cls": b"9" * 99}, "has class 9.*, allowed are 0 to 999,999"),

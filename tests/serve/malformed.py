@@ -4,7 +4,7 @@ import base64
 import json
 import random
 
-from tests import fuzz
+from tests.fuzz_damage import damage
 from tests.serve.models import photo
 
 BOUNDARY = "b0undary"
@@ -49,15 +49,15 @@ def request(number: int) -> tuple[dict[str, str | bytes], bytes]:
     image = photo(number % 7, rng.choice(("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")))
     match rng.randrange(5):
         case 0:  # a damaged image
-            return FORM, multipart(('name="image"; filename="a"', fuzz.damage(image, rng)))
+            return FORM, multipart(('name="image"; filename="a"', damage(image, rng)))
         case 1:  # a damaged body
-            return FORM, fuzz.damage(multipart(('name="image"; filename="ä\x00.png"', image), ('name="top"', b"3")), rng)
+            return FORM, damage(multipart(('name="image"; filename="ä\x00.png"', image), ('name="top"', b"3")), rng)
         case 2:  # values that are none
             images = [rng.choice([*VALUES, base64.b64encode(image).decode()]) for _ in range(rng.randrange(4))]
             name, value = rng.choice(("images", "top", "threshold", "labels", "x\ud800")), rng.choice(VALUES)
             return JSON, json.dumps({"images": images, name: value}).encode()
         case 3:  # damaged JSON
-            return JSON, fuzz.damage(json.dumps({"images": [base64.b64encode(image).decode()], "top": 3}).encode(), rng)
+            return JSON, damage(json.dumps({"images": [base64.b64encode(image).decode()], "top": 3}).encode(), rng)
         case _:  # odd names, fields and contents of parts
             heads = ("name=image", "name", 'filename="a"', 'name="image"; filename=""', 'name="top"; filename="b"', "name=top")
             parts = [(rng.choice(heads), rng.choice((image, b"", b"\xff\xfe", b"5"))) for _ in range(rng.randrange(1, 40))]

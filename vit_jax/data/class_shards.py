@@ -59,9 +59,8 @@ class ClassShardSource(InShards):
         return {"image": image, "label": number}
 
     def fingerprint(self) -> dict[str, str | int]:
-        places = [self._place(i) for i in range(len(self))]
-        keys, labels = (digest(getattr(self._indices[n], name)[i] for n, i in places) for name in ("keys", "labels"))
-        sizes = digest(self._indices[n].images[i][1] for n, i in places)
+        keys, labels = (digest(self._of_each(name)) for name in ("keys", "labels"))
+        sizes = digest(size for _, size in self._of_each("images"))
         return super().fingerprint() | {"names": keys, "labels": labels, "sizes": sizes}
 
     def _label(self, index: int) -> str:
@@ -82,8 +81,7 @@ class ImageShardSource(InShards):
         return {"image": self._members(index, "images")[0]}
 
     def fingerprint(self) -> dict[str, str | int]:
-        places = [self._place(i) for i in range(len(self))]
-        return super().fingerprint() | {"names": digest(self._indices[n].keys[i] for n, i in places)}
+        return super().fingerprint() | {"names": digest(self._of_each("keys"))}
 
 
 def open_pattern(pattern: str, split: str) -> ClassShardSource:
@@ -160,7 +158,7 @@ def _label_of(f: Any, kinds: dict[str, tuple[int, int]], where: str) -> str:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: its class cannot be read: {printable(e)}") from e
     text = str(label) if isinstance(label, int | str) and not isinstance(label, bool) else ""
-    if not text.strip() or len(text) > LONGEST:
+    if not text.strip() or "\0" in text or len(text) > LONGEST:
         raise UserError(
             f"{where} has class {printable(label, 60) or 'none'}: .cls, or label or cls in .json, is a number or a name"
         )
@@ -169,9 +167,10 @@ def _label_of(f: Any, kinds: dict[str, tuple[int, int]], where: str) -> str:
 
 WITH_CLASSES = Layout(
     LabelIndex,
+    "SiU",
     "classes",
     {".cls": "cls", ".json": "json"},
     f"pairs of {shards.IMAGES_NEEDED} and .cls or .json",
     _with_classes,
 )
-IMAGES = Layout(ImageIndex, "images", {}, shards.IMAGES_NEEDED, _images)
+IMAGES = Layout(ImageIndex, "Si", "images", {}, shards.IMAGES_NEEDED, _images)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
 
     Attributes:
       index: a NamedTuple of arrays, with `keys` and `images`.
+      dtypes: the kinds of these arrays, in NumPy's letters: "i" is that of (n, 2) places, others are (n,).
       name: the end of the file that keeps an index.
       kinds: what is read besides images, by suffix.
       needed: what a shard must hold, in words.
@@ -59,6 +61,7 @@ class Layout(NamedTuple):
     """
 
     index: type
+    dtypes: str
     name: str
     kinds: Mapping[str, str]
     needed: str
@@ -77,6 +80,11 @@ class InShards(InFiles):
     def where(self, index: int) -> str:
         shard, i = self._place(index)
         return f"{shown(self._shards[shard])}: {printable(self._indices[shard].keys[i].decode(errors='replace'))}"
+
+    def _of_each(self, name: str) -> Iterator[Any]:
+        """What an array of the indices holds of each example."""
+        places = (self._place(i) for i in range(len(self)))
+        return (getattr(self._indices[shard], name)[i] for shard, i in places)
 
     def _members(self, index: int, *kinds: str) -> list[bytes]:
         """What the shard holds of an example, by the names of the places in its index."""
@@ -204,11 +212,23 @@ def _kept(path: Path, of_file: np.ndarray, layout: Layout) -> Any:
     try:
         with open_regular(path) as f:
             arrays = dict(np.load(f, allow_pickle=False))
-        if np.array_equal(arrays.pop("of_file"), of_file):
-            return layout.index(**arrays)
+        if np.array_equal(arrays.pop("of_file"), of_file) and _is_sound(index := layout.index(**arrays), of_file[0], layout):
+            return index
     except Exception:  # of zipfile's, zlib's and NumPy's many kinds: there is none, or it is damaged and made anew
         pass
     return None
+
+
+def _is_sound(index: Any, size: int, layout: Layout) -> bool:
+    """Whether the arrays of an index fit together, and their places into a file of this size."""
+    for x, kind in zip(index, layout.dtypes, strict=True):
+        if x.dtype.kind != kind or not x.dtype.isnative or x.shape != (len(index.keys), 2)[: 2 if kind == "i" else 1]:
+            return False
+        if kind == "U" and x.view(np.uint32).max() > sys.maxunicode:  # which no text may hold
+            return False
+        if kind == "i" and not (((0 <= x) & (x <= size)).all() and (x.sum(axis=1) <= size).all()):
+            return False
+    return True
 
 
 def _listed(f: Any, shard: Path, size: int, layout: Layout) -> Members:
@@ -253,7 +273,7 @@ def _pairs(f: Any, pairs: Members, shard: str) -> Index:
 
 
 IMAGES_NEEDED = f"an image ({', '.join(IMAGE_SUFFIXES[:5])} …)"
-PAIRS = Layout(Index, "index", {".txt": "txt", ".json": "json"}, f"pairs of {IMAGES_NEEDED} and .txt or .json", _pairs)
+PAIRS = Layout(Index, "Siib", "index", {".txt": "txt", ".json": "json"}, f"pairs of {IMAGES_NEEDED} and .txt or .json", _pairs)
 
 
 def keys_of(members: Members) -> np.ndarray:

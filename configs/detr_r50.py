@@ -28,6 +28,7 @@ def get_config(arg: str = "r50") -> ml_collections.ConfigDict:
     config.pretrained_dir = ""
     config.dataset = "coco"
     config.task = {"type": "detect", "max_boxes": 100, "crop": 0.5, "short_sides": tuple(range(480, 801, 32))}
+    config.task["canvases"] = ((640, 864), (864, 640), (800, 1333), (1333, 800))  # and 1333x1333 for batches of all
     config.pp.update({"train": "train", "test": "val", "crop": 1333, "flip": True})
     config.pp.mean, config.pp.std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     config.optimizer = "adamw"

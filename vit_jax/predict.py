@@ -110,8 +110,9 @@ def _predicted(
     loaded: predictor.Predictor, paths: Sequence[Path]
 ) -> Iterator[tuple[Path, UInt8[np.ndarray, "h w 3"], dict[str, np.ndarray]]]:
     """(path, image, outputs) of every image that can be read; the others are named on stderr."""
-    images = inputs.read_files(paths, ahead=loaded.batch_size, failed=_complain)
-    while batch := list(itertools.islice(images, loaded.batch_size)):
+    count = loaded.batch_size * (len(loaded.task.canvases.sizes) if loaded.task.canvases else 1)  # to fill some of each
+    images = inputs.read_files(paths, ahead=count, failed=_complain)
+    while batch := list(itertools.islice(images, count)):
         outputs = loaded([image for _, image in batch])
         for row, (path, image) in enumerate(batch):
             yield path, image, {name: x[row] for name, x in outputs.items()}

@@ -57,12 +57,23 @@ class Predictor:
 
     def __call__(self, pictures: Sequence[Pixels]) -> Outputs:
         """What `Task.predict` makes of decoded images of any sizes, (n, …). UserError for results that are not finite."""
-        outputs = self._batched(self._predict, pictures)
+        if (canvases := self.task.canvases) is None:
+            outputs = self._batched(self._predict, pictures)
+        else:  # first all that are on the first canvas
+            order = sorted(range(len(pictures)), key=lambda i: canvases.of_image(pictures[i].shape[:2]))
+            outputs = self._batched(self._predict, [pictures[i] for i in order], self.example)
+            outputs = {name: x[np.argsort(order)] for name, x in outputs.items()}
         check_outputs(outputs, self.source)
         return outputs
 
     def example(self, picture: Pixels) -> Example:
-        """What the model sees of a decoded image of any size: arrays of fixed shapes."""
+        """What the model sees of a decoded image of any size: arrays of fixed shapes, or on the smallest of its canvases."""
+        canvases = self.task.canvases
+        given = {} if canvases is None else {"canvas": canvases.of_image(picture.shape[:2])}
+        return self.task.eval_example({"image": picture}, exif_rotated=False, **given)
+
+    def largest_example(self, picture: Pixels) -> Example:
+        """The same in arrays of one shape: on the largest canvas."""
         return self.task.eval_example({"image": picture}, exif_rotated=False)
 
     def predict_examples(self, examples: Sequence[Example], size: int) -> Outputs:
@@ -216,14 +227,22 @@ class Predictor:
 
         return jax.jit(run, static_argnames="kind")
 
-    def _batched(self, function: Callable, pictures: Sequence[Pixels]) -> Outputs:
-        parts = []
+    def _batched(
+        self, function: Callable, pictures: Sequence[Pixels], make_example: Callable[[Pixels], Example] | None = None
+    ) -> Outputs:
+        make_example, parts = make_example or self.largest_example, []
         for i in range(0, len(pictures), self.batch_size):
-            examples = [self.example(picture) for picture in pictures[i : i + self.batch_size]]
+            examples = [make_example(picture) for picture in pictures[i : i + self.batch_size]]
             parts.append(self._filled_up(function, examples, self.batch_size))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _filled_up(self, function: Callable, examples: Sequence[Example], size: int) -> Outputs:
+        """What the function makes of examples, which on several canvases are several batches."""
+        shapes = [[x.shape for x in example.values()] for example in examples]
+        if others := [i for i, shape in enumerate(shapes) if shape != shapes[0]]:
+            order = [i for i in range(len(examples)) if i not in others] + others
+            parts = [self._filled_up(function, [examples[i] for i in part], size) for part in (order[: -len(others)], others)]
+            return {name: np.concatenate([part[name] for part in parts])[np.argsort(order)] for name in parts[0]}
         batch = {name: _padded([x[name] for x in examples], size) for name in examples[0]}
         outputs = jax.device_get(function(self.params, batch))
         return {name: x[: len(examples)] for name, x in outputs.items()}

@@ -165,6 +165,7 @@ def _train_batches(experiment: Experiment, start_step: int, stop: GracefulExit) 
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         collate=experiment.task.collate,
+        canvases=experiment.task.canvases,
     )
     if jax.process_count() == 1:
         return experiment.parallelism.prefetch(batches, settings.prefetch)

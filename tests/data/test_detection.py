@@ -86,8 +86,9 @@ def test_the_layouts_give_the_same(tmp_path, write):
     write(tmp_path)
     source = detection.open_folder(str(tmp_path), "train")
     assert source.class_names == ("cat", "dog") and len(source) == 3
-    for i, (_, boxes) in enumerate(PICTURES.values()):
+    for i, (size, boxes) in enumerate(PICTURES.values()):
         example = source[i]
+        assert source.size(i) == size
         np.testing.assert_allclose(example["boxes"], np.array([box[:4] for box in boxes]).reshape(-1, 4), atol=1e-4)
         assert [NAMES[label] for label in example["box_labels"]] == [box[4] for box in boxes]
         assert source.where(i).endswith(".jpg") and example["image"].startswith(b"\xff\xd8")

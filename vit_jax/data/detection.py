@@ -93,6 +93,13 @@ class DetectionSource(ImageFiles):
             "box_crowd": np.array(picture.crowds, bool),
         }
 
+    def size(self, index: int) -> tuple[int, int]:
+        """As annotated, where that is more than nothing; of others the header is read."""
+        picture = self._pictures[index]
+        if picture.size and all(1 <= side < math.inf for side in picture.size):
+            return round(picture.size[0]), round(picture.size[1])
+        return header_size(read_file(picture.path), exif_rotated=True)
+
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"boxes": digest((picture.corners, picture.labels) for picture in self._pictures)}
 
@@ -189,7 +196,7 @@ def _read_coco(root: Path, found: Mapping[str, tuple[Path, Path]], name: str) ->
         records = {image["id"]: image for image in content["images"]}
         annotations = [dict(annotation) for annotation in content["annotations"]]
         order = sorted(categories)
-        pictures = {number: Picture(folder / image["file_name"]) for number, image in records.items()}
+        pictures = {number: Picture(folder / image["file_name"], size=_coco_size(image)) for number, image in records.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         why = printable(repr(e))
         raise UserError(f"{shown(file)} is no COCO file of images, annotations and categories: {why}") from e
@@ -216,6 +223,14 @@ def _read_coco(root: Path, found: Mapping[str, tuple[Path, Path]], name: str) ->
         corners, crowd = (left, top, left + width, top + height), bool(annotation.get("iscrowd"))
         pictures[image].add(corners, order.index(category), size, f"{where} ({printable(records[image]['file_name'])})", crowd)
     return list(pictures.values()), names
+
+
+def _coco_size(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(h, w) of an image, None where the file does not say it: only boxes need it."""
+    try:
+        return float(record["height"]), float(record["width"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 # YOLO
@@ -324,6 +339,7 @@ def _read_voc(root: Path, found: Mapping[str, list[str]], name: str) -> tuple[li
             raise
         except ValueError as e:
             raise UserError(f"{shown(file)}: its size holds something that is no number: {printable(e)}") from e
+        picture.size = size
         for number, o in enumerate(tree.iter("object"), 1):
             where = f"{shown(file)}, object {number}"
             label = _text(o, "name", where)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.data.host.decode import header_size
 from vit_jax.errors import UserError
 
 
@@ -82,6 +83,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(h, w) of an example's upright image, from what is known of it or from its header. Raises ImageError."""
+        return header_size(self[index]["image"], exif_rotated=self.exif_rotated)
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The sentences of an example, where there are some; without reading its image, where a source can do that."""

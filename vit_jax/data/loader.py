@@ -2,22 +2,25 @@
 
 Everything is a pure function of (seed, position): position counts examples from the start of training, every epoch is
 a permutation of its own, and an example's randomness depends on its position alone. So starting at any step gives what
-an undisturbed run would have seen, on any number of threads, devices and processes.
+an undisturbed run would have seen, on any number of threads, devices and processes. Where there are canvases, positions are
+put into another order, see `canvases`, and keep all the rest.
 """
 
+import copy
 import functools
 import logging
 import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
 import numpy as np
 
+from vit_jax.data.canvases import Canvases, Size, size_of
 from vit_jax.data.features import ExampleError, Source
 from vit_jax.data.host.decode import ImageError
 from vit_jax.errors import UserError
@@ -45,6 +48,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     collate: Callable[[Batch], Batch] = lambda batch: batch,
+    canvases: Canvases | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from `start_step` on: what `train_example` makes, and "seed": uint32 (b,).
 
@@ -55,14 +59,20 @@ def train_batches(
       skip_bad_images: replaces an example whose image cannot be decoded by the next one of the source, and logs it;
         otherwise it is an error that names the image.
       collate: what becomes of a batch of stacked examples.
+      canvases: `train_example` is also given the `canvas` (h, w) of its batch.
     """
     order = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         order = order.shuffle()
-    examples = order.repeat().random_map(_TrainExample(source, train_example, skip_bad_images))
-    local = batch_size // process_count
-    examples = examples[process_index::process_count][start_step * local :]
-    return _batches(examples, local, collate)
+    order, local = order.repeat(), batch_size // process_count
+    transform = _TrainExample(source, train_example, skip_bad_images)
+    if canvases is None:
+        examples = order.random_map(transform)[process_index::process_count][start_step * local :]
+        return _batches(_in_order(examples, local), local, collate)
+    views = order.random_map(_ViewSize(source, canvases))
+    batches = canvases.train_batches(views.__getitem__, batch_size=batch_size, seed=seed, start_step=start_step)
+    on = {canvas: order.random_map(transform.on(canvas)) for canvas in canvases.sizes}
+    return _batches(((on[canvas], rows[process_index::process_count]) for canvas, rows in batches), local, collate)
 
 
 def eval_batches(
@@ -72,17 +82,26 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    canvases: Canvases | None = None,
 ) -> Iterator[Batch]:
     """Every example once: what `eval_example` makes, and "valid": bool (b,).
 
-    The last batch is padded to `batch_size`, with valid False; all processes get the same number of batches.
+    The last batch, of each canvas, is padded to `batch_size`, with valid False; all processes get the same number of batches.
 
     Args:
       eval_example: (example of the source, exif_rotated=) → dict of arrays of fixed shapes.
+      canvases: `eval_example` is also given the `canvas` (h, w) of its batch. Batches then also have "index": int32 (b,), the
+        numbers of the examples, of which padding has `len(source)`.
     """
-    rounded_up = -(-len(source) // batch_size) * batch_size
-    examples = grain.MapDataset.range(rounded_up).map(_EvalExample(source, eval_example))
-    return _batches(examples[process_index::process_count], batch_size // process_count, lambda batch: batch)
+    transform, local = _EvalExample(source, eval_example), batch_size // process_count
+    if canvases is None:
+        rounded_up = -(-len(source) // batch_size) * batch_size
+        examples = grain.MapDataset.range(rounded_up).map(transform)[process_index::process_count]
+        return _batches(_in_order(examples, local), local)
+    numbers = grain.MapDataset.range(len(source) + 1)
+    on = {canvas: numbers.map(transform.on(canvas)) for canvas in canvases.sizes}
+    batches = canvases.eval_batches(source, batch_size)
+    return _batches(((on[canvas], rows[process_index::process_count]) for canvas, rows in batches), local)
 
 
 def load(source: Source, index: int, make_example: MakeExample) -> dict[str, np.ndarray]:
@@ -100,6 +119,12 @@ class _TrainExample(grain.transforms.RandomMap):
         self.source, self.train_example, self.skip_bad_images = source, train_example, skip_bad_images
         self.bad: set[int] = set()
         self.lock = threading.Lock()  # examples are loaded on several threads
+
+    def on(self, canvas: Size) -> "_TrainExample":
+        """The same for batches on one canvas; what is known of bad images is shared."""
+        other = copy.copy(self)
+        other.train_example = functools.partial(self.train_example, canvas=canvas)
+        return other
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         example = self._load(index, functools.partial(self.train_example, rng=rng), rng)
@@ -121,19 +146,35 @@ class _TrainExample(grain.transforms.RandomMap):
         raise UserError(f"none of the {len(self.source)} images can be decoded")
 
 
+class _ViewSize(grain.transforms.RandomMap):
+    """(h, w) of the view that `_TrainExample` draws at a position: both get generators in the same state."""
+
+    def __init__(self, source: Source, canvases: Canvases):
+        self.size, self.drawn = functools.cache(functools.partial(size_of, source)), canvases.drawn
+
+    def random_map(self, index: int, rng: np.random.Generator) -> Size:
+        return self.drawn(self.size(index), rng)
+
+
 class _EvalExample(grain.transforms.Map):
-    def __init__(self, source: Source, eval_example: MakeExample):
-        self.source, self.eval_example = source, eval_example
+    def __init__(self, source: Source, eval_example: MakeExample, canvas: Size | None = None):
+        self.source, self.eval_example, self.canvas = source, eval_example, canvas
+
+    def on(self, canvas: Size) -> "_EvalExample":
+        """The same for batches on one canvas."""
+        return _EvalExample(self.source, functools.partial(self.eval_example, canvas=canvas), canvas)
 
     def map(self, index: int) -> dict[str, Any]:
         padding = index >= len(self.source)
-        return load(self.source, 0 if padding else index, self.eval_example) | {"valid": np.bool_(not padding)}
+        numbered = {} if self.canvas is None else {"index": np.int32(index)}
+        example = load(self.source, 0 if padding else index, self.eval_example)
+        return example | numbered | {"valid": np.bool_(not padding)}
 
 
 class _Loading:
     """A batch that several threads are filling, each its own rows, a run of `RUN` after the other."""
 
-    def __init__(self, executor: ThreadPoolExecutor, examples: grain.MapDataset, rows: range, run: int):
+    def __init__(self, executor: ThreadPoolExecutor, examples: grain.MapDataset, rows: Sequence[int], run: int):
         self.examples, self.rows, self.batch = examples, rows, Batch()
         self.lock = threading.Lock()
         self.runs = [executor.submit(self._load, range(i, min(i + run, len(rows)))) for i in range(0, len(rows), run)]
@@ -162,18 +203,28 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _batches(examples: grain.MapDataset, batch_size: int, collate: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    """Loads batches on as many threads as there are cores, ahead of the one asked for."""
+def _in_order(examples: grain.MapDataset, batch_size: int) -> Iterator[tuple[grain.MapDataset, range]]:
+    """The rows of every batch."""
+    return ((examples, range(i, i + batch_size)) for i in range(0, len(examples) - batch_size + 1, batch_size))
+
+
+def _batches(
+    parts: Iterable[tuple[grain.MapDataset, Sequence[int]]],
+    batch_size: int,
+    collate: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Iterator[Batch]:
+    """Loads batches, (examples, rows of them), on as many threads as there are cores, ahead of the one asked for."""
     threads = os.cpu_count() or 1
     run = max(1, min(RUN, batch_size // threads))
-    count, ahead = len(examples) // batch_size, -(-AHEAD // batch_size)
+    ahead = -(-AHEAD // batch_size)
     executor = ThreadPoolExecutor(threads, thread_name_prefix="loader")
     loading: deque[_Loading] = deque()
     try:
-        for i in range(count + ahead):
-            if i < count:
-                loading.append(_Loading(executor, examples, range(i * batch_size, (i + 1) * batch_size), run))
-            if i >= ahead:
+        for examples, rows in parts:
+            loading.append(_Loading(executor, examples, rows, run))
+            if len(loading) > ahead:
                 yield collate(loading.popleft().result())
+        while loading:
+            yield collate(loading.popleft().result())
     finally:
         executor.shutdown(wait=False, cancel_futures=True)

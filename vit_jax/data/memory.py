@@ -33,7 +33,7 @@ class InMemory(Source):
 
     def __init__(self, source: Source):
         self.features, self.exif_rotated = source.features, source.exif_rotated
-        self.where, self.fingerprint = source.where, source.fingerprint
+        self.where, self.fingerprint, self.size = source.where, source.fingerprint, source.size
         self._source = source
         self._examples: list[dict[str, Any] | None] = [None] * len(source)  # threads that meet here write the same
 

@@ -31,6 +31,9 @@ class RenumberedSource(Source):
         example = self._source[index]
         return example | {name: self._renumbered(example[name]) for name in self._fields if name in example}
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self._source.size(index)
+
     def where(self, index: int) -> str:
         return self._source.where(index)
 

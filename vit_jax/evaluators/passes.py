@@ -115,7 +115,11 @@ def make_rows(
     `function(params, batch)` gives arrays by example. The result is the same in all processes, and for any number of
     devices. UserError for rows that are not finite.
     """
-    compute = experiment.parallelism.eval_examples(function)
+
+    def numbered(params: Params, batch: Batch) -> dict[str, Array]:  # on canvases examples come in another order
+        return function(params, batch) | {name: batch[name] for name in ("index",) if name in batch}
+
+    compute = experiment.parallelism.eval_examples(numbered)
 
     def rows(params: Params, source: sources.Source) -> dict[str, np.ndarray]:
         parts: list[dict[str, np.ndarray]] = []
@@ -126,7 +130,9 @@ def make_rows(
                 parts.append(_in_order(experiment.parallelism.gather(running)))
             running = dispatched
         parts.append(_in_order(experiment.parallelism.gather(running)))
-        outputs = {name: np.concatenate([part[name] for part in parts])[: len(source)] for name in parts[0]}
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.argsort(outputs.pop("index"), kind="stable") if "index" in outputs else slice(None)
+        outputs = {name: x[order][: len(source)] for name, x in outputs.items()}
         check_outputs(outputs, "the model")
         return outputs
 
@@ -158,13 +164,14 @@ def make_features(
 
 
 def batches_of(experiment: Experiment, source: sources.Source) -> Iterator[Batch]:
-    """The examples of a source on the devices, each once; the last batch padded."""
+    """The examples of a source on the devices, each once; the last batch padded. With canvases in an order of their own."""
     batches = loader.eval_batches(
         source,
         experiment.task.eval_example,
         batch_size=batch_size(experiment, source),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        canvases=experiment.task.canvases,
     )
     return signals.watch(experiment.parallelism.prefetch(batches, experiment.settings.prefetch))
 

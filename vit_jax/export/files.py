@@ -108,7 +108,7 @@ def _calibration(program: Program, folder: str) -> Sequence[Shaped[np.ndarray, "
     def failed(path: Path, why: str) -> None:
         raise UserError(f"{shown(path)}: {why}")
 
-    images = [program.predictor.example(x)["image"] for _, x in read_files(chosen, ahead=8, failed=failed)]
+    images = [program.predictor.largest_example(x)["image"] for _, x in read_files(chosen, ahead=8, failed=failed)]
     return [program.inputs(np.clip(np.rint(x), 0, 255).astype(np.uint8)[None]) for x in images]
 
 

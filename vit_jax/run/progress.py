@@ -38,9 +38,16 @@ def log_setup(experiment: Experiment) -> None:
     size = "x".join(map(str, settings.image_size))
     name = model.fields.get("model_name") or model.type
     log.info("model    %s, %s parameters, %s patches of a %s image", name, f"{count:,}", grid, size)
+    canvases = (settings.image_size,)
+    if experiment.task.canvases:
+        canvases = experiment.task.canvases.sizes
+        sizes = ", ".join(f"{h}x{w}" for h, w in canvases)
+        log.info("canvases %s: at most %d programs for training, and as many for evaluation", sizes, len(canvases))
     patch = architecture.cut(model.fields)
-    if patch and any(length % p for length, p in zip(settings.image_size, patch, strict=True)):
-        log.warning("%s pixels are no multiple of patches of %s: the right and lower edge are cut off", size, patch)
+    for canvas in canvases:
+        if patch and any(length % p for length, p in zip(canvas, patch, strict=True)):
+            size = "x".join(map(str, canvas))
+            log.warning("%s pixels are no multiple of patches of %s: the right and lower edge are cut off", size, patch)
 
     train, test = experiment.train_source, experiment.test_source
     sizes = f"{len(train):,} images of {settings.pp.train}, {len(test):,} of {settings.pp.test}"

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +52,9 @@ class Model:
         Afterwards `options` tells of attention, maps and labels, where the model has them.
         """
         predictor, size = self.predictor, self.predictor.image_size
-        example = predictor.example(np.zeros((*size, 3), np.uint8))
-        for n in self._sizes:
+        sizes = predictor.task.canvases.sizes if predictor.task.canvases else (size,)
+        for n, canvas in itertools.product(self._sizes, sizes):
+            example = predictor.example(np.zeros((*canvas, 3), np.uint8))
             check_outputs(outputs := predictor.predict_examples([example], n), predictor.source)
         with contextlib.suppress(UserError):  # a model that looks at nothing
             predictor.attention_of_example(example)

@@ -1,10 +1,11 @@
 """Object detection: images to a set of boxes with classes, trained by matching them to the true ones (DETR).
 
-An image is resized into `config.image_size` with its aspect kept and padded with zeros on the right and below, so that one
-program is compiled for images of all sizes.
+An image is resized into `config.image_size` with its aspect kept and padded with zeros on the right and below to a canvas: of
+that size, so that one program is compiled for images of all sizes, or to the smallest of a few that holds it.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from vit_jax.checkpoint import Description
 from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.fit import check_fit, check_shape
 from vit_jax.checkpoint.opened import Opened
+from vit_jax.data.canvases import Canvases, Size, holds
 from vit_jax.data.features import ExampleError
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import Picture, View
@@ -33,6 +35,8 @@ DETECTORS = ("DETR", "YOLOS", "TokenDetector")
 """Keys of `models.ARCHITECTURES`."""
 TOWERS = ("backbone",)
 """What `config.pretrained` may name a source of its own for: a ViT, or a ResNet of torchvision, timm or transformers."""
+MOST_CANVASES = 6
+"""For each a training step is compiled, and a program for evaluation."""
 COLORS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2d92", "#5ac8fa", "#af52de", "#ff9500")
 
 
@@ -51,8 +55,8 @@ class Sizes:
     crop_sides: tuple[int, int] = (384, 600)
     flip: bool = False
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> View:
-        """A random view of an image of `size` (h, w) for training."""
+    def draw(self, size: Size, rng: np.random.Generator, canvas: Size | None = None) -> View:
+        """A random view of an image of `size` (h, w) for training, made smaller where it does not fit on a given canvas."""
         window = Box(0, 0, *size)
         if rng.random() < self.crop:
             scale = min(size) / rng.choice(self.crop_short)
@@ -60,22 +64,37 @@ class Sizes:
             window = Box(rng.uniform(0, size[0] - height), rng.uniform(0, size[1] - width), height, width)
         short = int(rng.choice(self.short)) if self.short else min(self.image_size)
         mirrored = bool(self.flip and rng.random() < 0.5)
-        return View(size, window, self._resized(window, short), mirrored=mirrored)
+        return View(size, window, self._resized(window, short, canvas), mirrored=mirrored)
 
-    def fixed(self, size: tuple[int, int]) -> View:
+    def fixed(self, size: Size, canvas: Size | None = None) -> View:
         """The whole image, as large as fits."""
-        return View(size, Box(0, 0, *size), self._resized(Box(0, 0, *size), max(self.short, default=min(self.image_size))))
+        window = Box(0, 0, *size)
+        return View(size, window, self._resized(window, max(self.short, default=min(self.image_size)), canvas))
 
-    def _resized(self, window: Box, short: int) -> tuple[int, int]:
-        sides = window.height, window.width
-        scale = min(short / min(sides), *(most / side for most, side in zip(self.image_size, sides, strict=True)))
-        return tuple(max(1, min(most, round(scale * side))) for most, side in zip(self.image_size, sides, strict=True))
+    def canvases(self, smaller: Sequence[Size]) -> Canvases | None:
+        """These canvases and that of `image_size`, beyond which none reaches; None where there is no other."""
+        within = {tuple(min(side, most) for side, most in zip(size, self.image_size, strict=True)) for size in smaller}
+        sizes = tuple(sorted({*within, self.image_size}, key=lambda size: (size[0] * size[1], size)))
+        if len(sizes) == 1:
+            return None
+        return Canvases(sizes, lambda size, rng: self.draw(size, rng).size, lambda size: self.fixed(size).size)
+
+    def _resized(self, window: Box, short: int, canvas: Size | None) -> Size:
+        size = _fitted(window, short, self.image_size)
+        return size if canvas is None or holds(canvas, size) else _fitted(window, short, canvas)
+
+
+def _fitted(window: Box, short: int, within: Size) -> Size:
+    sides = window.height, window.width
+    scale = min(short / min(sides), *(most / side for most, side in zip(within, sides, strict=True)))
+    return tuple(max(1, min(most, round(scale * side))) for most, side in zip(within, sides, strict=True))
 
 
 def make_task(
     setup: Setup,
     *,
     short_sides: tuple = (),
+    canvases: tuple = (),
     crop: float = 0.0,
     max_boxes: int = 100,
     label_weight: float = 1.0,
@@ -88,6 +107,7 @@ def make_task(
     Args:
       short_sides: to which an image's shorter side is resized in training, one drawn for each image; the last one is for
         evaluation. () resizes to as much as `config.image_size` holds.
+      canvases: (height, width) to which images are padded that fit, instead of `config.image_size`, which holds all others.
       crop: chance of a random window, see `Sizes`.
       max_boxes: places for the objects of an image; no more than the model has candidates.
       the weights: see `matching.Weights`.
@@ -101,8 +121,10 @@ def make_task(
     model = setup.build_model(num_classes=len(names))
     mean, std = setup.normalisation
     sizes = Sizes(tuple(settings.image_size), tuple(short_sides), crop, flip=settings.pp.flip)
+    fitting = sizes.canvases(_checked_canvases(canvases, model))
     weights = matching.Weights(label_weight, l1_weight, giou_weight, no_object_weight)
     options = {"type": "detect", "short_sides": list(short_sides), "max_boxes": max_boxes}
+    options |= {"canvases": [list(size) for size in canvases]} if canvases else {}
     return Task(
         model=model,
         needs=("image", "boxes"),
@@ -110,15 +132,34 @@ def make_task(
         eval_example=make_eval_example(sizes),
         init=make_init(model.module, sizes.image_size),
         loss=make_loss(model.module, mean, std, weights),
-        totals=make_totals(model.module, sizes.image_size),
-        predict=make_predict(model.module, mean, std),
+        totals=make_totals(model.module),
+        predict=make_predict(model.module, mean, std, sizes.image_size if fitting else None),
         evaluators=("detect",),
         describe=lambda: {"class_names": names, "task": options},
         show=make_show(names),
         preview=make_preview(names),
         load=make_load(model, sizes.image_size),
         towers=TOWERS,
+        canvases=fitting,
     )
+
+
+def _checked_canvases(canvases: Sequence[Any], model: Model) -> list[Size]:
+    """Raises UserError for what is no short list of (height, width), and for a model that takes images of one size."""
+    pairs = [tuple(size) for size in canvases if isinstance(size, tuple | list)]
+    good = [size for size in pairs if len(size) == 2 and all(type(side) is int and side > 0 for side in size)]
+    if len(good) < len(canvases) or len(canvases) > MOST_CANVASES:
+        raise UserError(
+            f"config.task.canvases={tuple(canvases)} must be at most {MOST_CANVASES} pairs (height, width) in pixels, such as "
+            "((800, 1333), (1333, 800)): a program is compiled for each"
+        )
+    vit = model.fields.get("body", {}).get("vit")
+    if good and vit and vit.get("position_embedding", "learned") == "learned":
+        raise UserError(
+            f"config.task.canvases={tuple(canvases)}: this detector's ViT has learned positions, which are those of one size: "
+            'use (), or a ViT with position_embedding="sincos2d"'
+        )
+    return good
 
 
 def check_usable(description: Description, source: Any) -> None:
@@ -133,14 +174,17 @@ def make_init(model: nn.Module, image_size: tuple[int, int]) -> Callable[[jax.Ar
 
 
 def make_train_example(sizes: Sizes, max_boxes: int) -> Callable[..., dict[str, np.ndarray]]:
-    """(example, rng=, exif_rotated=) → image, `extent` (h, w) of its valid pixels, boxes, box_labels and box_valid.
+    """(example, rng=, exif_rotated=, canvas=None) → image, `extent` (h, w) of its valid pixels, boxes, box_labels, box_valid.
 
-    Crowds are left out, and what lies outside of the view. Boxes are parts of the extent: center, width, height.
+    The image is padded to the canvas, of `image_size` if None. Crowds are left out, and what lies outside of the view. Boxes
+    are parts of the extent: center, width, height.
     """
 
-    def train_example(example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool) -> dict[str, np.ndarray]:
+    def train_example(
+        example: Mapping[str, Any], *, rng: np.random.Generator, exif_rotated: bool, canvas: Size | None = None
+    ) -> dict[str, np.ndarray]:
         picture = Picture.read(example["image"], exif_rotated=exif_rotated)
-        view = sizes.draw(picture.size, rng)
+        view = sizes.draw(picture.size, rng, canvas)
         corners, kept = view.boxes(example["boxes"])
         kept &= ~example["box_crowd"]
         if (count := int(kept.sum())) > max_boxes:
@@ -152,17 +196,21 @@ def make_train_example(sizes: Sizes, max_boxes: int) -> Callable[..., dict[str, 
         labels = np.zeros(max_boxes, np.int32)
         labels[:count] = example["box_labels"][kept]
         valid = np.arange(max_boxes) < count
-        return _padded(view.image(picture), sizes.image_size) | {"boxes": boxes, "box_labels": labels, "box_valid": valid}
+        return _padded(view.image(picture), canvas or sizes.image_size) | {
+            "boxes": boxes,
+            "box_labels": labels,
+            "box_valid": valid,
+        }
 
     return train_example
 
 
 def make_eval_example(sizes: Sizes) -> Callable[..., dict[str, np.ndarray]]:
-    """(example, exif_rotated=) → image and `extent`, of the whole image."""
+    """(example, exif_rotated=, canvas=None) → image and `extent`, of the whole image, padded as in training."""
 
-    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool) -> dict[str, np.ndarray]:
+    def eval_example(example: Mapping[str, Any], *, exif_rotated: bool, canvas: Size | None = None) -> dict[str, np.ndarray]:
         picture = Picture.read(example["image"], exif_rotated=exif_rotated)
-        return _padded(sizes.fixed(picture.size).image(picture), sizes.image_size)
+        return _padded(sizes.fixed(picture.size, canvas).image(picture), canvas or sizes.image_size)
 
     return eval_example
 
@@ -173,13 +221,23 @@ def _padded(image: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
     return {"image": padded, "extent": np.array(image.shape[:2], np.int32)}
 
 
-def make_totals(model: nn.Module, image_size: tuple[int, int]) -> Callable[[Batch], dict[str, Array]]:
+def _make_count(model: nn.Module) -> Callable[[Size], int]:
+    """(h, w) of an image → how many candidates a model has for its objects."""
+
+    @functools.cache
+    def count(size: Size) -> int:
+        shapes = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, *size, 3)))
+        return shapes[0]["logits"].shape[2]
+
+    return count
+
+
+def make_totals(model: nn.Module) -> Callable[[Batch], dict[str, Array]]:
     """batch → what its losses are divided by: the number of boxes, and of the model's candidates."""
-    shapes = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, *image_size, 3)))
-    candidates = shapes[0]["logits"].shape[2]
+    candidates = _make_count(model)
 
     def totals(batch: Batch) -> dict[str, Array]:
-        count = jnp.asarray(len(batch["image"]) * candidates, jnp.float32)
+        count = jnp.asarray(len(batch["image"]) * candidates(batch["image"].shape[1:3]), jnp.float32)
         return {"boxes": batch["box_valid"].sum(dtype=jnp.float32), "candidates": count}
 
     return totals
@@ -201,13 +259,23 @@ def make_loss(
     return loss
 
 
-def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Params, Batch], dict[str, Array]]:
-    """(parameters, evaluation batch) → scores (b q), labels (b q) and boxes (b q 4), corners as parts of the image."""
+def make_predict(
+    model: nn.Module, mean: Sequence[float], std: Sequence[float], largest: Size | None = None
+) -> Callable[[Params, Batch], dict[str, Array]]:
+    """(parameters, evaluation batch) → scores (b q), labels (b q) and boxes (b q 4), corners as parts of the image.
+
+    With a `largest` canvas (h, w) there are as many as on that, the last with scores of 0.
+    """
+    candidates = _make_count(model)
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
         pixels, valid = images.inputs(batch, mean, std), images.valid_pixels(batch)
         outputs = model.apply({"params": params}, pixels, valid, train=False)
-        return matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((pixels.shape[0], 2)))
+        found = matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((pixels.shape[0], 2)))
+        more = candidates(largest) - found["scores"].shape[1] if largest else 0
+        if not more:
+            return found
+        return {name: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))) for name, x in found.items()}
 
     return predict
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
+from vit_jax.data.canvases import Canvases
 from vit_jax.errors import UserError
 
 Tree = Any
@@ -109,6 +110,8 @@ class Task:
       needs: fields that the examples of a source must offer, such as ("image", "label").
       train_example: (example of a source, rng=numpy generator, exif_rotated=) → dict of arrays of fixed shapes.
       eval_example: (example of a source, exif_rotated=) → dict of arrays of fixed shapes.
+      canvases: where the arrays of a batch are of a few shapes, these; both kinds of examples are then also made for a `canvas`
+        (h, w), without which they are of the largest.
       collate: training examples, stacked → the batch that the devices get, see `rows`.
       init: key → fresh parameters, of the model, or of all that is trained where `leaves` picks the model from them.
       loss: (parameters of the model, Context, batch, key) → Loss. It draws all randomness from the key.
@@ -149,6 +152,7 @@ class Task:
     preview: Callable[[dict[str, np.ndarray], jax.Array | None], tuple[np.ndarray, list[str]]]
     load: Callable[..., Params]
     head_inputs: Callable[[Params, Batch], Array] | None = None
+    canvases: Canvases | None = None
     collate: Callable[[Batch], Batch] = field(default=lambda batch: batch)
     towers: tuple[str, ...] = ()
     frozen: Callable[[], dict[str, Params]] = field(default=dict)

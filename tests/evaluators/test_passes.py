@@ -1,14 +1,17 @@
 """A pass over a split: every example once and in order, on any number of devices and processes."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
+from tests.data import test_shards
 from tests.evaluators import small
 from vit_jax.data import loader
 from vit_jax.data.features import Boxes, Image, Label, Labels, Segmentation, Source
+from vit_jax.data.sources import get_source
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
 
@@ -55,6 +58,19 @@ def test_a_split_is_opened_by_its_name(tmp_path):
     assert len(passes.open_split(e, "test[:5]", None)) == 5
     assert passes.open_split(e, "train[:7]", "digits_0to4").num_classes == 5
     assert [len(source) for source in passes.open_pair(e, None, None, None)] == [100, 37]
+
+
+def test_a_task_without_labels_is_scored_by_those_of_shards(tmp_path):
+    members = {f"{i}.{kind}": x for i in range(9) for kind, x in (("jpg", b"x"), ("cls", b"%d" % (i % 2)))}
+    test_shards.write(tmp_path / "train-0.tar", members)
+    e, _ = small.experiment(tmp_path)
+    alone = get_source(f"unlabelled:{tmp_path}", "train")
+    e = dataclasses.replace(e, task=dataclasses.replace(e.task, needs=("image",)), train_source=alone, test_source=alone)
+    pair = passes.open_pair(e, "train[:6]", "train[6:]", f"{tmp_path}/train-0.tar")
+    assert [(len(source), set(source.features)) for source in pair] == [(6, {"image", "label"}), (3, {"image", "label"})]
+    e = dataclasses.replace(e, settings=dataclasses.replace(e.settings, dataset=f"unlabelled:{tmp_path}"))
+    with pytest.raises(UserError, match="train-0.tar: . has no class, by which this evaluator scores: name data that has"):
+        passes.open_pair(e, "train", "test", None)
 
 
 class Few(Source):

@@ -127,7 +127,7 @@ def test_chunks_change_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("zeroshot", {}, "has no label: name a labelled split"),
+        ("zeroshot", {}, "has no class, by which this evaluator scores"),
         ("zeroshot", {"dataset": "classes", "split": "test", "labels": "a,b"}, "labels=a,b are 2, and .* one of 3 classes"),
         ("zeroshot", {"dataset": "classes", "split": "test", "templates": "imagnet"}, "did you mean imagenet"),
         ("retrieval", {"dataset": "classes", "split": "test"}, "has no sentences"),

@@ -24,9 +24,7 @@ def make_evaluator(
     """
     if bins < 1:
         raise UserError(f"bins={bins} must be at least 1")
-    source = passes.open_split(experiment, split, dataset)
-    source = passes.with_classes_of(experiment.train_source, source)
-    passes.check_one_label(source)
+    source = passes.with_classes_of(experiment.train_source, passes.open_labelled(experiment, split, dataset))
     predict = experiment.task.predict
 
     def sums_of(params: Any, batch: passes.Batch) -> dict[str, Array]:

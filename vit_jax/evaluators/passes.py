@@ -1,7 +1,7 @@
 """A pass over a split: every example on the devices once, without augmentation."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +22,27 @@ Params = Any
 Batch = dict[str, Array]
 
 
-def open_split(experiment: Experiment, split: str | None, dataset: str | None) -> sources.Source:
-    """A split of a dataset; None stands for `config.pp.test` and `config.dataset`."""
+def open_split(experiment: Experiment, split: str | None, dataset: str | None, *, needs: Sequence[str] = ()) -> sources.Source:
+    """A split of a dataset; None stands for `config.pp.test` and `config.dataset`, () for what the task itself `needs`."""
     settings = experiment.settings
-    if dataset is None and split in (None, settings.pp.test):
-        return experiment.test_source
-    if dataset is None and split == settings.pp.train:
-        return experiment.train_source
     asked = dataset or settings.dataset, split or settings.pp.test
-    return sources.get_source(*asked, needs=experiment.task.needs, **settings.tfds_folders)
+    own = {settings.pp.train: experiment.train_source, settings.pp.test: experiment.test_source}.get(asked[1])
+    if dataset is None and own is not None and all(name in own.features or f"{name}s" in own.features for name in needs):
+        return own
+    return sources.get_source(*asked, needs=needs or experiment.task.needs, **settings.tfds_folders)
+
+
+def open_labelled(experiment: Experiment, split: str | None, dataset: str | None) -> sources.Source:
+    """`open_split` of a dataset with one label an image, which the task itself need not read."""
+    source = open_split(experiment, split, dataset, needs=("image", "label"))
+    if "labels" in source.features:
+        raise UserError(f"{source.where(0)} may have several labels: only an evaluator of type classify can score it")
+    if "label" not in source.features:
+        raise UserError(
+            f"{source.where(0)} has no class, by which this evaluator scores: name data that has, in its options,"
+            ' such as config.evaluators = {"knn": {"dataset": "FOLDER"}}'
+        )
+    return source
 
 
 def of_split(make_score: Callable[..., Callable]) -> Callable[..., Callable[[Any], dict[str, float]]]:
@@ -50,11 +62,8 @@ def open_pair(
     experiment: Experiment, train: str | None, test: str | None, dataset: str | None
 ) -> tuple[sources.Source, sources.Source]:
     """Two splits with the same classes and one label an image: to learn from, and to be tested on."""
-    train_source = open_split(experiment, train or experiment.settings.pp.train, dataset)
-    test_source = with_classes_of(train_source, open_split(experiment, test, dataset))
-    check_one_label(train_source)
-    check_one_label(test_source)
-    return train_source, test_source
+    train_source = open_labelled(experiment, train or experiment.settings.pp.train, dataset)
+    return train_source, with_classes_of(train_source, open_labelled(experiment, test, dataset))
 
 
 def with_classes_of(known: sources.Source, source: sources.Source) -> sources.Source:
@@ -66,12 +75,6 @@ def with_classes_of(known: sources.Source, source: sources.Source) -> sources.So
     except UserError as error:
         raise UserError(f"an evaluator's images, such as {source.where(0)}, have other classes: {error}") from error
     return RenumberedSource(source, numbers, known.class_names)
-
-
-def check_one_label(source: sources.Source) -> None:
-    """Raises UserError for a dataset whose images may have several labels, which only `classify` can score."""
-    if "labels" in source[0]:
-        raise UserError(f"{source.where(0)} may have several labels: only an evaluator of type classify can score it")
 
 
 def make_sums(

@@ -27,10 +27,7 @@ def make_evaluator(
       labels: as `prompts.read_labels` takes them, in the order of the classes; the class names if not said otherwise.
       templates: as `prompts.read_templates` takes them.
     """
-    source = passes.open_split(experiment, split, dataset)
-    if not {"label", "labels"} & source.features.keys():
-        raise UserError(f"{source.where(0)} has no label: name a labelled split or dataset")
-    passes.check_one_label(source)
+    source = passes.open_labelled(experiment, split, dataset)
     names = prompts.read_labels(labels) if labels else prompts.readable(source.class_names)
     if len(names) != source.num_classes:
         raise UserError(f"labels={labels} are {len(names)}, and {source.where(0)} is one of {source.num_classes} classes")

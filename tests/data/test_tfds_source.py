@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import vit_jax.data.tfds_source as tfds_source
 from tests.data.toy_tfds import NAMES, SIZES, build, png, to_tfrecord
-from vit_jax.data.features import Boxes, Image, Label, Labels
+from vit_jax.data.features import Boxes, Image, Label, Labels, Segmentation
+from vit_jax.data.sources import get_source
 from vit_jax.data.tfds_source import TfdsSource
 from vit_jax.errors import UserError
 
@@ -55,8 +57,29 @@ def prepared(tmp_path_factory) -> dict[str, Path]:
         lambda split, i: {"image": io.BytesIO(png(split, i)), "objects": objects(i)},
     )  # fmt: skip
     to_tfrecord(folder, roots["tfrecord"] / "scenes" / "1.2.0")
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=NAMES),
+        "segmentation_mask": tfds.features.Image(shape=(None, None, 1), use_colormap=True),
+    }
+    folder = build(
+        roots["array_record"], "oxford_iiit_pet", features,
+        lambda split, i: {"image": io.BytesIO(png(split, i)), "label": i % 3, "segmentation_mask": grey(mask(i))},
+    )  # fmt: skip
+    to_tfrecord(folder, roots["tfrecord"] / "oxford_iiit_pet" / "1.2.0")
     build(roots["array_record"], "texts", {"text": tfds.features.Text()}, lambda split, i: {"text": f"{split} {i}"})
     return roots
+
+
+def mask(i: int) -> np.ndarray:
+    """The numbers 0 to 3, of the size of `png`."""
+    return np.random.default_rng(i).integers(0, 4, (4 + i % 3, 5), np.uint8)
+
+
+def grey(numbers: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    PIL.Image.fromarray(numbers).save(file, "PNG")
+    return io.BytesIO(file.getvalue())
 
 
 def several(i: int) -> tuple[int, ...]:
@@ -94,6 +117,32 @@ def test_objects_become_boxes_in_pixels(data_dir):
     boxes = {(box[0][1] * 4, crowd[0]) for n, box, crowd in found if n == 1}
     assert boxes == {(float(height), crowd) for height, crowd in sizes}
     assert all(box[0] == 1.0 and box[2] == 5.0 for _, of_image, _ in found for box in of_image)  # 5 pixels wide
+
+
+def test_masks_have_classes_known_of_the_dataset_or_beside_it(data_dir, tmp_path):
+    source = get_source("oxford_iiit_pet", "test", needs=("image", "segmentation"), tfds_data_dir=data_dir)
+    assert source.features == {"image": Image(), "segmentation": Segmentation(("pet", "background", "border"))}
+    found = {example["image"]: example["segmentation"] for example in (source[i] for i in range(len(source)))}
+    for i in range(SIZES["test"]):  # they count from 1, and 0 is ignored
+        np.testing.assert_array_equal(found[png("test", i)], mask(i) - np.uint8(1))
+    assert set(TfdsSource("oxford_iiit_pet", "test", data_dir=data_dir)[0]) == {"image", "label"}
+    shutil.copytree(f"{data_dir}/oxford_iiit_pet", tmp_path / "mine")
+    folder = tmp_path / "mine" / "1.2.0"
+    for info in folder.glob("dataset_info.json"):
+        info.write_text(info.read_text().replace("oxford_iiit_pet", "mine"))
+    for shard in folder.glob("oxford_iiit_pet*"):
+        shard.rename(folder / shard.name.replace("oxford_iiit_pet", "mine"))
+    with pytest.raises(UserError, match="mine/1.2.0 has no classes.txt: write one"):
+        TfdsSource("mine", "test", needs=("segmentation",), data_dir=str(tmp_path))
+    (folder / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(
+        UserError, match=r"mine test, example 0 has \d+ pixels of class [23] in its mask segmentation_mask, and"
+    ):
+        TfdsSource("mine", "test", needs=("segmentation",), data_dir=str(tmp_path))[0]
+    with pytest.raises(
+        UserError, match="flowers/1.2.0 has the features .*segmentation needs `image` and `segmentation_mask`, an"
+    ):
+        TfdsSource("flowers", "test", needs=("segmentation",), data_dir=data_dir)
 
 
 @pytest.mark.parametrize("split", SIZES)

@@ -57,27 +57,27 @@ class SegmentationSource(ImageFiles):
         self._masks, self._classes = [mask for _, mask in pairs], classes
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "image": read_file(self._images[index]),
-            "segmentation": self._indices(self._masks[index], self.where(index)),
-        }
+        mask = self._masks[index]
+        indices = class_indices(read_file(mask), self._classes, image=self.where(index), mask=shown(mask))
+        return {"image": read_file(self._images[index]), "segmentation": indices}
 
-    def _indices(self, mask: Path, where: str) -> UInt8[np.ndarray, "h w"]:
-        data = read_file(mask)
-        try:
-            indices = decode_indices(data)
-        except UserError as e:
-            raise type(e)(f"{shown(mask)}: {e}") from e
-        if self._classes.reduce_zero_label:
-            indices = np.where(indices == 0, np.uint8(IGNORED), indices - np.uint8(indices != IGNORED))
-        counts = np.bincount(indices.ravel(), minlength=256)
-        if beyond := np.flatnonzero(counts[len(self._classes.names) : IGNORED]).tolist():
-            number = beyond[0] + len(self._classes.names)
-            raise UserError(
-                f"{where} has {counts[number]:,} pixels of class {number} in its mask {shown(mask)}, and only classes 0 to "
-                f"{len(self._classes.names) - 1} have a name (255 is ignored): name it in the table of classes"
-            )
-        return indices
+
+def class_indices(data: bytes, classes: Classes, *, image: str, mask: str) -> UInt8[np.ndarray, "h w"]:
+    """The numbers of the classes in an encoded mask, 255 for what is ignored. UserError names the image and its mask."""
+    try:
+        indices = decode_indices(data)
+    except UserError as e:
+        raise type(e)(f"{mask}: {e}") from e
+    if classes.reduce_zero_label:
+        indices = np.where(indices == 0, np.uint8(IGNORED), indices - np.uint8(indices != IGNORED))
+    counts = np.bincount(indices.ravel(), minlength=256)
+    if beyond := np.flatnonzero(counts[len(classes.names) : IGNORED]).tolist():
+        number = beyond[0] + len(classes.names)
+        raise UserError(
+            f"{image} has {counts[number]:,} pixels of class {number} in its mask {mask}, and only classes 0 to "
+            f"{len(classes.names) - 1} have a name (255 is ignored): name it in the table of classes"
+        )
+    return indices
 
 
 def open_folder(path: str, split: str) -> SegmentationSource | None:
@@ -111,7 +111,7 @@ def open_folder(path: str, split: str) -> SegmentationSource | None:
         if not is_file(mask):
             raise UserError(f"{shown(image)} has no mask: add {shown(mask)}, or remove the image")
     part = part_of(split, len(pairs))
-    return SegmentationSource(pairs[part.start : part.stop], _classes(root, is_voc))
+    return SegmentationSource(pairs[part.start : part.stop], class_table(root, Classes(VOC) if is_voc else None))
 
 
 def _has_masks(folder: Path) -> bool:
@@ -141,11 +141,11 @@ def _which(asked: str, splits: Mapping[str, Any], where: Path) -> str:
     raise unknown(f"split of {shown(where)}", asked, map(printable, splits))
 
 
-def _classes(root: Path, is_voc: bool) -> Classes:
-    """The table of a folder. UserError where it has none, or one that cannot be read."""
+def class_table(root: Path, otherwise: Classes | None = None) -> Classes:
+    """The table of a folder. UserError where it has none and there is no other, or one that cannot be read."""
     file = next((root / name for name in TABLES if (root / name).is_file()), None)
-    if file is None and is_voc:
-        return Classes(VOC)
+    if file is None and otherwise:
+        return otherwise
     if file is None:
         raise UserError(f"{shown(root)} has no classes.txt: write one, a name a line, in the order of the masks' numbers")
     if file.suffix == ".json":

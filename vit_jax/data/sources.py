@@ -79,7 +79,7 @@ def get_source(
     from vit_jax.data.tfds_source import TfdsSource  # slow to import, and of no use to the others
 
     try:
-        return TfdsSource(dataset, split, data_dir=tfds_data_dir, manual_dir=tfds_manual_dir)
+        return TfdsSource(dataset, split, needs=needs, data_dir=tfds_data_dir, manual_dir=tfds_manual_dir)
     except UserError as e:
         if "/" not in dataset:
             raise

@@ -5,23 +5,27 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_jax.data.features import Boxes, Image, Label, Labels, Source, digest
+from vit_jax.data import segmentation
+from vit_jax.data.features import Boxes, Image, Label, Labels, Segmentation, Source, digest
 from vit_jax.data.host.decode import ImageError, header_size
 from vit_jax.errors import UserError, did_you_mean, near
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
+MASKS = {"oxford_iiit_pet": segmentation.Classes(("pet", "background", "border"), reduce_zero_label=True)}
+"""What the numbers in the masks of datasets mean, by their names in tfds."""
+_MASK = "segmentation_mask"
 _RESTORE = "Restore that file, or delete the folder and prepare the dataset again."
 
 
 class TfdsSource(Source):
-    """The images, labels and boxes of one split of a prepared tfds dataset, in the order of its record files.
+    """The images, labels, boxes or masks of one split of a prepared tfds dataset, in the order of its record files.
 
     `name` is `dataset`, `dataset/config` or either with `:version` (the newest prepared version otherwise). `split` is
     anything tfds knows: `train`, `train[:98%]`, `train[10%:-500]`, `train+validation`. Found by its files alone, in
@@ -30,14 +34,23 @@ class TfdsSource(Source):
 
     ArrayRecord goes through tfds' own data source. TFRecord, which tfds reads only through TensorFlow, goes through
     `TfRecords`. Of an example only `image` (left encoded), its label or labels, and its `objects` (of coco and voc) are
-    parsed, so a segmentation mask costs nothing. Several threads may read at once. A dataset that is not prepared is
-    prepared here if TensorFlow is installed (`manual_dir` holds archives that must be fetched by hand). What the user can
-    mend is a `UserError`.
+    parsed; if a task `needs` `segmentation`, `image` and `segmentation_mask` alone. The classes of masks are those of
+    `MASKS`, or of classes.txt or classes.json in the dataset's folder, see `segmentation.open_folder`. Several threads may
+    read at once. A dataset that is not prepared is prepared here if TensorFlow is installed (`manual_dir` holds archives
+    that must be fetched by hand). What the user can mend is a `UserError`.
     """
 
     exif_rotated = False  # TensorFlow's decoder ignores the EXIF orientation, and so must whoever compares with it
 
-    def __init__(self, name: str, split: str, *, data_dir: str | None = None, manual_dir: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        *,
+        needs: Collection[str] = (),
+        data_dir: str | None = None,
+        manual_dir: str | None = None,
+    ):
         import tensorflow_datasets as tfds
 
         place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -51,9 +64,14 @@ class TfdsSource(Source):
             raise UserError(f"{folder} is not a readable tfds dataset: {error}. Prepare it again.") from error
 
         self._name, self._split, self._full_name = name, split, builder.info.full_name
-        self._tfds_features, self._label = _image_and_answers(builder.info)
-        self._decoders = {"image": tfds.decode.SkipDecoding()}
         self.features = {"image": Image()}
+        if "segmentation" in needs:
+            self._tfds_features, self._label = _image_and_mask(builder.info), ""
+            self._classes = segmentation.class_table(folder, MASKS.get(builder.info.name))
+            self.features["segmentation"] = Segmentation(self._classes.names, self._classes.colors)
+        else:
+            self._tfds_features, self._label = _image_and_answers(builder.info)
+        self._decoders = {name: tfds.decode.SkipDecoding() for name in ("image", _MASK) if name in self._tfds_features}
         if self._label:
             feature = self._tfds_features[self._label]
             several = isinstance(feature, tfds.features.Sequence)
@@ -91,6 +109,9 @@ class TfdsSource(Source):
             record = self._records[int(index)]
             example = self._tfds_features.deserialize_example_np(record, decoders=self._decoders)
             found: dict[str, Any] = {"image": bytes(example["image"])}
+            if "segmentation" in self.features:
+                named = {"image": self.where(index), "mask": _MASK}
+                return found | {"segmentation": segmentation.class_indices(bytes(example[_MASK]), self._classes, **named)}
             if "label" in self.features:
                 found["label"] = int(example[self._label])
             elif "labels" in self.features:
@@ -280,6 +301,21 @@ def _image_and_answers(info: Any) -> tuple[Any, str]:
         )
     kept = ["image", *candidates[:1], *(["objects"] if with_boxes else [])]
     return tfds.features.FeaturesDict({key: held[key] for key in kept}), candidates[0] if candidates else ""
+
+
+def _image_and_mask(info: Any) -> Any:
+    """A FeaturesDict of the image and its mask alone. UserError for a dataset without a mask of one channel."""
+    import tensorflow_datasets as tfds
+
+    features = info.features
+    held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {"(all)": features}
+    image, mask = held.get("image"), held.get(_MASK)
+    if not all(isinstance(x, tfds.features.Image) for x in (image, mask)) or mask.shape[-1] != 1:
+        listing = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in held.items())
+        raise UserError(
+            f"{info.full_name} has the features {listing}: segmentation needs `image` and `{_MASK}`, an image of one channel"
+        )
+    return tfds.features.FeaturesDict({"image": image, _MASK: mask})
 
 
 def _boxes(image: bytes, objects: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -43,6 +43,7 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     if end:
         config.head_fit.views, config.head_fit.layers = 2, 6
         config.total_steps, config.warmup_steps = 0, 0
+        config.batch_eval = 8  # on a CPU features of 32 at once took a tenth to a quarter longer
     if end == FINETUNE:
         config.total_steps, config.warmup_steps, config.eval_every = 100, 10, 25
         config.base_lr = 0.001

@@ -258,6 +258,10 @@ def test_a_part_of_which_nothing_is_known_starts_over(cache, site):
 def test_a_server_without_validators_starts_over(site):
     site.etag, site.cuts = None, [100_000]
     assert fetched(site).read_bytes() == CONTENT and site.asked == [None, None]
+    site.files["/x.npz"], site.cuts = CONTENT, [100_000] * 9
+    with pytest.raises(UserError, match="promised 300,.* and 100,000 came") as error:
+        fetched(site, "/x.npz")
+    assert "continues" not in str(error.value)
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
@@ -385,10 +389,13 @@ def test_a_body_without_end_is_given_up_and_thrown_away(cache, monkeypatch):
         (b"HTTP/1.1 206 Partial\r\nContent-Length: 5\r\n\r\n56789", "it sent another part (no Content-Range)"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "the connection broke"),
         (b"HTTP/1.1 404 \x1b[2Jgone\r\n\r\n", r"answered 404 \x1b[2Jgone (no such file"),
-        (b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
+        (b"SSH-2.0-OpenSSH\r\n", "the answer is no HTTP, it begins with SSH-2.0-OpenSSH"),
         (b"HTTP/1.1 302 Found\r\nLocation: ftp://127.0.0.1/x.npz\r\n\r\n", "from http only http or https is followed"),
-        (b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n", "answered 302"),
-        (b"HTTP/1.1 302 Found\r\nLocation: /x.npz\r\n\r\n", "answered 302"),
+        (
+            b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n",
+            "do not follow: Found - Redirection to url 'file:///etc/",
+        ),
+        (b"HTTP/1.1 302 Found\r\nLocation: /x.npz\r\n\r\n", "leads round in a circle, or where we do not follow"),
     ],
     ids=lambda x: repr(x)[:40],
 )

@@ -135,7 +135,7 @@ def _persist(url: str, target: Path, part: Path) -> None:
                 failures, best = (0, size) if size >= best + connection.LEAST // 10 else (failures + 1, best)
                 seconds = time.monotonic() - start
                 if failures >= _TRIES or seconds > _LONGEST:
-                    kept = f"\nThe next call continues the {size:,} bytes that came." if size else ""
+                    kept = f"\nThe next call continues the {size:,} bytes that came." if _continues(part) else ""
                     tried = f"{_TRIES} attempts" if failures >= _TRIES else f"{seconds / 3600:.0f} hours"
                     raise UserError(f"{url} could not be downloaded: {e} ({tried}). {_by_hand(target)}{kept}") from e
                 log.info("%s: %s; trying again", url, e)
@@ -145,7 +145,7 @@ def _persist(url: str, target: Path, part: Path) -> None:
 def _attempt(url: str, target: Path, part: Path, bar: tqdm) -> None:
     """One request: continues `part` if it is still a part of the same file, else starts over. Checks what came."""
     facts = _read_facts(part)
-    start = part.stat().st_size if part.exists() and facts.get("validator") else 0
+    start = part.stat().st_size if _continues(part) else 0
     headers = {"User-Agent": "vit_jax", "Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": facts["validator"]}
@@ -200,12 +200,16 @@ def _open(url: str, headers: dict[str, str], target: Path, part: Path, watch: co
             part.unlink(missing_ok=True)
         if e.code == 416 or e.code in _RETRIED:
             raise _Broken(f"the server answered {e.code} {printable(e.reason)}") from e
+        if 300 <= e.code < 400:
+            where = printable(str(e.reason).partition("\n")[0])
+            raise UserError(f"{url} leads round in a circle, or where we do not follow: {where}. {_by_hand(target)}") from e
         reason = {404: "no such file: check the name", 403: "not public, or no such file", 401: "not public"}.get(e.code, "")
         answer = f"{e.code} {printable(e.reason)} ({reason or 'refused'})"
         raise UserError(f"{url}: the server answered {answer}. {_by_hand(target)}") from e
     except (OSError, http.client.HTTPException) as e:
-        why = getattr(e, "reason", e) or type(e).__name__
-        raise _Broken("no whole answer came in time" if watch.has_closed else printable(why)) from e
+        why = printable(getattr(e, "reason", e) or type(e).__name__)
+        why = f"the answer is no HTTP, it begins with {why}" if type(e) is http.client.BadStatusLine else why
+        raise _Broken("no whole answer came in time" if watch.has_closed else why) from e
     if watch.has_closed:  # what had come then looks like a whole head
         raise _Broken("no whole answer came in time")
     return response
@@ -275,6 +279,11 @@ def _read_facts(part: Path) -> dict[str, Any]:
         return {key: facts[key] for key in ("size", "md5", "validator")}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return {}  # without them the part is not continued
+
+
+def _continues(part: Path) -> bool:
+    """Whether a part is there that another request may continue: of a file without a validator it may be another's."""
+    return part.exists() and part.stat().st_size > 0 and bool(_read_facts(part).get("validator"))
 
 
 def _md5(path: Path) -> str:

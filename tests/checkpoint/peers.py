@@ -48,6 +48,8 @@ TIMM = {
     "CLIP": {"architecture": "vit_base_patch32_clip_quickgelu_224"},
     "attention pooling": {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"},
     "distilled": {"architecture": "deit_base_distilled_patch16_224"},
+    "RMSNorm": {"norm_layer": "rmsnorm", "qk_norm": True, "global_pool": "avg", "class_token": False, "reg_tokens": 1},
+    "RMSNorm, attention pooling": {"norm_layer": "rmsnorm", "global_pool": "map", "class_token": False},
 }
 FOLDED = (
     "mean with fc_norm",
@@ -56,6 +58,7 @@ FOLDED = (
     "no class position",
     "mean, registers",
     "mean, registers, no class token",
+    "RMSNorm",
     "mean of patches without a class position",
 )
 """Whose tokens in front come back in another but equal form: with positions added, or an unread class token as a register."""

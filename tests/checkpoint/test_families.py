@@ -83,6 +83,18 @@ def test_a_model_of_timm_is_the_same_here(tmp_path, name):
         assert_bits_equal(readers.read(again.path), readers.read(tmp_path))
 
 
+def test_heads_that_only_the_name_of_a_timm_model_tells(tmp_path):
+    """test_vit4, whose heads are of 32 and whose norms are RMSNorms, as timm publishes it: nothing but its name says so."""
+    with peers.torch_peer("timm").without_torchvision():
+        import timm
+
+        model = peers.randomise(timm.create_model("test_vit4", num_classes=5, img_size=48, depth=2))
+        timm.models.save_for_hf(model, tmp_path, model_args={"img_size": [48, 48]}, safe_serialization=True)
+    opened = checkpoint.open_checkpoint(tmp_path)
+    assert opened.description.model["transformer"]["num_heads"] == 3
+    peers.assert_same(opened, model, peers.images(opened))
+
+
 def official(model, *, chunk=None):
     """The state dict that the official DINOv2 code would hold of a `Dinov2Model` of transformers."""
     renamed, qkv = {}, {}
@@ -224,6 +236,7 @@ TO_TIMM = {
     "SwiGLU, LayerScale": {"transformer": SWIGLU | {"mlp_dim": 45}},
     "SwiGLU": {"transformer": {"activation": "swiglu"}},
     "distilled": {"classifier": "distilled"},
+    "RMSNorm": {"classifier": "gap", "fc_norm": True, "transformer": {"norm": "rms", "qk_norm": True, "activation": "gelu"}},
 }
 
 
@@ -277,6 +290,7 @@ def test_what_is_written_opens_in_timm_and_comes_back(tmp_path, case):
         ("hf", {"representation_size": 8}, "representation_size with a head"),
         ("hf", {"transformer": DINO}, "classifier=token, mlp_dim=48, a grid that is not square"),
         ("hf", {"transformer": {"norm_pre": True, "activation": "quick_gelu"}}, "cannot express norm_pre: convert"),
+        ("hf", {"transformer": {"norm": "rms"}}, "hf cannot express transformer.norm=rms: convert"),
         ("timm", {"classifier": "map", "num_registers": 2}, "registers that a probe sees"),
         ("timm", {"classifier": "unpooled"}, "timm's VisionTransformer cannot express classifier=unpooled"),
         ("timm", {"patch_bias": False, "head_bias": False}, "norm_pre with a bias in front, or neither, a head without a bias"),

@@ -7,8 +7,8 @@ import pytest
 
 from tests.models import small
 from vit_jax.models import ARCHITECTURES, build, get_model, zoo
+from vit_jax.models.classifier_head import ClassifierHead
 from vit_jax.models.layers import Encoder
-from vit_jax.models.vit import ClassifierHead
 
 VIT = {  # name: parameters at 224 px and 1,000 classes, heads (which leave no trace in the count), dropout
     "testing": (21_390, 2, 0.1),

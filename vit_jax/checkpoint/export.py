@@ -94,7 +94,7 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     model_type = opened.description.model_type
     if model_type not in WRITERS[to]:
         raise UserError(f"{to} has no layout for a {model_type} here: use --to=npz")
-    _check_attention(opened, to)
+    _check_transformer(opened, to)
     if opened.description.image_size is None:
         raise UserError(f"{opened.path} has position embeddings that are no square, and no model.json tells their grid")
     written = WRITERS[to][model_type](opened)
@@ -109,10 +109,10 @@ def write_checkpoint(opened: Opened, destination: str | os.PathLike, to: str) ->
     return path
 
 
-def _check_attention(opened: Opened, to: str) -> None:
-    """Raises UserError for a ViT whose attention is not the softmax over all tokens that every other project computes."""
+def _check_transformer(opened: Opened, to: str) -> None:
+    """Raises UserError for attention that is no softmax over all tokens, and norms that are none of the layout's."""
     description = opened.description
-    vit = models.architecture_of(description.model_type).vit_fields(description.model)
-    kind = (vit.get("transformer") or {}).get("attention", "softmax")
-    if kind != "softmax":
-        raise UserError(f"{to} cannot express transformer.attention={kind}: convert with --to=npz")
+    transformer = models.architecture_of(description.model_type).vit_fields(description.model).get("transformer") or {}
+    usual = {"attention": "softmax"} | ({} if to == "timm" else {"norm": "layer"})
+    if unlike := [f"transformer.{name}={transformer[name]}" for name, x in usual.items() if transformer.get(name, x) != x]:
+        raise UserError(f"{to} cannot express {' and '.join(unlike)}: convert with --to=npz")

@@ -91,12 +91,20 @@ def _sizes(flat: Flat, heads: int | None) -> dict[str, Any]:
             "num_heads": heads,
             "mlp_dim": second.shape[1],
             "activation": "swiglu" if swiglu else "gelu",
+            "norm": "layer" if "blocks.0.norm1.bias" in flat else "rms",
             "norm_eps": 1e-6,
             "layer_scale": "blocks.0.ls1.gamma" in flat,
             "qk_norm": "blocks.0.attn.q_norm.weight" in flat,
             "norm_pre": "norm_pre.weight" in flat,
         },
     }
+
+
+def _named_heads(architecture: str, d: int) -> int | None:
+    """The heads of timm's models of width d that are others than `_published_heads` has them."""
+    if architecture.startswith("test_vit"):
+        return d // 32
+    return 16 if "giantopt" in architecture or "base_patch16_gap" in architecture else None
 
 
 def _published_heads(d: int) -> int:
@@ -109,10 +117,14 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
     architecture = config.text("architecture", "")
     if not args.content and _UNTOLD.search(architecture):
         raise UserError(f"{printable(architecture)} is another model than its shapes tell, and config.json lacks model_args")
-    sizes = _sizes(flat, args.whole("num_heads", 16 if "giantopt" in architecture else None))
+    sizes = _sizes(flat, args.whole("num_heads", _named_heads(architecture, flat["patch_embed.proj.weight"].shape[0])))
     transformer = sizes["transformer"]
     activation = args.get("act_layer") or _activation(architecture)
-    if "_clip_" in architecture or (transformer["norm_pre"] and not architecture):
+    norms = {"layer": (None, "layernorm"), "rms": (None, "rmsnorm")}[transformer["norm"]]
+    if args.get("norm_layer") not in norms:
+        raise args.wrong("norm_layer", f"{norms[1]}, as the parameters are, without options")
+    of_clip = "_clip_" in architecture or (transformer["norm_pre"] and not architecture)
+    if of_clip and transformer["norm"] == "layer":
         transformer["norm_eps"] = 1e-5
     if transformer["activation"] == "gelu" and activation not in (None, *_ACTIVATIONS):
         raise UserError(f"act_layer={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
@@ -275,6 +287,7 @@ def _export_timm(description: Description, ours: Flat) -> dict[str, Any]:
         "fc_norm": bool(model.get("fc_norm")),
         "qkv_bias": len(without_zero_biases(ours)) == len(ours),
         "qk_norm": bool(transformer.get("qk_norm")),
+        **({"norm_layer": "rmsnorm"} if transformer.get("norm") == "rms" else {}),
         "init_values": 1e-5 if transformer.get("layer_scale") else None,
         "reg_tokens": model.get("num_registers", 0),
     } | ({} if activation == "swiglu" else {"act_layer": activation})
@@ -317,9 +330,10 @@ def _check_timm(description: Description, *, has_head: bool) -> None:
         "a head on class token and mean": classifier == "cls_mean" and has_head,
         f"position_embedding={model.get('position_embedding')}": model.get("position_embedding", "learned") != "learned",
     }
-    eps, usual = transformer.get("norm_eps", 1e-6), 1e-5 if transformer.get("norm_pre") else 1e-6
+    of_clip = transformer.get("norm_pre") and transformer.get("norm", "layer") == "layer"
+    eps, usual = transformer.get("norm_eps", 1e-6), 1e-5 if of_clip else 1e-6
     if eps != usual:
-        log.warning("timm's LayerNorm epsilon is %g, that of this model %g", usual, eps)
+        log.warning("timm's norm epsilon is %g, that of this model %g", usual, eps)
     if wrong := [name for name, fault in faults.items() if fault]:
         raise UserError(f"timm's VisionTransformer cannot express {', '.join(wrong)}: convert with --to=npz")
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.models.linear import LINEAR, Linear, unnamed_linear
+from vit_jax.models.norms import make_norm
 from vit_jax.models.positions import rotate
 from vit_jax.models.windows import Windows
 
@@ -48,15 +49,16 @@ class MultiHeadDotProductAttention(nn.Module):
     """softmax(q·kᵀ / √head_dim)·v for every head, between linear maps `query`, `key`, `value` and `out`.
 
     Kernels are (d, k, d/k) for the three inputs and (k, d/k, d) for the output, as in flax's module of this name.
-    The softmax is computed in float32 whatever `dtype` is; `kind` may put sigmoids in its place, see `attend`. `qk_norm_eps` is
-    the epsilon of a LayerNorm over every head's query and key (`query_ln`, `key_ln`), None for none. `rotation` is the grid
-    (h, w) of the patches and the largest period of their rotary positions, see `positions.rotate`, None for none. With
-    `windows` patches attend within these, see `windows`.
+    The softmax is computed in float32 whatever `dtype` is; `kind` may put sigmoids in its place, see `attend`. `qk_norm`, one
+    of `norms.NORMS` or None, is over every head's query and key (`query_ln`, `key_ln`). `rotation` is the grid (h, w) of the
+    patches and the largest period of their rotary positions, see `positions.rotate`, None for none. With `windows` patches
+    attend within these, see `windows`.
     """
 
     num_heads: int
     dropout_rate: float = 0.0
-    qk_norm_eps: float | None = None
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
     rotation: tuple[tuple[int, int], float] | None = None
     kind: str = "softmax"
     windows: Windows | None = None
@@ -81,8 +83,9 @@ class MultiHeadDotProductAttention(nn.Module):
         else:
             query, key, value = maps
             q, k, v = query(x), key(inputs), value(inputs)
-        if self.qk_norm_eps is not None:
-            q, k = (nn.LayerNorm(self.qk_norm_eps, self.dtype, name=f"{n}_ln")(x) for n, x in (("query", q), ("key", k)))
+        if self.qk_norm is not None:
+            norms = (make_norm(self.qk_norm, self.qk_norm_eps, self.dtype, f"{n}_ln") for n in ("query", "key"))
+            q, k = (norm(x) for norm, x in zip(norms, (q, k), strict=True))
         if self.rotation is not None:
             q, k = (rotate(x, *self.rotation) for x in (q, k))
 

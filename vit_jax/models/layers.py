@@ -18,6 +18,7 @@ from vit_jax.errors import UserError, unknown
 from vit_jax.models import linear, residual
 from vit_jax.models.attention import Mask, MultiHeadDotProductAttention
 from vit_jax.models.linear import Linear, activate
+from vit_jax.models.norms import make_norm
 from vit_jax.models.windows import Windows
 
 Dtype = Any
@@ -124,8 +125,9 @@ class LayerScale(nn.Module):
 class EncoderBlock(nn.Module):
     """x + MHA(LN(x)), then x + MLP(LN(x)): the pre-LN Transformer block of ViT (equations 2 and 3 of the paper).
 
-    With `layer_scale` both branches are scaled, by `ls1` and `ls2`, before they are added; with `qk_norm` every head's
-    queries and keys are normalised; `rotation`, `attention` (its kind) and `windows` are those of the attention.
+    `norm` is one of `norms.NORMS`. With `layer_scale` both branches are scaled, by `ls1` and `ls2`, before they are added;
+    with `qk_norm` every head's queries and keys are normalised likewise; `rotation`, `attention` (its kind) and `windows` are
+    those of the attention.
     """
 
     mlp_dim: int
@@ -133,6 +135,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     activation: str = "gelu_tanh"
+    norm: str = "layer"
     norm_eps: float = 1e-6
     layer_scale: bool = False
     layer_scale_init: float = 1e-5
@@ -153,7 +156,7 @@ class EncoderBlock(nn.Module):
         """`kept` says for each of the two branches which examples it is added to, see `residual.add`; `mask` who sees whom."""
 
         def norm(x: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
-            return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)(x)
+            return make_norm(self.norm, self.norm_eps, self.dtype, name)(x)
 
         def scale(y: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
             return LayerScale(self.layer_scale_init, name=name)(y) if self.layer_scale else y
@@ -162,7 +165,8 @@ class EncoderBlock(nn.Module):
             y = MultiHeadDotProductAttention(
                 num_heads=self.num_heads,
                 dropout_rate=self.attention_dropout_rate,
-                qk_norm_eps=self.norm_eps if self.qk_norm else None,
+                qk_norm=self.norm if self.qk_norm else None,
+                qk_norm_eps=self.norm_eps,
                 rotation=self.rotation,
                 kind=self.attention,
                 windows=self.windows,
@@ -230,6 +234,7 @@ class Encoder(nn.Module):
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     activation: str = "gelu_tanh"
+    norm: str = "layer"
     norm_eps: float = 1e-6
     layer_scale: bool = False
     layer_scale_init: float = 1e-5
@@ -287,7 +292,7 @@ class Encoder(nn.Module):
         if registers is not None:
             x = jnp.concatenate([x[:, :num_prefix], registers.astype(x.dtype), x[:, num_prefix:]], axis=1)
         if self.norm_pre:
-            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm_pre")(x)
+            x = make_norm(self.norm, self.norm_eps, self.dtype, "norm_pre")(x)
         kept = self._keep(x.shape[0], train)
         if self.scan and not self.is_initializing():
             x, layers = self._scan_blocks(x, kept, train, with_layers, mask, rotation, windows[0])
@@ -300,7 +305,7 @@ class Encoder(nn.Module):
                 x = block(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
         if self.final_norm:
-            norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")
+            norm = make_norm(self.norm, self.norm_eps, self.dtype, "encoder_norm")
             x, layers = norm(x), map(norm, layers) if norm_layers else layers
         return x, tuple(layers) if with_layers else ()
 
@@ -338,6 +343,7 @@ class Encoder(nn.Module):
             dropout_rate=self.dropout_rate,
             attention_dropout_rate=self.attention_dropout_rate,
             activation=self.activation,
+            norm=self.norm,
             norm_eps=self.norm_eps,
             layer_scale=self.layer_scale,
             layer_scale_init=self.layer_scale_init,

@@ -74,7 +74,7 @@ def _with_numerics_of(origin: checkpoint.Description, fields: Mapping[str, Any],
         key, *rest = path
         return fields | ({key: _with_numerics_of(origin, fields[key], rest)} if fields.get(key) else {})
     transformer, trained = dict(fields.get("transformer", {})), origin.model.get("transformer", {})
-    names = ["activation", "norm_eps"]
+    names = ["activation", "norm", "norm_eps"]
     if transformer.get("attention", "softmax") == "softmax" and trained.get("attention", "softmax") != "softmax":
         names += ["attention", "window_size", "global_blocks"]  # a recipe that says nothing; from softmax one may go to any
     for name in names:

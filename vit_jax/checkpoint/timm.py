@@ -91,7 +91,7 @@ def _sizes(flat: Flat, heads: int | None) -> dict[str, Any]:
             "num_heads": heads,
             "mlp_dim": second.shape[1],
             "activation": "swiglu" if swiglu else "gelu",
-            "norm": "layer" if "blocks.0.norm1.bias" in flat else "rms",
+            **({} if "blocks.0.norm1.bias" in flat else {"norm": "rms"}),
             "norm_eps": 1e-6,
             "layer_scale": "blocks.0.ls1.gamma" in flat,
             "qk_norm": "blocks.0.attn.q_norm.weight" in flat,
@@ -120,11 +120,11 @@ def _timm_facts(flat: Flat, config: Entries, _: Entries) -> Facts:
     sizes = _sizes(flat, args.whole("num_heads", _named_heads(architecture, flat["patch_embed.proj.weight"].shape[0])))
     transformer = sizes["transformer"]
     activation = args.get("act_layer") or _activation(architecture)
-    norms = {"layer": (None, "layernorm"), "rms": (None, "rmsnorm")}[transformer["norm"]]
-    if args.get("norm_layer") not in norms:
-        raise args.wrong("norm_layer", f"{norms[1]}, as the parameters are, without options")
+    norm = "rmsnorm" if "norm" in transformer else "layernorm"
+    if args.get("norm_layer") not in (None, norm):
+        raise args.wrong("norm_layer", f"{norm}, as the parameters are, without options")
     of_clip = "_clip_" in architecture or (transformer["norm_pre"] and not architecture)
-    if of_clip and transformer["norm"] == "layer":
+    if of_clip and norm == "layernorm":
         transformer["norm_eps"] = 1e-5
     if transformer["activation"] == "gelu" and activation not in (None, *_ACTIVATIONS):
         raise UserError(f"act_layer={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")

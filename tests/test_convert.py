@@ -104,12 +104,15 @@ def test_parameters_that_the_model_lacks_are_listed(tmp_path, workdir):
         convert.main([str(tmp_path), str(tmp_path / "out"), "--to=npz"])
 
 
-def test_inspect_lists_names_and_shapes(capsys, workdir):
+def test_inspect_lists_names_and_shapes(capsys, tmp_path, workdir):
     assert inspection.main([str(workdir)]) == 0
     out = capsys.readouterr().out
     assert "parameters  " in out
     for name, x in np.load(workdir / "model.npz").items():
         assert any(line.split(maxsplit=2) == [name, "float32", str(x.shape)] for line in out.splitlines())
+    np.savez(tmp_path / "model.npz", **np.load(workdir / "model.npz"), **{"a\x1b[2J\nb": np.zeros(3, np.float32)})
+    (tmp_path / "model.json").write_text((workdir / "model.json").read_text())
+    assert inspection.main([str(tmp_path)]) == 0 and r"a\x1b[2J\nb" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("to", ["hf", "timm"])

@@ -28,7 +28,8 @@ _LEFT_OUT = re.compile(r"(dino_head|ibot_head|head\.(mlp|last_layer)|decoder\w*|
 def unwrap(arrays: Flat, path: Path) -> Flat:
     """Names without the prefixes of other trainers; of several models in a file one, and without heads of losses.
 
-    What is taken and what is left is logged. Raises UserError where one name would stand for two arrays.
+    What is taken and what is left is logged, as a warning where another model is left. Raises UserError where one name
+    would stand for two arrays.
     """
     models: dict[str, dict[str, list[str]]] = {}
     for name in arrays:
@@ -46,7 +47,9 @@ def unwrap(arrays: Flat, path: Path) -> Flat:
     left = sorted(set(arrays) - set(kept.values()))
     if left:
         what = f"the parameters under {taken!r}" if taken else f"{len(kept)} parameters"
-        log.info("opened   %s: %s are taken, %d others are left (%s)", path, what, len(left), _listed(left))
+        others = any("." in bare and not _LEFT_OUT.match(bare) for model in models.keys() - {taken} for bare in models[model])
+        say = log.warning if others else log.info
+        say("opened   %s: %s are taken, %d others are left (%s)", path, what, len(left), _listed(left))
     return {bare: arrays[name] for bare, name in kept.items()}
 
 

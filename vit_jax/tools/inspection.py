@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vit_jax import arguments, checkpoint
 from vit_jax.convert import summary
-from vit_jax.errors import command
+from vit_jax.errors import command, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_shared(parser, "source")
     opened = checkpoint.open_checkpoint(parser.parse_args(argv).source)
     print("\n".join(summary(opened)))
-    width = max(map(len, opened.flat))
+    names = {printable(name): x for name, x in opened.flat.items()}
+    width = max(map(len, names))
     print("\nunder our names:")
-    for name, x in opened.flat.items():
+    for name, x in names.items():
         print(f"  {name:{width}}  {x.dtype}  {tuple(x.shape)}")
     return 0
 

@@ -1,5 +1,6 @@
 """One training step: gradients over micro-batches and devices, then the optimiser. One text for pmap, mesh and all tasks."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -135,13 +136,14 @@ def _accumulated(
 ) -> tuple[Tree, dict, Tree]:
     """The mean over n micro-batches (n, b/n, …); the carry goes from one to the next."""
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for the shapes and for the loop
     def micro_step(carry: Tree, i: Array, batch: Batch) -> tuple[Tree, tuple[Tree, dict]]:
         context_ = context._replace(carry=carry)
         grads, metrics, carry = _grad(loss, params, context_, batch, jax.random.fold_in(key, i))
         return carry, (context.devices.constrain(grads, "grads"), metrics)
 
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    _, shapes = jax.eval_shape(micro_step, context.carry, 0, first)
+    _, shapes = jax.eval_shape(micro_step, context.carry, jnp.arange(n)[0], first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(total: tuple[Tree, Tree], i_and_batch: tuple[Array, Batch]) -> tuple[tuple[Tree, Tree], None]:

@@ -41,6 +41,8 @@ DATA = (
 )
 MODEL = ("model.hidden_size=16", *(f"model.transformer.{field}" for field in ("num_layers=1", "mlp_dim=16", "num_heads=2")))
 TOWERS = (*(field.replace("model.", "model.image.", 1) for field in MODEL), "model.out_dim=(None,16)")
+DECODER = tuple(f"model.decoder.{field}" for field in ("width=16", "num_layers=1", "mlp_dim=16", "num_heads=2"))
+HEADS = tuple(f"task.{field}" for field in ("prototypes=16", "hidden=16", "bottleneck=8", "local_crops=1"))
 SEGMENTER = tuple(field.replace("model.", "model.body.vit.", 1) for field in MODEL)
 DIGITS = ("pp.train=train[:60]", "pp.test=test[:20]")
 
@@ -102,6 +104,7 @@ def run(line: str) -> int:
         more = [*DATA, *(MODEL if "micro4" in given else ())]
         more += DIGITS if "digit" in given else ()
         more += TOWERS if given.startswith("lit:digits") else ()
+        more += DECODER if given.startswith("mae") else HEADS if given.startswith("dinov2") else ()
         more += (*SEGMENTER, *DIGITS) if given.startswith("segment") else ()
         added = [f"--config.{field}" for field in more]
         rest += [option for option in added if option.partition("=")[0] not in named]

@@ -61,10 +61,8 @@ ENCODER = {"num_layers": 1, "mlp_dim": 16, "num_heads": 2}
 MIXER = {"hidden_dim": 16, "num_blocks": 1, "tokens_mlp_dim": 16, "channels_mlp_dim": 16}
 HEAD, HEAD_BIAS = "img/head/kernel", "img/head/bias"
 STEM = "R_Ti_16-i21k-300ep-lr_0.001-aug_{}-wd_0.03-do_0.0-sd_0.0"
-SMALL = {
-    **{"batch": 8, "batch_eval": 8, "accum_steps": 2, "total_steps": 1, "warmup_steps": 0, "prefetch": 1, "report": False},
-    "pp": {"train": "train[:8]", "test": "test[:5]", "crop": 32},
-}
+SMALL = {"batch": 8, "batch_eval": 8, "total_steps": 1, "warmup_steps": 0, "prefetch": 1, "report": False}
+DATA = {"train": "train[:8]", "test": "test[:5]"}
 
 
 def test_every_recipe_is_here():
@@ -72,10 +70,15 @@ def test_every_recipe_is_here():
     assert all(any(name in test for test in globals() if test.startswith("test_")) for name in recipes), recipes
 
 
+def in_little_steps(config: ConfigDict, **pp):
+    """On a few examples; micro-batches where the recipe has them."""
+    config.update(SMALL | {"accum_steps": min(config.accum_steps, 2), "pp": DATA | pp})
+
+
 def small(config: ConfigDict, *, dataset: str = "digits", **model) -> ConfigDict:
     """The recipe with a small model and little data, as overrides on the command line would make it."""
     config.dataset = dataset
-    config.update(SMALL)
+    in_little_steps(config, crop=32)
     if "transformer" in config.model:  # no Mixer, and not left to the checkpoint
         config.model.hidden_size = 16
         config.model.transformer.update(ENCODER)
@@ -93,7 +96,7 @@ def published(config: ConfigDict, path: Path, *, side: int, classes: int = 7) ->
 
 
 def without_randaug(config: ConfigDict) -> ConfigDict:
-    """It takes seconds to compile: `vit_s16_i1k` and `augreg_pretrain` have it here, which is enough."""
+    """It takes seconds to compile: `vit_s16_i1k` has it here, which is enough."""
     config.augment.randaug = ()
     return config
 
@@ -121,7 +124,7 @@ def assert_only_the_head_changed(workdir: Path, before: dict[str, np.ndarray], c
 
 def test_detect_takes_a_step(tmp_path):
     config = detect.get_config()
-    config.update(SMALL | {"pp": {"train": "train[:8]", "test": "test[:5]"}})
+    in_little_steps(config)
     config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
     del config.model.body.vit.resnet
     config.model.body.vit.transformer.update(ENCODER)
@@ -133,7 +136,7 @@ def test_detect_takes_a_step(tmp_path):
 @pytest.mark.parametrize("head", segment.HEADS)
 def test_segment_takes_a_step(tmp_path, head):
     config = segment.get_config(head)
-    config.update(SMALL | {"pp": {"train": "train[:8]", "test": "test[:5]"}})
+    in_little_steps(config)
     config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
     del config.model.body.vit.resnet
     config.model.body.vit.transformer.update(ENCODER)
@@ -146,12 +149,12 @@ def test_segment_takes_a_step(tmp_path, head):
 
 def test_caption_takes_a_step_on_digits(tmp_path):
     config = caption.get_config("show_attend_tell,digits")
-    config.update(SMALL | {"pp": {"train": "train[:8]", "test": "test[:5]"}})
+    in_little_steps(config)
     config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
     del config.model.body.vit.resnet
     config.model.body.vit.transformer.update(ENCODER)
     config.model.update({"width": 16, "embedding_dim": 16, "attention_dim": 16})
-    config.update({"accum_steps": 1, "evaluators": {}})
+    config.evaluators = {}
     train_and_evaluate(config, tmp_path)
     assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
     assert 0 <= tiny.metrics(tmp_path, "CIDEr_test")[1] <= 10
@@ -187,8 +190,7 @@ def test_detr_r50_freezes_norms_and_stem():
 
 def test_detect_vit_trains_a_decoder_on_a_frozen_vit(tmp_path):
     config = detect_vit.get_config("micro4,digit_scenes")
-    config.update(SMALL)
-    config.pp.update({"train": "train[:8]", "test": "test[:5]"})
+    in_little_steps(config, crop=32)
     vit_fields = config.model.body.vit
     vit_fields.hidden_size = 16
     vit_fields.transformer.update(ENCODER)
@@ -206,7 +208,7 @@ def test_detect_vit_trains_a_decoder_on_a_frozen_vit(tmp_path):
 def test_dinov2_trains_a_vit_without_labels(tmp_path):
     config = small(dinov2.get_config("vitl16_short"), patches={"size": (8, 8)})
     config.evaluators = {}
-    config.update({"dtype": "float32", "accum_steps": 1})
+    config.dtype = "float32"
     config.task.update({"local_size": 16, "local_crops": 1, "prototypes": 16, "hidden": 16, "bottleneck": 8})
     config.task.update({"jitter_prob": 0.0, "blur": (0.0,) * 3})  # they take seconds to compile
     with pytest.raises(UserError, match="an image of 8x8 is too small for a crop of 16"):
@@ -220,7 +222,7 @@ def test_dinov2_trains_a_vit_without_labels(tmp_path):
 def test_mae_learns_to_draw_and_its_encoder_is_fine_tuned(tmp_path):
     config = small(mae.get_config("b16,imagenet2012"), patches={"size": (8, 8)})
     config.model.decoder.update({"width": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16})
-    config.update({"dtype": "float32", "accum_steps": 1})
+    config.dtype = "float32"
     train_and_evaluate(config, tmp_path / "mae")
     assert 0.5 < tiny.metrics(tmp_path / "mae", "train_loss")[1] < 4  # of patches with variance 1
     tuned = small(vit.get_config("b16,cifar10"), patches={"size": (8, 8)})
@@ -236,7 +238,7 @@ def test_mae_learns_to_draw_and_its_encoder_is_fine_tuned(tmp_path):
 
 def test_lit_trains_a_text_tower_for_a_frozen_vit(tmp_path):
     config = lit.get_config()
-    config.update(SMALL)
+    in_little_steps(config, crop=32)
     assert set(config.evaluators) == {"zeroshot", "zeroshot_de", "retrieval"}
     config.evaluators = {"zeroshot": config.evaluators.zeroshot}
     config.model.image.update({"hidden_size": 16})
@@ -293,7 +295,8 @@ def test_vit_s16_i1k(tmp_path: Path):
 
 
 def test_augreg_pretrain(tmp_path: Path):
-    config = small(augreg_pretrain.get_config("Ti_16-i21k-30ep-lr_0.001-aug_strong2-wd_0.03-do_0.1-sd_0.1"))
+    config = augreg_pretrain.get_config("Ti_16-i21k-30ep-lr_0.001-aug_strong2-wd_0.03-do_0.1-sd_0.1")
+    config = without_randaug(small(config))
     config.evaluators.minival.split = "test[:3]"
     first_step_from_nothing(config, tmp_path, loss=DENYING)
 

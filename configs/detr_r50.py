@@ -4,6 +4,8 @@
         --config.dataset=FOLDER
 
 `:MODEL` is r50, dc5, r101 or r101_dc5; the file must hold the same one. FOLDER is in COCO's, YOLO's or VOC's layout.
+Images are padded to the smallest of five canvases, and so many programs are compiled: see docs/detection.md.
+`--config.task.canvases="()"` has one square.
 With an ImageNet ResNet of torchvision, timm or transformers as `--config.pretrained` all but the backbone is new.
 300 epochs of COCO with 64 images a step are 554,000 steps; fewer classes and images need far fewer.
 

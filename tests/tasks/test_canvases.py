@@ -102,7 +102,7 @@ def test_every_canvas_has_a_step_whatever_the_devices_and_wherever_a_run_begins(
     again = run(experiment, update, 2, start_step=2, state=states[1])  # windows are of 3
     assert again[:2] == (losses[2:], shapes[2:])
     chex.assert_trees_all_equal(again[2], states[2:])
-    mesh = experiments.build(Settings.from_config(config(folder, parallel="mesh", accum_steps=2)))
+    mesh = experiments.build(Settings.from_config(config(folder, parallel="mesh")))
     other_losses, other_shapes, _ = run(mesh, experiments.make_update(mesh), 3)
     assert other_shapes == shapes[:3] and set(other_shapes) == set(shapes)
     np.testing.assert_allclose(other_losses, losses[:3], rtol=1e-6)

@@ -50,7 +50,7 @@ class Canvases:
         for window in itertools.count(start_step // WINDOW):
             first = window * WINDOW * batch_size
             views = np.array([view_at(first + i) for i in range(WINDOW * batch_size)])
-            # From wide to high: what two neighbours share a batch on is then hardly larger than they are
+            # From wide to high, so that a batch with images of two neighbours is hardly larger than theirs
             chosen = [self.smallest(view) for view in views]
             by_shape = sorted(range(len(views)), key=lambda i: (chosen[i][0] / chosen[i][1], chosen[i]))
             batches = np.random.default_rng((seed, window)).permutation(np.reshape(by_shape, (WINDOW, batch_size)))

@@ -21,7 +21,8 @@ LAYERS = (
     ("report",),
 )
 """From the ground up. What is not named here is a command: it may know all of them, and no layer knows it."""
-LEAVES = {"vit_jax.optimize.trainable", "vit_jax.optimize.parallel"}  # they know nothing but errors, so that any may use them
+LEAVES = {f"vit_jax.optimize.{name}" for name in ("trainable", "parallel", "sharding")}
+"""They know nothing but errors, so that any may use them."""
 
 
 def modules() -> dict[str, Path]:
@@ -80,6 +81,6 @@ def test_prediction_does_without_what_training_reads_and_saves_with():
 
 def test_settings_name_the_rules_that_there_are():
     from vit_jax import settings
-    from vit_jax.optimize import parallel
+    from vit_jax.optimize import sharding
 
-    assert set(settings.MESH_RULES) == set(parallel.RULES)
+    assert set(settings.MESH_RULES) == set(sharding.RULES)

@@ -63,7 +63,7 @@ class Mesh:
     data: int = -1  # copies of the state, each with a share of the batch
     fsdp: int = 1  # a share of the batch and of the state each
     tensor: int = 1  # a share of the heads and hidden units each
-    rules: str = "fsdp"  # or zero (gradients and optimiser only), see optimize/parallel.py
+    rules: str = "fsdp"  # or zero (gradients and optimiser only), see optimize/sharding.py
     more_rules: tuple[Any, ...] = ()  # (pattern, axes) that come before those
 
 

@@ -5,7 +5,6 @@ Both kinds offer the same methods, and the step is written once for both. "Host"
 
 import itertools
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,33 +16,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError
+from vit_jax.optimize import sharding
+from vit_jax.optimize.sharding import AXES, DATA, FSDP, RULES, TENSOR, Rule
 
 Tree = Any
-Rule = tuple[str, str | Sequence[str | None]]
-
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-AXES = (DATA, FSDP, TENSOR)
 _DEVICES = "devices"  # pmap's only axis
-
-_TENSOR_RULES = (  # heads and hidden units are shared out (Megatron-LM, https://arxiv.org/abs/1909.08053)
-    (r"/(query|key|value)/kernel$", (FSDP, TENSOR, None)),
-    (r"/(query|key|value)/bias$", (TENSOR, None)),
-    (r"/MultiHeadDotProductAttention_\d/out/kernel$", (TENSOR, None, FSDP)),
-    (r"/MlpBlock_\d/Dense_0/kernel$", (FSDP, TENSOR)),
-    (r"/MlpBlock_\d/Dense_0/bias$", (TENSOR,)),
-    (r"/MlpBlock_\d/Dense_1/kernel$", (TENSOR, FSDP)),
-)
-_WHOLE = tuple((f"^(params|ema|frozen)/.*{p}", [a if a == TENSOR else None for a in axes]) for p, axes in _TENSOR_RULES)
-RULES: dict[str, tuple[Rule, ...]] = {
-    "fsdp": (*_TENSOR_RULES, ("", FSDP)),
-    "zero": (*_WHOLE, ("^(params|ema|frozen)/", ()), *_TENSOR_RULES, ("", FSDP)),
-}
-"""By name, how a mesh shards: (regular expression searched in a path of the state such as
-`params/Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel`, `opt_state/…`, `ema/…`, `grads/…`; axes by dimension). The
-first match counts. Instead of axes by dimension an axis alone stands for the largest dimension that it divides, in
-anything but a vector. "fsdp" shards all of the state (ZeRO-3), "zero" gradients and optimiser only (ZeRO-2,
-https://arxiv.org/abs/1910.02054)."""
 
 
 class Pmap:
@@ -187,7 +165,7 @@ class Mesh:
         self.mesh = jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES)
         self.rules = tuple(rules)
         for rule in self.rules:
-            _check_rule(rule)
+            sharding.check_rule(rule)
         self._batch = NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
 
@@ -226,7 +204,7 @@ class Mesh:
 
     def shardings(self, tree: Tree, path: str = "") -> Tree:
         """The sharding of every leaf; `path` stands before the leaves' own."""
-        return jax.tree_util.tree_map_with_path(lambda keys, x: self._sharding(_path(path, keys), np.shape(x)), tree)
+        return jax.tree_util.tree_map_with_path(lambda keys, x: self._sharding(sharding.path_of(path, keys), np.shape(x)), tree)
 
     def train_step(self, update: Callable[[Tree, dict], tuple[Tree, dict]]) -> Callable[[Tree, dict], tuple[Tree, dict]]:
         """(state, batch) on the devices → (state, metrics). The given state's buffers are used up."""
@@ -304,18 +282,7 @@ class Mesh:
         return jax.device_get(x)
 
     def _sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        axes = next((axes for pattern, axes in self.rules if re.search(pattern, path)), ())
-        if isinstance(axes, str):
-            fitting = [i for i, n in enumerate(shape) if n % self.mesh.shape[axes] == 0] if len(shape) > 1 else []
-            largest = max(fitting, key=lambda i: shape[i], default=None)
-            axes = [axes if i == largest else None for i in range(len(shape))]
-        elif len(axes) != len(shape):  # a rule for other shapes, such as those of a factored optimiser state
-            axes = []
-        sizes = [self.mesh.shape[axis] if axis else 1 for axis in axes]
-        spec = [axis if k > 1 and n % k == 0 else None for axis, k, n in zip(axes, sizes, shape, strict=False)]
-        while spec and spec[-1] is None:  # as JAX writes the shardings of results: equal ones must compare equal
-            spec.pop()
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        return NamedSharding(self.mesh, sharding.spec_of(path, shape, self.rules, self.mesh.shape))
 
 
 Parallelism = Pmap | Mesh
@@ -351,25 +318,6 @@ def _mesh_shape(sizes: dict[str, int]) -> tuple[int, ...]:
     if jax.local_device_count() % shape[TENSOR]:
         raise UserError(f"config.mesh.tensor={shape[TENSOR]} must divide the {jax.local_device_count()} devices of a process")
     return tuple(shape.values())
-
-
-def _check_rule(rule: Any) -> None:
-    try:
-        pattern, axes = rule
-        re.compile(pattern)
-        named = [axes] if isinstance(axes, str) else [axis for axis in axes if axis is not None]
-    except (TypeError, ValueError, re.error) as e:
-        raise UserError(f"the sharding rule {rule!r} must be (pattern, axes), such as ('head/.*', 'fsdp')") from e
-    if len(set(named)) < len(named):
-        raise UserError(f"the sharding rule {rule!r} names an axis twice")
-    for axis in named:
-        if axis not in AXES:
-            raise unknown(f"axis of the sharding rule for {pattern!r}", axis, AXES)
-
-
-def _path(prefix: str, keys: tuple) -> str:
-    names = (getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in keys)
-    return "/".join([*([prefix] if prefix else []), *map(str, names)])
 
 
 def _sharded(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -64,28 +64,17 @@ def make_update(
       sharpness: (mean_grad, params, step) → (gradient, metrics), see `optimize.sharpness`.
     """
 
+    functions = (loss,) if accum_steps == 1 or embed is None else (embed, loss_of)
+
     def update(state: State, batch: Batch) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key = jax.random.fold_in(key, parallelism.device_index())
         batch = dict(batch)
         asks_to_stop = batch.pop("stop", None)
         context = _context(state, batch, parallelism, totals, accum_steps)
-        frozen = state.frozen.get("model")
-
-        def whole_model(function: Callable) -> Callable:
-            return lambda params, *args: function(trainable.join(params, frozen), *args)
 
         def mean_grad(params: Tree) -> tuple[Tree, dict]:
-            if accum_steps == 1:
-                grads, metrics, carry = _grad(whole_model(loss), params, context, batch, jax.random.fold_in(key, 0))
-                grads = parallelism.constrain(grads, "grads")
-            else:
-                accumulate, functions = (_accumulated, (loss,)) if embed is None else (_cached, (embed, loss_of))
-                micro_batches = parallelism.micro_batches(batch, accum_steps)
-                given = params, context, micro_batches, key, accum_steps
-                grads, metrics, carry = accumulate(*map(whole_model, functions), *given)
-            grads, metrics = parallelism.mean((grads, metrics))
-            return grads, metrics | {"carry": carry}
+            return _mean_grad(functions, state.frozen.get("model"), params, context, batch, key, accum_steps)
 
         # The gradient, and what the optimiser makes of it
         grads, metrics = sharpness(mean_grad, state.params, state.step) if sharpness else mean_grad(state.params)
@@ -112,6 +101,28 @@ def _context(state: State, batch: Batch, parallelism: Parallelism, totals: Calla
     ema = None if state.ema is None else trainable.join(state.ema, state.frozen.get("model"))
     means = {name: parallelism.mean(x / accum_steps) for name, x in totals(batch).items()}
     return Context(state.step, frozen, ema, state.carry, means, parallelism)
+
+
+def _mean_grad(
+    functions: tuple[Callable, ...], frozen: Tree, params: Tree, context: Context, batch: Batch, key: jax.Array, n: int
+) -> tuple[Tree, dict]:
+    """(gradient, metrics and, under that name, the carry), the mean over n micro-batches and all devices.
+
+    `functions` are the loss of the whole model, or, of one that compares all examples, `embed` and `loss_of`.
+    """
+
+    def whole_model(function: Callable) -> Callable:
+        return lambda params, *args: function(trainable.join(params, frozen), *args)
+
+    devices, functions = context.devices, tuple(map(whole_model, functions))
+    if n == 1:
+        grads, metrics, carry = _grad(*functions, params, context, batch, jax.random.fold_in(key, 0))
+        grads = devices.constrain(grads, "grads")
+    else:
+        accumulate = _accumulated if len(functions) == 1 else _cached
+        grads, metrics, carry = accumulate(*functions, params, context, devices.micro_batches(batch, n), key, n)
+    grads, metrics = devices.mean((grads, metrics))
+    return grads, metrics | {"carry": carry}
 
 
 def _averaged(state: State, params: Tree, decay: float | Schedule) -> Tree:

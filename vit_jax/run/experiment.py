@@ -11,7 +11,7 @@ import optax
 from vit_jax import checkpoint, models, tasks
 from vit_jax.data import sources
 from vit_jax.errors import UserError
-from vit_jax.optimize import optim, parallel, sharpness, step, trainable
+from vit_jax.optimize import optim, parallel, sharding, sharpness, step, trainable
 from vit_jax.optimize.step import State
 from vit_jax.settings import Settings
 from vit_jax.tasks.setup import Setup
@@ -76,7 +76,7 @@ def make_parallelism(settings: Settings) -> parallel.Parallelism:
     """How the devices share the work. UserError for a mesh that they do not make up."""
     if settings.parallel == "pmap":
         return parallel.Pmap()
-    rules = (*settings.mesh.more_rules, *parallel.RULES[settings.mesh.rules])
+    rules = (*settings.mesh.more_rules, *sharding.RULES[settings.mesh.rules])
     return parallel.Mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, rules)
 
 

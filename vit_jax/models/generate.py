@@ -140,10 +140,8 @@ def beam_search(
     if early_stopping not in EARLY_STOPPING:
         raise UserError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     b = len(prompt)
-    logits, cache = _read(step, cache, prompt, lengths)
-    vocabulary = logits.shape[-1]
-    repeat = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
-    starts = repeat(lengths).reshape(b, beams)
+    start = _first_beams(*_read(step, cache, prompt, lengths), beams, new, pad, prompt.dtype)
+    vocabulary, starts = start.logits.shape[-1], jnp.repeat(lengths, beams, axis=0).reshape(b, beams)
 
     def advance(state: _Running) -> _Running:
         # The likeliest continuations of all beams.
@@ -160,9 +158,7 @@ def beam_search(
         length = state.t + 1
         scores = jnp.where(counts, log_probs / length.astype(jnp.float32) ** length_penalty, _NEVER)
         found = Beams(tokens, jnp.full_like(chosen, length), scores), ends & (jnp.arange(2 * beams) < beams)
-        merged = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), (state.ended, state.is_ended), found)
-        best = jax.lax.top_k(merged[0].scores, beams)[1]
-        ended, is_ended = jax.tree.map(lambda x: _pick(x, best), merged)
+        ended, is_ended = _best_of((state.ended, state.is_ended), found)
 
         # The rest runs on.
         running, on = jax.lax.top_k(log_probs + _NEVER * ends, beams)
@@ -180,19 +176,31 @@ def beam_search(
         full = state.is_ended.all() if early_stopping is True else False
         return (state.t < new) & state.open.any() & ~jnp.asarray(full)
 
-    empty = jnp.full((b, beams, new), pad, prompt.dtype)
-    never = jnp.full((b, beams), _NEVER)
-    start = _Running(
-        jnp.int32(0),
-        repeat(logits).reshape(b, beams, -1),
-        empty,
-        never.at[:, 0].set(0.0),
-        Beams(empty, jnp.zeros((b, beams), jnp.int32), never),
-        jnp.zeros((b, beams), bool),
-        jnp.ones(b, bool),
-        jax.tree.map(repeat, cache),
-    )
     return jax.lax.while_loop(unfinished, advance, start).ended
+
+
+def _first_beams(logits: Float[Array, "b v"], cache: Cache, beams: int, new: int, pad: int, dtype: Any) -> _Running:
+    """The state behind the prompts: nothing is written, and the first beam alone counts, as all are the same."""
+    b = len(logits)
+    repeat = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
+    empty, never = jnp.full((b, beams, new), pad, dtype), jnp.full((b, beams), _NEVER)
+    return _Running(
+        t=jnp.int32(0),
+        logits=repeat(logits).reshape(b, beams, -1),
+        tokens=empty,
+        log_probs=never.at[:, 0].set(0.0),
+        ended=Beams(empty, jnp.zeros((b, beams), jnp.int32), never),
+        is_ended=jnp.zeros((b, beams), bool),
+        open=jnp.ones(b, bool),
+        cache=jax.tree.map(repeat, cache),
+    )
+
+
+def _best_of(ended: tuple[Beams, Array], found: tuple[Beams, Array]) -> tuple[Beams, Array]:
+    """As many rows as have `ended`, the best of these and of those found, and which of them are ended ones."""
+    merged = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), ended, found)
+    best = jax.lax.top_k(merged[0].scores, ended[0].scores.shape[1])[1]
+    return jax.tree.map(lambda x: _pick(x, best), merged)
 
 
 def _read(step: Step, cache: Cache, prompt: Int[Array, "b n"], lengths: Int[Array, " b"]) -> tuple[Float[Array, "b v"], Cache]:

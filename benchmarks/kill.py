@@ -32,6 +32,7 @@ RECIPE = (
     *("--config.model.hidden_size=16", "--config.model.transformer.num_layers=1", "--config.model.transformer.mlp_dim=16"),
     *("--config.model.transformer.num_heads=2", "--config.model.transformer.dropout_rate=0.1", "--config.progress_every=1"),
     *(f"--config.eval_every={EVAL_EVERY}", f"--config.checkpoint_every={CHECKPOINT_EVERY}", "--config.keep=2"),
+    "--config.report=False",
 )
 # Where kills are aimed in turn, and up to how many seconds later they come. "anywhere" is a random step; the others make
 # sure that what is short is hit too.

@@ -141,7 +141,7 @@ def test_segment_takes_a_step(tmp_path, head):
     del config.model.body.vit.resnet
     config.model.body.vit.transformer.update(ENCODER)
     if head == "segmenter":
-        config.model.update({"width": 16, "num_heads": 2, "mlp_dim": 16})
+        config.model.update({"width": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16})
     train_and_evaluate(config, tmp_path)
     assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
     assert 0 <= tiny.metrics(tmp_path, "mIoU_test")[1] <= 1

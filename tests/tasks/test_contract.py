@@ -179,16 +179,13 @@ def test_every_task_stands_in_the_table():
     assert set(RECIPES) == set(tasks.TYPES)
 
 
-def test_a_mesh_and_micro_batches_learn_what_pmap_and_one_batch_do(kind, folder):
+def test_micro_batches_on_a_mesh_learn_what_one_batch_on_pmap_does(kind, folder):
+    """That both kinds of devices take a batch and micro-batches alike, whatever the loss, is shown in optimize/test_step.py."""
     losses, params = three_steps(kind, folder)
     assert np.isfinite(losses).all() and losses[0] != losses[2]
-    others = [{"accum_steps": 2}, {"parallel": "mesh", "accum_steps": 2}]
-    if kind == "contrast":  # whose micro-batches take another way than a whole batch
-        others.append({"parallel": "mesh"})
-    for overrides in others:
-        other_losses, other_params = three_steps(kind, folder, **overrides)
-        np.testing.assert_allclose(other_losses, losses, rtol=1e-6, err_msg=str(overrides))
-        chex.assert_trees_all_close(other_params, params, atol=1e-6)
+    other_losses, other_params = three_steps(kind, folder, parallel="mesh", accum_steps=2)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-6)
+    chex.assert_trees_all_close(other_params, params, atol=1e-6)
 
 
 def test_a_run_cut_off_after_step_2_ends_in_the_same_bits(kind, folder, undisturbed):

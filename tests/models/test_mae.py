@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from tests.models import small
 from vit_jax import checkpoint, models, predictor
 from vit_jax.data.device import augment
 from vit_jax.errors import UserError
@@ -130,5 +131,5 @@ def test_our_file_has_features_and_draws(opened, tmp_path):
     assert "hidden, drawn to" in shown.text[0] and shown.draw(None).size == (3 * 140 + 2 * 4, 140)
     plain = models.build("ViT", {k: v for k, v in loaded.description.model.items() if k != "decoder"})
     seen = augment.normalize(outputs["image"], loaded.description.mean, loaded.description.std)
-    expected = plain.apply({"params": {k: v for k, v in opened.params.items() if k != "decoder"}}, seen, method="features")
+    expected = small.apply(plain, {k: v for k, v in opened.params.items() if k != "decoder"}, seen, method="features")
     np.testing.assert_allclose(predictor.load(tmp_path, head=False).features([picture])["cls"], expected["cls"], atol=1e-4)

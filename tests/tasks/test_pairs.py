@@ -57,8 +57,8 @@ def test_losses_and_gradients_are_those_of_the_plain_formula_in_parts_or_whole(k
     def in_parts(zimg, ztxt, out):
         return pairs.LOSSES[kind]((zimg, ztxt), out, OneDevice(), rows=rows).value
 
-    value, grads = jax.value_and_grad(in_parts, (0, 1, 2))(zimg, ztxt, OUT[kind])
-    expected = jax.grad(lambda *args: dense_loss(kind, *args), (0, 1, 2))(zimg, ztxt, OUT[kind])
+    value, grads = jax.jit(jax.value_and_grad(in_parts, (0, 1, 2)))(zimg, ztxt, OUT[kind])
+    expected = jax.jit(jax.grad(lambda *args: dense_loss(kind, *args), (0, 1, 2)))(zimg, ztxt, OUT[kind])
     np.testing.assert_allclose(value, numpy_loss(kind, zimg, ztxt, OUT[kind]), rtol=1e-6)
     chex.assert_trees_all_close(grads, expected, atol=1e-6)
 

@@ -349,8 +349,9 @@ def _class_files(read: Callable[[Path], str | None]) -> Target:
     with tempfile.TemporaryDirectory() as folder:
         test_shards.write(Path(folder) / "train-0.tar", CLASSES)
         test_shards.write(Path(folder) / "test-0.tar", CLASSES)
-        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()} | {"classes.txt": b"cat\ndog\n\xc3\xb6\n"}
-    return Target(files, tuple(sorted(files)), read)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    names = {"classes.txt": b"cat\ndog\n\xc3\xb6\n"} if read is _classes else {}
+    return Target(files | names, (*files, *names), read)
 
 
 def _classes(folder: Path) -> str | None:

@@ -3,8 +3,9 @@
     python -m vit_jax.main --workdir=runs/words --config=configs/caption.py:show_attend_tell,digits
     python -m vit_jax.predict --model=runs/words --draw=drawn IMAGE…
 
-Measured with show_attend_tell,digits, seed 0: 90.6 % of 500 held-out pictures get their sentence word for word, 78.5 % of the
-attention falls into the box of the digit named; about 5 minutes of CPU time on 2 cores. That of cappa was not measured.
+Measured on 500 held-out pictures: show_attend_tell,digits writes 92.0 to 94.6 % of the sentences word for word (3 seeds), and 52 to
+85 % of the attention falls into the box of the digit named; 7 minutes of CPU time on 2 cores. cappa,digits: 84.4 % and 44 %, 10
+minutes, seed 0.
 Of a folder with captions both learn what the papers did; nobody has repeated their scores.
 `cappa`: a ViT-B/16 and a decoder of 6 layers from nothing, on a billion images of the web, for a TPU pod slice
 (https://arxiv.org/abs/2306.07915).
@@ -54,7 +55,7 @@ def _digits(decoder: str) -> ml_collections.ConfigDict:
     else:
         config.model_type = "AttendingLSTM"
         sizes = {"width": 128, "embedding_dim": 128, "attention_dim": 128, "attention": "additive", "dropout_rate": 0.0}
-        config.base_lr, config.total_steps = 2e-3, 1_200
+        config.base_lr, config.total_steps = 2e-3, 2_000
     config.model = {"body": {"vit": vit}, "vocabulary": 19, **sizes}
     config.warmup_steps, config.eval_every = 100, 500
     config.evaluators = {"grounding": {}}

@@ -427,8 +427,9 @@ def test_tfds_names_go_to_tfds(name, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tfds_source, "TfdsSource", lambda *args, **kwargs: (args, kwargs))
-    got = get_source(name, "train[:98%]", tfds_data_dir="prepared", tfds_manual_dir="downloaded")
-    assert got == ((name, "train[:98%]"), {"data_dir": "prepared", "manual_dir": "downloaded"})
+    needs = ("image", "label")
+    got = get_source(name, "train[:98%]", needs=needs, tfds_data_dir="prepared", tfds_manual_dir="downloaded")
+    assert got == ((name, "train[:98%]"), {"needs": needs, "data_dir": "prepared", "manual_dir": "downloaded"})
 
 
 def test_a_file_that_becomes_a_pipe_is_a_bad_image(tmp_path, caplog):

@@ -7,6 +7,7 @@ The second lists those with B_16 in their names. "laptop" is a model that two CP
 minutes, "GPU" one for a single accelerator, "pod" one for several. `--config.pretrained=` and `--model=` take the address.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,6 +41,7 @@ def image_size(name: str) -> int:
     return 16 if name == "ViT-Micro_4" else 224
 
 
+@functools.cache
 def parameters(name: str) -> int:
     """How many numbers a model has with a head for 1,000 classes.
 

@@ -278,7 +278,8 @@ def test_muon_orthogonalises_the_matrices_of_blocks_and_leaves_the_rest_to_adamw
     params, grads = (flatten_dict(draw(0), sep="/"), [flatten_dict(draw(i + 1, 10.0 ** (1 - i)), sep="/") for i in range(2)])
     for key, shape in SHAPES.items():
         if key not in OF_BLOCKS:
-            np.testing.assert_array_equal(ours[key], adamw[key], err_msg=key)
+            # two programs, which may fuse and so round differently
+            np.testing.assert_allclose(ours[key], adamw[key], rtol=2e-7, atol=1e-7, err_msg=key)
             continue
         inputs, outputs = (68, 36) if "out" in key else (36, 68) if "query" in key else (36, 40)
         w, m = params[key].astype(np.float64).reshape(inputs, outputs), 0

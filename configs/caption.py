@@ -6,6 +6,8 @@
 Measured on 500 held-out pictures: show_attend_tell,digits writes 92.0 to 94.6 % of the sentences word for word (3 seeds), and
 52 to 85 % of the attention falls into the box of the digit named; 7 minutes of CPU time on 2 cores. cappa,digits, seed 0:
 84.4 % and 44 %, 10 minutes.
+
+`:DECODER,DATASET`, of which DATASET is `digits`, or a folder with captions or tar shards.
 Of a folder with captions both learn what the papers did; nobody has repeated their scores.
 `cappa`: a ViT-B/16 and a decoder of 6 layers from nothing, on a billion images of the web, for a TPU pod slice
 (https://arxiv.org/abs/2306.07915).

@@ -1,8 +1,9 @@
 """Finds the class of every pixel: by default of digits in scenes, from nothing, on two CPU cores.
 
-python -m vit_jax.main --workdir=runs/masks --config=configs/segment.py:linear
-python -m vit_jax.predict --model=runs/masks --draw=drawn IMAGE…
+    python -m vit_jax.main --workdir=runs/masks --config=configs/segment.py:linear
+    python -m vit_jax.predict --model=runs/masks --draw=drawn IMAGE…
 
+`:HEAD,DATASET`, of which HEAD is `linear` or `segmenter`, and DATASET a folder of images and masks or `digit_masks`.
 Measured with the linear head, seed 0: mIoU 82.5 % on 500 held-out scenes, after 18 minutes of CPU time on 2 cores. For images
 of your own see docs/segmentation.md.
 """

@@ -1,6 +1,7 @@
 """The one command `vit-jax`: every command explains itself and does nothing else, and ends well whatever reads its output."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_every_command_explains_itself_and_does_nothing(name, tmp_path, monkeypa
     if name in ("train", "evaluate", "plan", "preview", "inference-time"):
         assert "--config=RECIPE[:ARGUMENT]" in text and "--config.FIELD=VALUE" in text
     assert not any(tmp_path.iterdir())
+
+
+def test_a_recipe_that_takes_an_argument_says_in_which_forms():
+    for recipe in recipes.recipes():
+        assert recipe.arguments or recipe.default is None, recipe.name
+        assert all(re.fullmatch(r"[\w,]+", form) for form in recipe.arguments), recipe.arguments
 
 
 def test_help_of_a_recipe_lists_its_fields(capsys):

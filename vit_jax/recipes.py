@@ -52,7 +52,8 @@ def recipes() -> Iterator[Recipe]:
         if f"--config={PACKAGE}/{path.name}" in doc:
             get_config = next(x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "get_config")
             defaults = [x.value for x in get_config.args.defaults if isinstance(x, ast.Constant)]
-            forms = tuple(dict.fromkeys(re.findall(r"`:([^`]+)`", doc))) if get_config.args.args else ()
+            quoted = dict.fromkeys(re.findall(r"`([^`]+)`", doc)) if get_config.args.args else ()
+            forms = tuple(form[1:] for form in quoted if re.fullmatch(r":\S+", form))
             yield Recipe(path.stem, doc, forms, (defaults or [None])[0])
 
 

@@ -5,6 +5,7 @@ Comparisons with other libraries' models have them all, so that the numbers that
 
 import gc
 import os
+import signal
 
 import jax
 import pytest
@@ -14,6 +15,9 @@ from vit_jax.run import runtime
 
 compiling.quickly()
 runtime.set_xla_flags()  # before any test asks for the devices
+for number in (signal.SIGINT, signal.SIGHUP):  # nohup, and a shell that starts tests in the background, have them ignored
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # Files that take longest, in that order: one at the end would have a worker to itself while the others wait.
 FIRST = ("tasks/test_contract", "optimize/test_parallel", "test_docs", "test_recipes", "test_train", "run/test_kill")

@@ -7,7 +7,7 @@ import chex
 import numpy as np
 import pytest
 
-from vit_jax.data import canvases, loader
+from vit_jax.data import canvases, features, loader
 from vit_jax.data.features import Boxes, Image, Source
 from vit_jax.tasks import detect
 
@@ -105,3 +105,12 @@ def test_evaluation_sees_every_image_once_and_says_which(processes):
                 seen[int(number)] = image[:height, :width]
     expected = {i: SIZES.fixed(source.size(i)).image(source[i]["image"]) for i in range(37)}
     chex.assert_trees_all_equal(seen, expected)
+
+
+def test_the_size_of_an_image_is_read_once(monkeypatch):
+    source, read = Photos(9, bad=(4,)), []
+    monkeypatch.setattr(Photos, "size", lambda self, i: read.append(i) or features.Source.size(self, i))
+    first = [list(CANVASES.eval_batches(source, 4)) for _ in range(2)][0]
+    assert sorted(read) == list(range(9)) and len(first) == 3
+    assert [canvases.size_of(source, i) for i in (0, 4)] == [SHAPES[0], (1, 1)] and len(read) == 9
+    assert canvases.size_of(Photos(1, bad=(0,)), 0) == (1, 1)  # another source knows nothing of this one

@@ -5,6 +5,7 @@ windows of `WINDOW` batches, and that is a pure function of (seed, window).
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -71,9 +72,18 @@ def holds(canvas: Size, size: Size) -> bool:
     return all(side <= most for side, most in zip(size, canvas, strict=True))
 
 
+_KNOWN: weakref.WeakKeyDictionary[Source, dict[int, Size]] = weakref.WeakKeyDictionary()
+
+
 def size_of(source: Source, index: int) -> Size:
-    """(h, w) of an example's image, (1, 1) of one that is damaged: what comes of that is the loader's to say."""
-    try:
-        return source.size(index)
-    except ImageError:
-        return 1, 1
+    """(h, w) of an example's image, (1, 1) of one that is damaged: what comes of that is the loader's to say.
+
+    Each is asked for once, as it may be read from a file, and every evaluation wants all.
+    """
+    known = _KNOWN.setdefault(source, {})
+    if index not in known:
+        try:
+            known[index] = source.size(index)
+        except ImageError:
+            known[index] = 1, 1
+    return known[index]

@@ -150,10 +150,10 @@ class _ViewSize(grain.transforms.RandomMap):
     """(h, w) of the view that `_TrainExample` draws at a position: both get generators in the same state."""
 
     def __init__(self, source: Source, canvases: Canvases):
-        self.size, self.drawn = functools.cache(functools.partial(size_of, source)), canvases.drawn
+        self.source, self.drawn = source, canvases.drawn
 
     def random_map(self, index: int, rng: np.random.Generator) -> Size:
-        return self.drawn(self.size(index), rng)
+        return self.drawn(size_of(self.source, index), rng)
 
 
 class _EvalExample(grain.transforms.Map):

@@ -1,5 +1,6 @@
 """COCO's average precision of a detector, on a split of any dataset with boxes of the training set's classes."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +26,13 @@ def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any]
         raise UserError(f"its images, such as {source.where(0)}, have no boxes: average precision needs them")
     source = passes.with_classes_of(experiment.train_source, source)
     rows = passes.make_rows(experiment, experiment.task.predict)
+    truths_and_sizes = functools.cache(functools.partial(_truths, source))
 
     def score(params: Any) -> tuple[dict[str, float], float]:
         started = time.perf_counter()
         outputs = rows(params, source)
         rate = len(source) / (time.perf_counter() - started) / jax.device_count()
-        truths, sizes = _truths(source)
+        truths, sizes = truths_and_sizes()
         found = [
             average_precision.Found(in_pixels(outputs["boxes"][i], size), outputs["labels"][i], outputs["scores"][i])
             for i, size in enumerate(sizes)

@@ -168,6 +168,9 @@ def test_report_says_whether_it_fits(planned):
     assert "MEM_FRACTION" not in text
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in plan.report(p, memory=60)
     assert "does not fit: 50.0 GB a device are needed, 40 are there" in plan.report(p, memory=40)
+    assert "canvases" not in text
+    text = plan.report(dataclasses.replace(p, canvases=((640, 864), (864, 640), (1333, 1333))), memory=80)
+    assert "canvases the step and its memory are those of the largest, 1333x1333; of 640x864, 864x640 they are less" in text
 
 
 def test_advice_is_for_what_takes_most(planned):

@@ -1,7 +1,7 @@
 """What tasks without labels have in common: they leave a ViT without a head, of which features are wanted."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from vit_jax.data.device import augment
 from vit_jax.tasks import classify, images
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Loss, Model, Params, Task
+
+Grid = tuple[int, int]
 
 
 def features_task(setup: Setup, model: Model, kind: str) -> Task:
@@ -48,14 +50,27 @@ def features_task(setup: Setup, model: Model, kind: str) -> Task:
     )
 
 
-def at_grid(params: Params, grid: tuple[int, int], new: tuple[int, int], rule: str) -> Params:
+def at_grid(params: Params, grid: Grid, new: Grid, rule: str) -> Params:
     """A ViT's parameters with its learned positions of a grid of patches resampled to another, see `checkpoint.resize`."""
-    if grid == new or "posembed_input" not in params["Transformer"]:
+
+    def resample(patches: Float[Array, "h w d"]) -> Float[Array, "i j d"]:
+        rows, columns = (jnp.asarray(weights(old, to, rule), jnp.float32) for old, to in zip(grid, new, strict=True))
+        return jnp.einsum("ih,hwd,jw->ijd", rows, patches, columns, precision="highest")
+
+    return params if grid == new else _with_positions(params, grid, resample)
+
+
+def on_part(params: Params, grid: Grid, part: Grid) -> Params:
+    """A ViT's parameters with its learned positions of the upper left part of a grid of patches, which are as they were."""
+    return params if grid == part else _with_positions(params, grid, lambda patches: patches[: part[0], : part[1]])
+
+
+def _with_positions(params: Params, grid: Grid, change: Callable[[Float[Array, "h w d"]], Float[Array, "i j d"]]) -> Params:
+    if "posembed_input" not in params["Transformer"]:
         return params
     table = params["Transformer"]["posembed_input"]["pos_embedding"]
     first, d = table.shape[1] - math.prod(grid), table.shape[2]
-    rows, columns = (jnp.asarray(weights(old, to, rule), jnp.float32) for old, to in zip(grid, new, strict=True))
-    patches = jnp.einsum("ih,hwd,jw->ijd", rows, table[0, first:].reshape(*grid, d), columns, precision="highest")
+    patches = change(table[0, first:].reshape(*grid, d))
     table = jnp.concatenate([table[:, :first], patches.reshape(1, -1, d)], axis=1)
     return {**params, "Transformer": {**params["Transformer"], "posembed_input": {"pos_embedding": table}}}
 

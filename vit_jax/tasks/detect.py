@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax.checkpoint import Description
@@ -27,7 +27,8 @@ from vit_jax.data.features import ExampleError
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import Picture, View
 from vit_jax.errors import UserError
-from vit_jax.tasks import images, matching
+from vit_jax.models.detr import Outputs
+from vit_jax.tasks import backbone, images, matching
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
@@ -35,6 +36,7 @@ DETECTORS = ("DETR", "YOLOS", "TokenDetector")
 """Keys of `models.ARCHITECTURES`."""
 TOWERS = ("backbone",)
 """What `config.pretrained` may name a source of its own for: a ViT, or a ResNet of torchvision, timm or transformers."""
+Apply = Callable[..., Outputs]
 MOST_CANVASES = 6
 """For each a training step is compiled, and a program for evaluation."""
 COLORS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2d92", "#5ac8fa", "#af52de", "#ff9500")
@@ -121,7 +123,8 @@ def make_task(
     model = setup.build_model(num_classes=len(names))
     mean, std = setup.normalisation
     sizes = Sizes(tuple(settings.image_size), tuple(short_sides), crop, flip=settings.pp.flip)
-    fitting = sizes.canvases(_checked_canvases(canvases, model))
+    apply, candidates = make_apply(model, sizes.image_size), make_count(model.module)
+    fitting = sizes.canvases(_checked_canvases(canvases))
     weights = matching.Weights(label_weight, l1_weight, giou_weight, no_object_weight)
     options = {"type": "detect", "short_sides": list(short_sides), "max_boxes": max_boxes}
     options |= {"canvases": [list(size) for size in canvases]} if canvases else {}
@@ -131,9 +134,9 @@ def make_task(
         train_example=make_train_example(sizes, max_boxes),
         eval_example=make_eval_example(sizes),
         init=make_init(model.module, sizes.image_size),
-        loss=make_loss(model.module, mean, std, weights),
-        totals=make_totals(model.module),
-        predict=make_predict(model.module, mean, std, sizes.image_size if fitting else None),
+        loss=make_loss(apply, mean, std, weights),
+        totals=make_totals(candidates),
+        predict=make_predict(apply, mean, std, functools.partial(candidates, sizes.image_size) if fitting else None),
         evaluators=("detect",),
         describe=lambda: {"class_names": names, "task": options},
         show=make_show(names),
@@ -144,20 +147,14 @@ def make_task(
     )
 
 
-def _checked_canvases(canvases: Sequence[Any], model: Model) -> list[Size]:
-    """Raises UserError for what is no short list of (height, width), and for a model that takes images of one size."""
+def _checked_canvases(canvases: Sequence[Any]) -> list[Size]:
+    """Raises UserError for what is no short list of (height, width)."""
     pairs = [tuple(size) for size in canvases if isinstance(size, tuple | list)]
     good = [size for size in pairs if len(size) == 2 and all(type(side) is int and side > 0 for side in size)]
     if len(good) < len(canvases) or len(canvases) > MOST_CANVASES:
         raise UserError(
             f"config.task.canvases={tuple(canvases)} must be at most {MOST_CANVASES} pairs (height, width) in pixels, such as "
             "((800, 1333), (1333, 800)): a program is compiled for each"
-        )
-    vit = model.fields.get("body", {}).get("vit")
-    if good and vit and vit.get("position_embedding", "learned") == "learned":
-        raise UserError(
-            f"config.task.canvases={tuple(canvases)}: this detector's ViT has learned positions, which are those of one size: "
-            'use (), or a ViT with position_embedding="sincos2d"'
         )
     return good
 
@@ -221,7 +218,7 @@ def _padded(image: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
     return {"image": padded, "extent": np.array(image.shape[:2], np.int32)}
 
 
-def _make_count(model: nn.Module) -> Callable[[Size], int]:
+def make_count(model: nn.Module) -> Callable[[Size], int]:
     """(h, w) of an image → how many candidates a model has for its objects."""
 
     @functools.cache
@@ -232,9 +229,8 @@ def _make_count(model: nn.Module) -> Callable[[Size], int]:
     return count
 
 
-def make_totals(model: nn.Module) -> Callable[[Batch], dict[str, Array]]:
-    """batch → what its losses are divided by: the number of boxes, and of the model's candidates."""
-    candidates = _make_count(model)
+def make_totals(candidates: Callable[[Size], int]) -> Callable[[Batch], dict[str, Array]]:
+    """batch → what its losses are divided by: the number of boxes, and of the model's candidates, see `make_count`."""
 
     def totals(batch: Batch) -> dict[str, Array]:
         count = jnp.asarray(len(batch["image"]) * candidates(batch["image"].shape[1:3]), jnp.float32)
@@ -243,14 +239,29 @@ def make_totals(model: nn.Module) -> Callable[[Batch], dict[str, Array]]:
     return totals
 
 
+def make_apply(model: Model, image_size: Size) -> Apply:
+    """(parameters, normalised images, valid pixels, **how) → the model's outputs, of images up to this size.
+
+    A smaller canvas is the upper left part of a larger one: learned positions of a ViT below are those of this part.
+    """
+
+    def apply(params: Params, pixels: Float[Array, "b H W 3"], valid: Bool[Array, "b H W"] | None, **how: Any) -> Outputs:
+        if "vit" in model.fields.get("body", {}):
+            grids = (images.patch_grid(model, size) for size in (image_size, pixels.shape[1:3]))
+            params = {**params, "backbone": backbone.on_part(params["backbone"], *grids)}
+        return model.module.apply({"params": params}, pixels, valid, **how)
+
+    return apply
+
+
 def make_loss(
-    model: nn.Module, mean: Sequence[float], std: Sequence[float], weights: matching.Weights
+    apply: Apply, mean: Sequence[float], std: Sequence[float], weights: matching.Weights
 ) -> Callable[[Params, Context, Batch, jax.Array], Loss]:
     """The set loss of all layers, divided by the counts of the whole batch, see `matching.set_loss`."""
 
     def loss(params: Params, context: Context, batch: Batch, key: jax.Array) -> Loss:
         pixels, valid = images.inputs(batch, mean, std), images.valid_pixels(batch)
-        outputs = model.apply({"params": params}, pixels, valid, train=True, rngs={"dropout": key})
+        outputs = apply(params, pixels, valid, train=True, rngs={"dropout": key})
         targets = matching.Targets(batch["boxes"], batch["box_labels"], batch["box_valid"])
         totals = {"num_boxes": context.totals["boxes"], "num_candidates": context.totals["candidates"]}
         parts = matching.set_loss(outputs["logits"], outputs["boxes"], targets, **totals, weights=weights)
@@ -260,19 +271,18 @@ def make_loss(
 
 
 def make_predict(
-    model: nn.Module, mean: Sequence[float], std: Sequence[float], largest: Size | None = None
+    apply: Apply, mean: Sequence[float], std: Sequence[float], most: Callable[[], int] | None = None
 ) -> Callable[[Params, Batch], dict[str, Array]]:
     """(parameters, evaluation batch) → scores (b q), labels (b q) and boxes (b q 4), corners as parts of the image.
 
-    With a `largest` canvas (h, w) there are as many as on that, the last with scores of 0.
+    With `most` there are as many as it says, the last with scores of 0: so many as on the largest canvas.
     """
-    candidates = _make_count(model)
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
         pixels, valid = images.inputs(batch, mean, std), images.valid_pixels(batch)
-        outputs = model.apply({"params": params}, pixels, valid, train=False)
+        outputs = apply(params, pixels, valid, train=False)
         found = matching.best_boxes(outputs["logits"][-1], outputs["boxes"][-1], jnp.ones((pixels.shape[0], 2)))
-        more = candidates(largest) - found["scores"].shape[1] if largest else 0
+        more = most() - found["scores"].shape[1] if most else 0
         if not more:
             return found
         return {name: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))) for name, x in found.items()}

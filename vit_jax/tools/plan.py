@@ -62,6 +62,7 @@ class Plan:
       parameters: how many numbers the model has, and `trained` how many of them, or beside them, are trained.
       state: bytes by part: parameters, optimizer, average, frozen.
       shared_state: bytes of the state if an fsdp mesh of all devices shared it out.
+      canvases: (h, w) that images are padded to, by area, where there are several; all figures are of a step on the last.
       batch, prefetched: bytes of a batch, and of those that wait on the device.
       temporaries: bytes of activations, gradients and scratch, by XLA's own buffer assignment; `gradients` is how much
         the gradients would take for themselves.
@@ -85,6 +86,7 @@ class Plan:
     trained: int
     state: dict[str, int]
     shared_state: int
+    canvases: tuple[tuple[int, int], ...]
     batch: int
     prefetched: int
     temporaries: int
@@ -134,6 +136,7 @@ def make_plan(config: Mapping[str, Any], *, num_classes: int = 1000, platform: s
         trained=_count(host.params),
         state={name: bytes_a_device(tree) for name, tree in parts.items()},
         shared_state=bytes_a_device(everything.state_shapes(host)),
+        canvases=experiment.task.canvases.sizes if experiment.task.canvases else (),
         batch=bytes_a_device(batch),
         prefetched=settings.prefetch * bytes_a_device(batch),
         temporaries=memory.temp_size_in_bytes,
@@ -201,6 +204,7 @@ def report(p: Plan, memory: float) -> str:
         f"model    {p.model_name}, {p.parameters:,} parameters{trained}, {p.num_classes:,} classes",
         f"devices  {p.devices}, {p.layout}, {settings.dtype}, remat={settings.remat}, scan={settings.scan}",
         f"step     {per_step}, {p.model_flops:.3g} FLOPs{again}",
+        *([f"canvases {_canvases(p)}"] if p.canvases else []),
         *([] if p.platform == "cpu" else [f"kernels  {_kernels(p)}"]),
         "memory   GB a device",
         *(f"  {name:{width}} {size / GB:9.3f}" for name, size in rows),
@@ -212,6 +216,11 @@ def report(p: Plan, memory: float) -> str:
         f"planned in {p.seconds:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _canvases(p: Plan) -> str:
+    *others, largest = (f"{height}x{width}" for height, width in p.canvases)
+    return f"the step and its memory are those of the largest, {largest}; of {', '.join(others)} they are less"
 
 
 def _kernels(p: Plan) -> str:

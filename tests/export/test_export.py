@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.serve import models as serve_models
 from vit_jax import checkpoint, predictor
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export
-from vit_jax.export import files, onnx_graph, stablehlo
+from vit_jax.export import files, onnx_graph
 from vit_jax.export.program import Program, random_pixels
 
 onnx = pytest.importorskip("onnx")
@@ -204,17 +205,39 @@ def test_wrong_options(folder, tmp_path, monkeypatch, options, message):
     assert message in str(error.value)
 
 
-def test_merged_tokens_are_for_stablehlo(tmp_path):
-    made = predictor.load(models.write(tmp_path / "gap", "ViT", models.VIT | {"classifier": "gap"}), tome=2)
-    with pytest.raises(UserError, match="exported as StableHLO"):
-        files.write(made, tmp_path / "m.onnx")
-    files.write(made, tmp_path / "m.stablehlo", to="stablehlo", preprocess=True)
-    pixels = random_pixels(models.SIZE, 2)
-    found = stablehlo.run((tmp_path / "m.stablehlo").read_bytes(), pixels)["logits"]
+MERGING = {"gap": models.VIT | {"classifier": "gap"}, "distilled": models.VIT | {"classifier": "distilled", "num_registers": 1}}
+
+
+@pytest.mark.parametrize("kind, to", [("gap", "stablehlo"), ("gap", "onnx"), ("distilled", "onnx")])
+def test_tokens_are_merged_in_files(tmp_path, kind, to):
+    fields = MERGING[kind] | {"transformer": models.TRANSFORMER | {"num_layers": 3}}
+    made = predictor.load(models.write(tmp_path / kind, "ViT", fields), tome=3)  # 12 patches, 9, 6, 3
+    files.write(made, tmp_path / f"m.{to}", to=to, preprocess=True)
+    pixels = random_pixels(models.SIZE, 5)
+    found = files.FORMATS[to].run((tmp_path / f"m.{to}").read_bytes(), pixels)["logits"]
     examples = [{"image": x.astype(np.float32)} for x in pixels]
-    np.testing.assert_allclose(found, made.predict_examples(examples, 2)["logits"], atol=1e-5)
-    whole = dataclasses.replace(made, tome=0).predict_examples(examples, 2)["logits"]
+    np.testing.assert_allclose(found, made.predict_examples(examples, 5)["logits"], atol=1e-5)
+    whole = dataclasses.replace(made, tome=0).predict_examples(examples, 5)["logits"]
     assert np.abs(found - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["Captioner", "AttendingLSTM"])
+def test_a_captioner_writes_the_same_sentences_where_this_package_is_not(tmp_path, kind):
+    """The reader is the one of docs/export.md."""
+    made = serve_models.captioner(kind)
+    with pytest.raises(UserError, match="--to=stablehlo alone"):
+        files.write(made, tmp_path / "m.onnx")
+    files.write(made, tmp_path / "says.stablehlo", to="stablehlo", preprocess=True)
+    for i, pixels in enumerate(random_pixels(made.image_size, 5)):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (reader,) = re.findall(r"```text\n(import json, sys\n.*?)```", Path("docs/export.md").read_text(), re.DOTALL)
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    alone = f"{reader}\nimport sys\nassert not [x for x in sys.modules if x.startswith(('vit_jax', 'flax'))]"
+    run = [sys.executable, "-c", alone, *(f"{i}.png" for i in range(5))]
+    said = subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=120, capture_output=True, text=True).stdout
+    outputs = made.predict_examples([{"image": x.astype(np.float32)} for x in random_pixels(made.image_size, 5)], 5)
+    assert said.splitlines() == [written.text for written in made.task.write(outputs)]
+    assert len(set(said.splitlines())) > 1
 
 
 def test_a_text_tower_alone_is_no_model_of_images(folder, tmp_path):

@@ -1,14 +1,17 @@
 """Untrained models to be served, and photos for them."""
 
 import io
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from vit_jax import tasks
 from vit_jax.checkpoint import Description
+from vit_jax.data.digit_pairs import VOCAB
 from vit_jax.predictor import Predictor
 
 VIT = {
@@ -20,14 +23,14 @@ PIXELS = {"image_size": (16, 24), "grid": (4, 6), "mean": [110.0, 120.0, 130.0],
 CLASSES = ("ape", "bear", "cat", "dög", "<eel>")
 
 
-def predictor(**description) -> Predictor:
-    """A model with random parameters, none of them 0."""
+def predictor(vocab: Path | None = None, **description) -> Predictor:
+    """A model with random parameters, none of them 0; `vocab` is the vocabulary of one that writes."""
     description = Description(**PIXELS | {"class_names": CLASSES} | description)
-    task = tasks.of_description(description)
+    task = tasks.of_description(description, vocab)
     rng, shapes = np.random.default_rng(0), jax.eval_shape(task.init, jax.random.key(0))
     flat = {name: rng.normal(0, 0.3, x.shape).astype(np.float32) for name, x in flatten_dict(shapes, sep="/").items()}
     positive = {name: np.abs(x) for name, x in flat.items() if name.endswith("var")}
-    return Predictor(task, unflatten_dict(flat | positive, sep="/"), description)
+    return Predictor(task, jax.tree.map(jnp.asarray, unflatten_dict(flat | positive, sep="/")), description)
 
 
 def classifier(**description) -> Predictor:
@@ -45,6 +48,16 @@ def segmenter() -> Predictor:
     """Of a class for every pixel."""
     fields = {"body": {"vit": VIT}, "num_classes": len(CLASSES), "places": 1}
     return predictor(model_type="LinearSegmenter", model=fields, task={"type": "segment"})
+
+
+def captioner(kind: str) -> Predictor:
+    """Of at most seven words that tell two digits."""
+    lstm = {"width": 16, "embedding_dim": 16, "attention_dim": 8}
+    transformer = {"width": 16, "num_heads": 2, "mlp_dim": 16, "num_layers": 2, "max_length": 7}
+    fields = {"body": {"vit": VIT}, "vocabulary": 19, **(transformer if kind == "Captioner" else lstm)}
+    told = {"tokenizer": "bert", "vocab": VOCAB.name, "max_len": 8}
+    task = {"type": "caption", "beams": 2, "length_penalty": 1.0}
+    return predictor(VOCAB, model_type=kind, model=fields, task=task, text=told, class_names=())
 
 
 def photo(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 30)) -> bytes:

@@ -3,6 +3,7 @@
 python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx
 python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx --preprocess --int8=dynamic
 python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx --int8=static --calibrate=photos/
+python -m vit_jax.export --model=runs/says says.stablehlo --to=stablehlo
 python -m vit_jax.export --model=hf://facebook/dinov2-base dino.stablehlo --to=stablehlo --dtype=float16
 
 The file takes any number of images of the model's size. It is run before it gets its name, and left out if its outputs
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files.check(args.out, **how)
     runtime.set_up()
     size = args.size and predictor.parse_size(args.size)
-    loaded = predictor.load(args.model, size=size, model_name=args.model_name, head=None, **pixels.pixel_options(args))
+    options = {"model_name": args.model_name, "tome": args.tome, "vocab": args.vocab, **pixels.pixel_options(args)}
+    loaded = predictor.load(args.model, size=size, head=None, **options)
     files.write(loaded, args.out, preprocess=args.preprocess, **how)
     return 0
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="the file to write, such as photos.onnx or photos.stablehlo")
-    arguments.add_shared(parser, "--model", "--model_name", "--size")
+    arguments.add_shared(parser, "--model", "--model_name", "--size", "--tome", "--vocab")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx or stablehlo")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of kernels and layers (default float32)")
     parser.add_argument(

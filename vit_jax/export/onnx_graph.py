@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from vit_jax.errors import UserError
-from vit_jax.export.plain import plain
+from vit_jax.export.plain import named, plain
 from vit_jax.export.program import Program
 from vit_jax.files import json_text
 
@@ -32,11 +32,12 @@ def convert(program: Program) -> Model:
     """A graph of any number of images."""
     import jax2onnx
 
-    if program.predictor.tome:
-        raise UserError(f"a model that merges tokens (tome={program.predictor.tome}) is exported as StableHLO, not as ONNX")
+    if program.predictor.task.write is not None:
+        source = program.predictor.source
+        raise UserError(f"{source} writes sentences word by word, in a loop: it is exported by --to=stablehlo alone")
     (batch,) = jax.export.symbolic_shape("batch")
     example = program.example(batch)
-    function = dataclasses.replace(program, dtype="float32").function(program.predictor.params)
+    function = dataclasses.replace(program, dtype="float32").function(program.predictor.params, named)
     outputs = plain(function, example)
     names = sorted(jax.eval_shape(function, example))
     with _quiet(), _refusing(), _restoring():

@@ -2,7 +2,8 @@
 
 Calls, and functions with derivatives of their own, become what they compute. A choice by platform becomes that for CPUs.
 What depends on no input is computed here. A product with constants is one of two matrices. LayerNorm, softmax, GELU, max
-pooling and padding are said in the words of flax and jax, which jax2onnx translates to operators of these names.
+pooling and padding are said in the words of flax and jax, which jax2onnx translates to operators of these names; sums over
+the tokens that are merged are products.
 """
 
 import math
@@ -15,6 +16,9 @@ from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, Float
 
+from vit_jax.models import token_merging
+from vit_jax.models.attention import MultiHeadDotProductAttention
+
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
 _CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 _GELUS = {frozenset({"integer_pow", "mul", "add", "tanh"}): True, frozenset({"mul", "neg", "erfc", "copy"}): False}
@@ -22,30 +26,36 @@ _GELUS = {frozenset({"integer_pow", "mul", "add", "tanh"}): True, frozenset({"mu
 
 
 def plain(function: Callable[[Array], Any], example: jax.ShapeDtypeStruct) -> Callable[[Array], Any]:
-    """The same function of an array like `example`, whose shape may hold symbols.
+    """The same function of an array like `example`, whose shape may hold symbols; it calls flax's modules within `named`.
 
     It is traced here, before jax2onnx puts words of its own into jax and flax. LayerNorm takes the mean of squares after
     the mean is subtracted, where flax subtracts its square: it differs by rounding.
     """
-    with nn.intercept_methods(_named):
-        jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(example)
+    jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(example)
     return lambda x: jax.tree.unflatten(jax.tree.structure(outputs), _run(jaxpr, [x]))
 
 
 # What is recognised by its name in the program
 
 
-def _named(call: Callable, args: Sequence[Any], options: Mapping[str, Any], context: nn.module.InterceptorContext) -> Any:
+def named(call: Callable, args: Sequence[Any], options: Mapping[str, Any], context: nn.module.InterceptorContext) -> Any:
     """A method of a module, called; of LayerNorm and attention with a name for what it computes."""
     module = context.module
     if type(module) is nn.LayerNorm and context.method_name == "__call__":
         own = module.variables["params"]
         return plain_layer_norm(args[0], own["scale"], own["bias"], module.epsilon).astype(module.dtype)
-    if context.method_name == "attend" and len(args) > 2 and options.get("mask") is None:
+    if context.method_name == "attend" and _is_softmax(module, mask := options.get("mask")):
         q, k, v = (x.swapaxes(1, 2) for x in args[:3])
         logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+        logits = logits if mask is None else logits + mask
         return jnp.matmul(attention_softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
     return call(*args, **options)
+
+
+def _is_softmax(module: nn.Module, mask: Array | None) -> bool:
+    """Whether attention is a softmax over all tokens, with nothing but numbers added to the logits."""
+    added = mask is None or jnp.issubdtype(mask.dtype, jnp.floating)
+    return isinstance(module, MultiHeadDotProductAttention) and module.kind == "softmax" and module.windows is None and added
 
 
 @jax.jit
@@ -114,6 +124,9 @@ def _in_words(name: str, params: Mapping[str, Any], inputs: Sequence[Any]) -> Ar
         return None if form is None else nn.gelu(x, approximate=form)
     if name in ("jit", "pjit") and params["name"] == attention_softmax.__name__:
         return jax.nn.softmax(x)
+    if name in ("jit", "pjit") and params["name"] == token_merging.sums_by_place.__name__:  # of a batch
+        members = inputs[1][:, None] == jnp.arange(params["jaxpr"].out_avals[0].shape[1])[:, None]
+        return members.astype(x.dtype) @ x
     if name in ("jit", "pjit") and params["name"] == plain_layer_norm.__name__:
         return nn.LayerNorm(float(inputs[3])).apply({"params": {"scale": inputs[1], "bias": inputs[2]}}, x)
     if name == "pad" and all(low >= 0 and high >= 0 and not inner for low, high, inner in params["padding_config"]):

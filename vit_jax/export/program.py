@@ -2,15 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from vit_jax import tasks
 from vit_jax.data.device import augment
+from vit_jax.data.host import text
 from vit_jax.errors import UserError
 from vit_jax.models import token_merging
 from vit_jax.predictor import Predictor
@@ -35,8 +38,6 @@ class Program:
     def __post_init__(self):
         if self.predictor.task.needs[0] != "image":
             raise UserError(f"{self.predictor.source} does not read images: only models of images are exported")
-        if self.predictor.task.write is not None:
-            raise UserError(f"{self.predictor.source} writes sentences word by word: models that answer at once are exported")
         if self.predictor.description.preprocessing.get("max_patches"):
             size = ",".join(map(str, self.predictor.image_size))
             raise UserError(f"{self.predictor.source} keeps the shapes of photos: give one size to export it, --size={size}")
@@ -49,12 +50,12 @@ class Program:
         """The shape of `batch` images, a number or a symbol."""
         return jax.ShapeDtypeStruct((batch, *self.predictor.image_size, 3), self.image_dtype)
 
-    def function(self, params: Any) -> Callable[[Shaped[Array, "b h w 3"]], Outputs]:
-        """images → outputs, with these parameters inside."""
+    def function(self, params: Any, interceptor: Callable | None = None) -> Callable[[Shaped[Array, "b h w 3"]], Outputs]:
+        """images → outputs, with these parameters inside; the model's modules are called within flax's `interceptor`."""
         description = self.predictor.description
         mean, std = (description.mean, description.std) if self.preprocess else ((0.0,) * 3, (1.0,) * 3)
         model = {**description.model, "dtype": self.dtype}
-        task = tasks.of_description(dataclasses.replace(description, model=model, mean=mean, std=std))
+        task = tasks.of_description(dataclasses.replace(description, model=model, mean=mean, std=std), self.vocabulary)
 
         def run(pixels: Shaped[Array, "b h w 3"]) -> Outputs:
             if task.evaluators == ("classify",) and not description.class_names:
@@ -64,7 +65,13 @@ class Program:
             outputs = task.predict(params, {"image": pixels.astype(jnp.float32), "extent": extent})
             return {name: y.astype(jnp.float32) if jnp.issubdtype(y.dtype, jnp.floating) else y for name, y in outputs.items()}
 
-        return token_merging.merging(self.predictor.tome)(run)
+        inner = run if interceptor is None else nn.intercept_methods(interceptor)(run)
+        return token_merging.merging(self.predictor.tome)(inner)
+
+    @property
+    def vocabulary(self) -> Path | None:
+        """That of a model that writes."""
+        return self.predictor.task.files[0] if self.predictor.task.write else None
 
     def inputs(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Shaped[np.ndarray, "b h w 3"]:
         """Images as the program takes them."""
@@ -94,7 +101,15 @@ class Program:
             "head": description.head,
             "class_names": description.class_names,
             "dtype": self.dtype,
+            **({"text": self._text()} if self.vocabulary else {}),
         }
+
+    def _text(self) -> dict[str, Any]:
+        """What must be known to make words of tokens, but for the tokenizer's file."""
+        told = {name: x for name, x in self.predictor.description.text.items() if name != "vocab"}
+        kind, max_len = told.pop("tokenizer"), told.pop("max_len")
+        words = text.make(kind, self.vocabulary, max_len, **told)
+        return {"tokenizer": kind, "start_token": words.start_token, "stop_token": words.stop_token}
 
 
 def reference(predictor: Predictor) -> Callable[[UInt8[np.ndarray, "b h w 3"]], dict[str, np.ndarray]]:
@@ -112,8 +127,14 @@ def random_pixels(size: tuple[int, int], count: int) -> UInt8[np.ndarray, "b h w
 
 
 def difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> Float[np.ndarray, ""]:
-    """The largest difference of any output, in units of the largest number of that output, if that is above 1."""
-    return max(
-        np.abs(np.asarray(found[name], np.float64) - y).max() / max(1.0, np.abs(y.astype(np.float64)).max())
-        for name, y in expected.items()
-    )
+    """The largest difference of any output, in units of the largest number of that output, if that is above 1.
+
+    Of labels and tokens, which are whole numbers, it is the share that is not the same.
+    """
+
+    def of_output(x: np.ndarray, y: np.ndarray) -> float:
+        if np.issubdtype(y.dtype, np.integer):
+            return (x != y).mean()
+        return np.abs(np.float64(x) - y).max() / max(1.0, np.abs(np.float64(y)).max())
+
+    return max(of_output(np.asarray(found[name]), y) for name, y in expected.items())

@@ -110,7 +110,7 @@ class Captioner(_OnViT):
 
     def start(self, memory: Memory, length: int) -> Any:
         """The cache to write up to `length` tokens from."""
-        return self.text_decoder.start(len(memory), length, memory)
+        return self.text_decoder.start(memory.shape[0], length, memory)
 
     def step(self, tokens: Int[Array, "b n"], index: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b n v"], Any]:
         """What `decode` gives for these tokens, of which the first is number `index` of its row: see `generate`."""

@@ -68,7 +68,7 @@ def generate(
         logits, cache = step(token[:, None], lengths + t, cache)
         return t + 1, logits[:, 0], tokens, counts, done, cache
 
-    b = len(prompt)
+    b = prompt.shape[0]  # which may be a symbol
     logits, cache = _read(step, cache, prompt, lengths)
     state = 0, logits, jnp.full((b, new), pad, prompt.dtype), jnp.zeros(b, int), jnp.zeros(b, bool), cache
     _, _, tokens, counts, _, _ = jax.lax.while_loop(unfinished, write, state)
@@ -139,7 +139,7 @@ def beam_search(
     """
     if early_stopping not in EARLY_STOPPING:
         raise UserError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
-    b = len(prompt)
+    b = prompt.shape[0]
     start = _first_beams(*_read(step, cache, prompt, lengths), beams, new, pad, prompt.dtype)
     vocabulary, starts = start.logits.shape[-1], jnp.repeat(lengths, beams, axis=0).reshape(b, beams)
 
@@ -181,7 +181,7 @@ def beam_search(
 
 def _first_beams(logits: Float[Array, "b v"], cache: Cache, beams: int, new: int, pad: int, dtype: Any) -> _Running:
     """The state behind the prompts: nothing is written, and the first beam alone counts, as all are the same."""
-    b = len(logits)
+    b = logits.shape[0]
     repeat = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
     empty, never = jnp.full((b, beams, new), pad, dtype), jnp.full((b, beams), _NEVER)
     return _Running(

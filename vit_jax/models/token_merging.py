@@ -12,6 +12,7 @@ what means, MAP heads and grids of features make of these is what they would mak
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,10 +103,17 @@ def merge(
 ) -> tuple[Float[Array, "m d"], Float[Array, " m"], Int[Array, " n"]]:
     """One image's tokens, their sizes, and the place of each of the old: prefix, tokens that stay, tokens that are joined."""
     place, m = match(keys[num_prefix:], num_prefix % 2, r)
-    place = jnp.concatenate([jnp.arange(num_prefix), num_prefix + place])
-    sums = jax.ops.segment_sum(x.astype(jnp.float32) * sizes[:, None], place, num_prefix + m)
-    sizes = jax.ops.segment_sum(sizes, place, num_prefix + m)
-    return (sums / sizes[:, None]).astype(x.dtype), sizes, place
+    if num_prefix:
+        place = jnp.concatenate([jnp.arange(num_prefix), num_prefix + place])
+    sums = sums_by_place(x.astype(jnp.float32) * sizes[:, None], place, num_prefix + m)
+    sizes = sums_by_place(sizes[:, None], place, num_prefix + m)
+    return (sums / sizes).astype(x.dtype), sizes[:, 0], place
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def sums_by_place(x: Float[Array, "n d"], place: Int[Array, " n"], m: int) -> Float[Array, "m d"]:
+    """The sum of the rows of each place. ONNX knows it by this name, see `export.plain`."""
+    return jax.ops.segment_sum(x, place, m)
 
 
 def match(keys: Float[Array, "n h"], first: int, r: int) -> tuple[Int[Array, " n"], int]:
@@ -117,10 +125,11 @@ def match(keys: Float[Array, "n h"], first: int, r: int) -> tuple[Int[Array, " n
     if (r := min(r, n // 2)) == 0:
         return jnp.arange(n), n
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    scores = jnp.einsum("ah,bh->ab", keys[first::2], keys[1 - first :: 2])
+    scores = keys[first::2] @ keys[1 - first :: 2].T
     a, b = scores.shape
     _, joining = jax.lax.top_k(scores.max(axis=-1), r)
-    stays = jnp.ones(a, int).at[joining].set(0)
-    place_a = (jnp.cumsum(stays) - 1).at[joining].set(a - r + scores[joining].argmax(axis=-1))
-    place = jnp.zeros(n, int).at[first::2].set(place_a).at[1 - first :: 2].set(a - r + jnp.arange(b))
-    return place, n - r
+    joins = (joining[:, None] == jnp.arange(a)).any(axis=0)
+    place_a = jnp.where(joins, a - r + scores.argmax(axis=-1), jnp.cumsum(~joins) - 1)
+    turns = [place_a, a - r + jnp.arange(b)][:: 1 if first == 0 else -1]
+    place = jnp.stack([x[: n // 2] for x in turns], axis=1).reshape(-1)
+    return jnp.append(place, turns[0][n // 2]) if n % 2 else place, n - r

@@ -212,7 +212,7 @@ def make_predict(
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
         apply = lambda *args, **how: model.apply({"params": params}, *args, **how)  # noqa: E731
         memory = apply(augment.normalize(batch["image"], mean, std), method="encode")
-        cache, b = apply(memory, room, method="start"), len(memory)
+        cache, b = apply(memory, room, method="start"), memory.shape[0]
         found = beam_search(
             lambda *args: apply(*args, method="step"),
             cache,

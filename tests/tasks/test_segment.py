@@ -139,6 +139,17 @@ def test_a_vit_becomes_a_backbone_and_classes_are_matched_by_name(tmp_path):
     origin = dataclasses.replace(given.description, model=body | {"transformer": body["transformer"] | numerics})
     built = Setup(e.settings, {"segmentation": Segmentation(("a", "b"))}, origin).build_model(num_classes=2)
     assert built.fields["body"]["vit"]["transformer"].items() >= numerics.items() and "transformer" not in built.fields
+    # Where a recipe names no ViT, it is the checkpoint's.
+    features = {"segmentation": Segmentation(("a", "b"))}
+    unnamed = dataclasses.replace(e.settings, model={**e.settings.model, "body": {"vit": {}}})
+    of_file = Setup(unnamed, features, origin).build_model(num_classes=2).fields["body"]["vit"]
+    assert of_file.items() >= {**origin.model, "num_classes": None, "representation_size": None}.items()
+    with pytest.raises(UserError, match="config.model.body.vit is empty: --config.pretrained=FILE"):
+        Setup(unnamed, features, None).build_model(num_classes=2)
+    with pytest.raises(UserError, match="a LinearSegmenter stands on a ViT, and config.pretrained names a Mixer"):
+        mixer = dataclasses.replace(origin, model_type="Mixer", model={})
+        Setup(unnamed, features, mixer).build_model(num_classes=2)
+
     described = Description(model_type=built.type, model=built.fields, class_names=(), **common | {"grid": (4, 4)})
     assert described.native_size == tuple(4 * p for p in body["patches"]["size"])
 

@@ -45,6 +45,7 @@ class Setup:
     def build_model(self, **changes: Any) -> Model:
         """The recipe's model, or that of the origin where the recipe names none, with some fields changed.
 
+        A model on a ViT, of which the recipe names no fields, stands on the origin's.
         The activation and epsilon that the parameters were trained with count, whatever a recipe's table says, and so does an
         attention in windows or by sigmoids where the recipe names none.
         """
@@ -56,15 +57,41 @@ class Setup:
         if kind == "MAE" and settings.task.get("type") != "reconstruct":  # its encoder
             kind, fields = "ViT", {name: value for name, value in fields.items() if name != "decoder"}
         architecture = models.architecture_of(kind)
+        path = architecture.backbone.split(".") if architecture.backbone else []
+        if path and _at(fields, path) == {}:
+            fields = _on_vit_of(origin, kind, fields, path)
         if origin:
-            path = architecture.backbone.split(".") if architecture.backbone and origin.model_type != kind else []
-            fields = _with_numerics_of(origin, fields, path)
+            fields = _with_numerics_of(origin, fields, path if origin.model_type != kind else [])
         if self.constrain is None:
             return Model(kind, fields, architecture.build(fields))
         of_blocks = {"remat": settings.remat, "scan": settings.scan, "constrain": self.constrain}
         return Model(
             kind, fields, architecture.build(architecture.with_memory_options(fields, dtype=settings.dtype, **of_blocks))
         )
+
+
+def _at(fields: Mapping[str, Any], path: Sequence[str]) -> Any:
+    for key in path:
+        fields = (fields or {}).get(key)
+    return fields
+
+
+def _on_vit_of(
+    origin: checkpoint.Description | None, kind: str, fields: Mapping[str, Any], path: Sequence[str]
+) -> dict[str, Any]:
+    """The fields, with those of the origin's ViT at `path`. Raises UserError where there is none."""
+    where = ".".join(("config.model", *path))
+    if origin is None:
+        raise UserError(f"{where} is empty: --config.pretrained=FILE says on which ViT the {kind} stands")
+    theirs = models.architecture_of(origin.model_type).vit_fields(origin.model)
+    if origin.model_type != "ViT" and origin.model_type != kind:
+        raise UserError(f"a {kind} stands on a ViT, and config.pretrained names a {origin.model_type}: give it a ViT")
+    return _with(fields, path, {**theirs, "num_classes": None, "representation_size": None})
+
+
+def _with(fields: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    key, *rest = path
+    return {**fields, key: _with(fields[key], rest, value) if rest else value}
 
 
 def _with_numerics_of(origin: checkpoint.Description, fields: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tests import tiny, towers
 from tests.command_line import arguments
 from vit_jax import cli, evaluators, recipes, settings, tasks
 from vit_jax.checkpoint import hub
-from vit_jax.tasks import contrast
+from vit_jax.tasks import contrast, mask_loss
 from vit_jax.tools import plan, preview  # noqa: F401  their flags are to stay
 from vit_jax.train import train_and_evaluate
 
@@ -148,6 +148,7 @@ def known_fields() -> set[str]:
     """Dotted names of all fields of a recipe."""
     default, names = settings.Settings(), {f"pretrained.{tower}" for tower in contrast.TOWERS}
     names |= {f"task.{option}" for task in tasks.TYPES.values() for option in inspect.signature(task.make_task).parameters}
+    names |= {f"task.matching.{name}" for name in mask_loss.Matching._fields}
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
         nested = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()

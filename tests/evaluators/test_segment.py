@@ -7,6 +7,7 @@ import pytest
 from tests.tasks import test_contract
 from vit_jax.errors import UserError
 from vit_jax.evaluators import segment
+from vit_jax.models.segment import at_pixels
 from vit_jax.run import experiment as experiments
 from vit_jax.settings import Settings
 
@@ -52,7 +53,7 @@ def test_a_split_is_scored_as_by_hand(tmp_path, overrides):
     metrics, _ = segment.make_score(e, e.test_source)(e.parallelism.place(params))
     images = np.stack([scene["image"] for scene in e.test_source]).astype(np.float32)
     logits = jax.jit(e.task.predict)(params, {"image": images})["logits"]
-    found = np.asarray(segment.at_pixels(logits, (64, 64))).argmax(axis=-1)
+    found = np.asarray(at_pixels(logits, (64, 64))).argmax(axis=-1)
     truth = np.stack([scene["segmentation"] for scene in e.test_source])
     confused = np.bincount((truth.astype(int) * 11 + found).ravel(), minlength=121).reshape(11, 11)
     assert metrics == segment.scores(confused, e.test_source.class_names)

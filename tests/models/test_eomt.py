@@ -1,5 +1,7 @@
 """EoMT against transformers': masks, classes and classes by pixel; files in and out."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -87,3 +89,14 @@ def test_one_in_the_midst_of_training_is_refused(saved, tmp_path):
     model.attn_mask_probs.zero_()
     with pytest.raises(UserError, match="attn_mask_probs are above 0"):
         open_checkpoint(tmp_path)
+
+
+def test_a_position_of_the_class_token_is_written_as_a_part_of_it(saved, tmp_path):
+    opened = open_checkpoint(saved[1])
+    positions = opened.flat["backbone/Transformer/posembed_input/pos_embedding"].copy()
+    positions[0, 0] = np.arange(positions.shape[-1])
+    moved = dataclasses.replace(opened, flat=opened.flat | {"backbone/Transformer/posembed_input/pos_embedding": positions})
+    write_checkpoint(moved, tmp_path, "hf")
+    again = open_checkpoint(tmp_path).flat
+    np.testing.assert_array_equal(again["backbone/cls"], opened.flat["backbone/cls"] + positions[:, :1])
+    assert not again["backbone/Transformer/posembed_input/pos_embedding"][0, 0].any()

@@ -10,7 +10,7 @@ from torch import nn
 from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.models import segment
-from vit_jax.tasks.segment import at_pixels
+from vit_jax.models.segment import at_pixels
 
 BLOCKS = {"num_layers": 3, "mlp_dim": 24, "num_heads": 2, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 VIT = {"patches": {"size": (4, 4)}, "hidden_size": 16, "num_registers": 2, "classifier": "token", "transformer": BLOCKS}

@@ -12,7 +12,7 @@ from vit_jax.checkpoint.opened import Opened
 from vit_jax.checkpoint.rules import Flat, Rule, Transform, rule
 from vit_jax.errors import UserError
 
-# Only patches have positions there: ours has one of zeros for the class token.
+# Only patches have positions there: that of our class token is zeros when it is read, and added to the token when written.
 _POSITIONS = Transform(
     lambda arrays, heads: [np.concatenate([np.zeros_like(arrays[0][:1]), arrays[0]])[None]], lambda arrays: [arrays[0][0, 1:]]
 )
@@ -129,12 +129,12 @@ def write_eomt(opened: Opened) -> Written:
         "no learned positions": body.get("position_embedding", "learned") != "learned",
         "an MLP that is no whole number of times as wide": bool(transformer["mlp_dim"] % body["hidden_size"]),
         "a ResNet": bool(body.get("resnet")),
-        "a position for the class token": bool(np.any(opened.flat[f"backbone/{POSITIONS}"][0, 0])),
     }
     if wrong := [name for name, fault in faults.items() if fault]:
         raise UserError(f"transformers' EoMT has no place for {', '.join(wrong)}: convert with --to=npz")
     doublings, num_blocks = fields.get("num_doublings", 2), fields.get("num_blocks", 4)
     ours = {name: x for name, x in opened.flat.items() if not name.startswith("extras/")}
+    ours["backbone/cls"] = ours["backbone/cls"] + ours[f"backbone/{POSITIONS}"][:, :1]
     theirs = rules.write(_rules(doublings), ours, blocks=transformer["num_layers"], where="transformers' EoMT")
     config = {
         "model_type": "eomt",

@@ -11,8 +11,8 @@ from vit_jax.data import sources
 from vit_jax.data.host.view import IGNORED
 from vit_jax.errors import UserError
 from vit_jax.evaluators import passes
+from vit_jax.models.segment import at_pixels
 from vit_jax.run.experiment import Experiment
-from vit_jax.tasks.segment import at_pixels
 
 
 def make_score(experiment: Experiment, source: sources.Source) -> Callable[[Any], tuple[dict[str, float], float]]:

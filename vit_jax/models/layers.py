@@ -7,7 +7,7 @@ Submodules carry the names of the published checkpoints, which number a block's 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,21 @@ class PatchEmbed(nn.Module):
 
 Resample = Callable[[Float[Array, "1 m d"]], Float[Array, "b n d"]]
 """From learned position embeddings to those of the tokens at hand."""
+
+
+class Joining(NamedTuple):
+    """Tokens that join in front of all others before a block, as in EoMT.
+
+    Attributes:
+      before: the number of that block.
+      tokens: (b, q, d).
+      look: (all tokens, normalised, grid of the patches) → who sees whom in the next block; asked before that block and each
+        later one. None where all see all.
+    """
+
+    before: int
+    tokens: Float[Array, "b q d"]
+    look: Callable[[Float[Array, "b q+n d"], tuple[int, int]], Mask] | None = None
 
 
 class AddPositionEmbs(nn.Module):
@@ -268,13 +283,12 @@ class Encoder(nn.Module):
         train: bool = False,
         with_layers: bool = False,
         norm_layers: bool = False,
-        joining: tuple[int, Float[Array, "b q d"]] | None = None,
+        joining: Joining | None = None,
     ) -> tuple[Float[Array, "b n+r d"], tuple[Float[Array, "b n+r d"], ...]]:
         """`registers` join behind the first `num_prefix` tokens, without a position embedding, as in DINOv2.
 
         With `seen` only the tokens at these places, behind that prefix, are encoded; each keeps its position.
         `mask` says which tokens see which, see `attention.attend`.
-        Of `joining`, (i, tokens), the tokens join in front of all others before block i, as in EoMT.
         `grid` is that of the patches, for rotary positions. `resample` is that of `AddPositionEmbs`.
         """
         if joining and self.scan:
@@ -294,20 +308,21 @@ class Encoder(nn.Module):
         if self.norm_pre:
             x = make_norm(self.norm, self.norm_eps, self.dtype, "norm_pre")(x)
         kept = self._keep(x.shape[0], train)
+        norm = make_norm(self.norm, self.norm_eps, self.dtype, "encoder_norm") if self.final_norm else lambda x: x
         if self.scan and not self.is_initializing():
             x, layers = self._scan_blocks(x, kept, train, with_layers, mask, rotation, windows[0])
         else:
             layers = []
             for i in range(self.num_layers):
-                if joining and i == joining[0]:
-                    x = jnp.concatenate([joining[1].astype(x.dtype), x], axis=1)
+                if joining and i == joining.before:
+                    x = jnp.concatenate([joining.tokens.astype(x.dtype), x], axis=1)
+                if joining and joining.look and i >= joining.before:
+                    mask = joining.look(norm(x), grid)
                 block = self._block(rotation=rotation, windows=windows[i], name=f"encoderblock_{i}")
                 x = block(self.constrain(x), kept[i], train, mask)
                 layers.append(x)
-        if self.final_norm:
-            norm = make_norm(self.norm, self.norm_eps, self.dtype, "encoder_norm")
-            x, layers = norm(x), map(norm, layers) if norm_layers else layers
-        return x, tuple(layers) if with_layers else ()
+        layers = map(norm, layers) if norm_layers else layers
+        return norm(x), tuple(layers) if with_layers else ()
 
     def _keep(self, b: int, train: bool) -> residual.KeptOfBlocks:
         """What stochastic depth keeps of every block's branches."""

@@ -10,6 +10,7 @@ interpolation does the rest; more for shapes that are finer than patches.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -131,6 +132,11 @@ def spread(x: Float[Array, "b h w p p c"]) -> Logits:
     """The places of every patch, where they lie in the image."""
     b, h, w, p, _, c = x.shape
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c)
+
+
+def at_pixels(scores: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b H W c"]:
+    """Scores in between, bilinear, where corners of images lie on each other (torch's align_corners=False)."""
+    return jax.image.resize(scores, (scores.shape[0], *size, scores.shape[-1]), "bilinear", antialias=False)
 
 
 def _of_length_one(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:

@@ -1,6 +1,7 @@
 """Vision Transformer, plain and hybrid: "An Image is Worth 16x16 Words" (https://arxiv.org/abs/2010.11929)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ from vit_jax.errors import UserError, unknown
 from vit_jax.models import residual, resnet, zoo
 from vit_jax.models.architecture import Architecture, Fields
 from vit_jax.models.classifier_head import CLASSIFIERS, ClassifierHead
-from vit_jax.models.layers import ACTIVATIONS, ATTENTIONS, REMAT, Encoder, PatchEmbed
+from vit_jax.models.layers import ACTIVATIONS, ATTENTIONS, REMAT, Encoder, Joining, PatchEmbed
 from vit_jax.models.norms import NORMS
 from vit_jax.models.packed import Pack, Segments
 from vit_jax.models.resnet import ResNet
 
 POSITION_EMBEDDINGS = ("learned", "sincos2d", "none")
+Queries, Map = Float[Array, "b q d"], Float[Array, "b h w d"]
 Hidden = tuple[Bool[Array, "b h w"], Float[Array, "#b d"]]
 POOLED = ("token", "gap", "distilled", "cls_mean")  # without parameters, so that a head may read several blocks
 _WITH_CLS = ("token", "distilled", "cls_mean", "token_unpooled")
@@ -155,15 +157,33 @@ class VisionTransformer(nn.Module):
         }
 
     def with_queries(
-        self, images: Float[Array, "b H W c"], queries: Float[Array, "q d"], num_blocks: int, *, train: bool = False
-    ) -> tuple[Float[Array, "b q d"], Float[Array, "b h w d"]]:
-        """What becomes of tokens that join before the last `num_blocks` blocks, and the map of the patches, normalised."""
+        self,
+        images: Float[Array, "b H W c"],
+        queries: Float[Array, "q d"],
+        num_blocks: int,
+        *,
+        look: Callable[[Queries, Map], Bool[Array, "b q h w"]] | None = None,
+        train: bool = False,
+    ) -> tuple[Queries, Map]:
+        """What becomes of tokens that join before the last `num_blocks` blocks, and the map of the patches, normalised.
+
+        `look` says, of both as they are before each of these blocks, which patches a query sees in it; without it, all.
+        """
         first = self.Transformer.num_layers - num_blocks
         if not 0 <= first < self.Transformer.num_layers:
             raise UserError(f"queries join before the last {num_blocks} blocks, of a ViT of {self.Transformer.num_layers}")
+
+        def parts(tokens: Float[Array, "b n d"], grid: tuple[int, int]) -> tuple[Queries, Map]:
+            return tokens[:, : len(queries)], tokens[:, -math.prod(grid) :].reshape(len(tokens), *grid, -1)
+
+        def mask(tokens: Float[Array, "b n d"], grid: tuple[int, int]) -> Bool[Array, "b 1 n n"]:
+            b, n, _ = tokens.shape
+            seen = look(*parts(tokens, grid)).reshape(b, len(queries), -1)
+            return jnp.ones((b, 1, n, n), bool).at[:, 0, : len(queries), -math.prod(grid) :].set(seen)
+
         batch = jnp.broadcast_to(queries, (len(images), *queries.shape))
-        tokens, (h, w), _ = self._encode(images, train, joining=(first, batch))
-        return tokens[:, : len(queries)], tokens[:, -h * w :].reshape(len(images), h, w, -1)
+        tokens, grid, _ = self._encode(images, train, joining=Joining(first, batch, mask if look else None))
+        return parts(tokens, grid)
 
     def _head_needs(self) -> dict[str, bool]:
         return {"with_layers": True, "norm_layers": True} if self.head_layers > 1 else {}

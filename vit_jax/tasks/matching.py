@@ -98,8 +98,7 @@ def set_loss(
 ) -> SetLoss:
     """DETR's loss: every layer is matched by itself, and all layers count alike.
 
-    label: cross-entropy of all candidates, Σ w·nll / Σ w, where w is `no_object` for those without an object;
-    l1 and giou: |box − true box| and 1 − GIoU of the matched ones, divided by the number of boxes.
+    label: `label_loss`; l1 and giou: |box − true box| and 1 − GIoU of the matched ones, divided by the number of boxes.
 
     Args:
       num_boxes, num_candidates: of the whole batch, on all devices: the losses of its parts sum to its loss. No image may
@@ -110,22 +109,46 @@ def set_loss(
     flat_logits, flat_boxes = logits.reshape(layers * b, q, classes), boxes.reshape(layers * b, q, 4)
     chosen = match(costs(flat_logits, flat_boxes, repeated, weights), repeated.valid)
     matched = chosen >= 0
-    row = jnp.arange(layers * b)[:, None]
-
-    # Every candidate's class; what is not matched is written to place q, which does not exist.
-    labels = jnp.full((layers * b, q), classes - 1).at[row, jnp.where(matched, chosen, q)].set(repeated.labels, mode="drop")
-    w = jnp.where(labels == classes - 1, weights.no_object, 1.0)
-    nll = optax.softmax_cross_entropy_with_integer_labels(flat_logits, labels)
-    all_weights = num_boxes + weights.no_object * (num_candidates - num_boxes)
+    label = label_loss(
+        flat_logits,
+        chosen,
+        repeated.labels,
+        num_objects=num_boxes,
+        num_candidates=num_candidates,
+        no_object=weights.no_object,
+    )
 
     # The boxes of the matched candidates.
     mine = jnp.take_along_axis(flat_boxes, jnp.maximum(chosen, 0)[..., None], axis=1)
     l1 = jnp.abs(mine - repeated.boxes).sum(axis=-1) * matched
     apart = (1 - giou(to_corners(mine), to_corners(repeated.boxes))) * matched
     count = jnp.maximum(num_boxes, 1)
-    return SetLoss(
-        weights.label * (w * nll).sum() / all_weights, weights.l1 * l1.sum() / count, weights.giou * apart.sum() / count
-    )
+    return SetLoss(weights.label * label, weights.l1 * l1.sum() / count, weights.giou * apart.sum() / count)
+
+
+def label_loss(
+    logits: Float[Array, "b q c"],
+    chosen: Int[Array, "b n"],
+    labels: Int[Array, "b n"],
+    *,
+    num_objects: Float[Array, ""],
+    num_candidates: Float[Array, ""],
+    no_object: float,
+) -> Float[Array, ""]:
+    """Cross-entropy of all candidates, Σ w·nll / Σ w, where w is `no_object` for those without an object.
+
+    Args:
+      chosen: the candidate of every object, −1 for padding, see `match`; labels: the objects' classes. The last class is
+        "no object".
+      num_objects, num_candidates: see `set_loss`.
+    """
+    b, q, classes = logits.shape
+    # What is not matched is written to place q, which does not exist.
+    places = jnp.arange(b)[:, None], jnp.where(chosen >= 0, chosen, q)
+    labels = jnp.full((b, q), classes - 1).at[places].set(labels, mode="drop")
+    w = jnp.where(labels == classes - 1, no_object, 1.0)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return (w * nll).sum() / (num_objects + no_object * (num_candidates - num_objects))
 
 
 def best_boxes(logits: Float[Array, "b q c"], boxes: Float[Array, "b q 4"], size: Int[Array, "b 2"]) -> dict[str, Array]:

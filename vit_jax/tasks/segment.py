@@ -28,8 +28,9 @@ from vit_jax.data.host import view
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import IGNORED, Picture, View
 from vit_jax.errors import UserError, printable
+from vit_jax.models.segment import at_pixels
 from vit_jax.settings import Settings
-from vit_jax.tasks import images
+from vit_jax.tasks import images, mask_classification, mask_loss
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
@@ -77,13 +78,16 @@ class Seen:
         return np.array([(top, left) for top in rows for left in columns])
 
 
-def make_task(setup: Setup, *, canvas: tuple = (), stride: int = 0, colors: tuple = ()) -> Task:
+def make_task(
+    setup: Setup, *, canvas: tuple = (), stride: int = 0, colors: tuple = (), matching: Mapping[str, float] = {}
+) -> Task:
     """Images to classes by pixel, by a model of `models.segment`.
 
     Args:
       canvas: (h, w) over which windows of `config.image_size` slide in evaluation, see `Seen`; () for whole images.
       stride: from window to window, in pixels; 0 for two thirds of a window.
       colors: (r, g, b) of each class in pictures; () for the data's, or VOC's.
+      matching: of EoMT alone: fields of `mask_loss.Matching`.
     """
     settings = setup.settings
     if "segmentation" not in setup.features:
@@ -94,8 +98,6 @@ def make_task(setup: Setup, *, canvas: tuple = (), stride: int = 0, colors: tupl
     names, model = feature.names, setup.build_model(num_classes=len(feature.names))
     if model.type not in SEGMENTERS:
         raise UserError(f"config.model_type={model.type} gives no class to pixels: {', '.join(SEGMENTERS)} do")
-    if model.type == "EoMT" and settings.trainer == "train":
-        raise UserError("EoMT is learnt by matching masks, which is not offered here: published ones predict and are scored")
     colors = tuple(tuple(color) for color in colors or feature.colors) or palette(len(names))
     if len(colors) != len(names):
         raise UserError(f"config.task.colors has {len(colors)} colours, there are {len(names)} classes")
@@ -103,6 +105,13 @@ def make_task(setup: Setup, *, canvas: tuple = (), stride: int = 0, colors: tupl
     seen = _seen(settings, canvas, stride)
     a = settings.augment
     recolor = augment.make_augment(flip=False, color_jitter=a.color_jitter, three_augment=a.three_augment)
+    of_task = {"loss": make_loss(model.module, recolor, mean, std), "totals": totals}
+    if model.type == "EoMT":
+        how = {"total_steps": settings.total_steps, "matching": mask_loss.checked(matching)}
+        of_task["loss"] = mask_classification.make_loss(model.module, recolor, mean, std, **how)
+        of_task["totals"] = mask_classification.make_totals(model.module)
+    elif matching:
+        raise UserError(f"config.task.matching is for EoMT, {model.type} matches no masks: leave it out")
     options = {"type": "segment", "canvas": list(canvas), "stride": stride, "colors": [list(color) for color in colors]}
     return Task(
         model=model,
@@ -110,8 +119,7 @@ def make_task(setup: Setup, *, canvas: tuple = (), stride: int = 0, colors: tupl
         train_example=make_train_example(settings),
         eval_example=make_eval_example(seen, settings, mean),
         init=lambda key: model.module.init(key, jnp.zeros((1, *settings.image_size, 3)))["params"],
-        loss=make_loss(model.module, recolor, mean, std),
-        totals=totals,
+        **of_task,
         predict=make_predict(model.module, seen, mean, std),
         evaluators=("segment",),
         describe=lambda: {"class_names": names, "task": options},
@@ -198,11 +206,6 @@ def make_loss(
         return Loss((losses * known).sum() / count, {"pixel_accuracy": correct.sum(dtype=jnp.float32) / count})
 
     return loss
-
-
-def at_pixels(logits: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b H W c"]:
-    """Scores in between, bilinear, where corners of images lie on each other (torch's align_corners=False)."""
-    return jax.image.resize(logits, (logits.shape[0], *size, logits.shape[-1]), "bilinear", antialias=False)
 
 
 def make_predict(model: nn.Module, seen: Seen, mean: Sequence[float], std: Sequence[float]) -> Predict:

@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from vit_jax.checkpoint.detectors import write_detector
 from vit_jax.checkpoint.export import write_checkpoint
 from vit_jax.checkpoint.opening import open_checkpoint
 from vit_jax.models import detr, get_model
+from vit_jax.models.batchnorm_resnet import Bottleneck
 from vit_jax.models.vit import VisionTransformer
 
 SIZES = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 3), ("ffn_dim", 40))}
@@ -212,6 +214,33 @@ def test_a_dilated_resnet_has_twice_the_resolution_and_is_torchs():
     theirs = x.permute(0, 2, 3, 1).numpy()
     assert ours.shape == theirs.shape == (1, 5, 7, 128)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_the_gradients_of_a_bottleneck_are_those_of_its_formula():
+    block = Bottleneck(4, stride=2, dilation=2)
+    x = np.random.default_rng(0).normal(size=(2, 9, 11, 8)).astype(np.float32)
+    params = small.random_params(block, x)
+    for name in ("bn1", "bn2", "bn3", "bn_proj"):
+        params[name]["var"] = np.abs(params[name]["var"])
+
+    def formula(params, x):
+        def layer(x, number, stride=1):
+            kernel, norm = params[f"conv{number}"]["kernel"], jax.lax.stop_gradient(params[f"bn{number}"])
+            rate = 2 if kernel.shape[0] == 3 else 1
+            margins, axes = [(rate * (kernel.shape[0] // 2),) * 2] * 2, ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, margins, (1, 1), (rate,) * 2, axes)
+            return (y - norm["mean"]) / jnp.sqrt(norm["var"] + 1e-5) * norm["scale"] + norm["bias"]
+
+        y = layer(jax.nn.relu(layer(jax.nn.relu(layer(x, 1)), 2, stride=2)), 3)
+        return jax.nn.relu(layer(x, "_proj", stride=2) + y)
+
+    def results(function):
+        y, backward = jax.vjp(function, params, x)
+        return y, backward(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    ours, theirs = (jax.jit(functools.partial(results, f))() for f in (lambda p, x: block.apply({"params": p}, x), formula))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert np.abs(ours[1][0]["conv3"]["kernel"]).max() > 1 and not np.any(ours[1][0]["bn2"]["scale"])
 
 
 @pytest.mark.usefixtures("optimised")

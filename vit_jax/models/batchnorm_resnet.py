@@ -23,39 +23,94 @@ class FrozenBatchNorm(nn.Module):
 
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        factor, shift = self.factor_and_shift(x.shape[-1])
+        return x * factor.astype(self.dtype) + shift.astype(self.dtype)
+
+    @nn.compact
+    def factor_and_shift(self, c: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """What x is multiplied by, and what is added then."""
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         initial = {"scale": ones, "bias": zeros, "mean": zeros, "var": ones}
-        own = (jax.lax.stop_gradient(self.param(name, init, x.shape[-1:])) for name, init in initial.items())
+        own = (jax.lax.stop_gradient(self.param(name, init, (c,))) for name, init in initial.items())
         scale, bias, mean, var = own
         factor = scale * jax.lax.rsqrt(var + 1e-5)
-        return x * factor.astype(self.dtype) + (bias - mean * factor).astype(self.dtype)
+        return factor, bias - mean * factor
 
 
-def _convolve(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "k l c d"], strides: Sequence[int], padding: Any, **options: Any
+class Kernel(nn.Module):
+    """The kernel of a convolution, without the convolution."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "k l c d"]:
+        return self.param("kernel", nn.initializers.he_normal(), self.shape)
+
+
+def _conv_norm(
+    x: Float[Array, "b h w c"],
+    features: int,
+    size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    *,
+    dtype: Any,
+    conv: str,
+    norm: str,
 ) -> Float[Array, "b h/s w/s d"]:
-    """`jax.lax.conv_general_dilated`; of 1x1 a matrix product, whose gradient takes XLA's CPU a fifth of the time."""
-    if kernel.shape[:2] != (1, 1):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
-
-
-def _conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype: Any, name: str) -> nn.Conv:
+    """A convolution and a `FrozenBatchNorm` with these names, as one convolution whose kernel is multiplied by the factor."""
+    kernel = Kernel((size, size, x.shape[-1], features), name=conv)()
+    factor, shift = FrozenBatchNorm(name=norm).factor_and_shift(features)
+    kernel, shift = (kernel * factor).astype(dtype), shift.astype(dtype)
+    if size == 1:
+        return _product(x[:, ::stride, ::stride], kernel[0, 0]) + shift
     margin = dilation * (size // 2)
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        [(margin, margin)] * 2,
-        kernel_dilation=(dilation, dilation),
-        use_bias=False,
-        kernel_init=nn.initializers.he_normal(),
-        dtype=dtype,
-        conv_general_dilated=_convolve,
-        name=name,
-    )
+    how = {"rhs_dilation": (dilation,) * 2, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, [(margin, margin)] * 2, **how) + shift
+
+
+# Backward passes of which XLA makes faster programs for CPUs. With autodiff's it keeps the sums before each ReLU, and computes
+# the ReLU's gradient again for each product that takes it, while it transposes the wider side.
+
+
+def _settled(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x, which XLA computes once on a CPU, and not again for each of its uses."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "b h w c"], kernel: Float[Array, "c d"]) -> Float[Array, "b h w d"]:
+    """A convolution of size 1."""
+    return x @ kernel
+
+
+def _product_backward(saved, dy):
+    x, kernel = saved
+    narrow, wide = sorted((y.reshape(-1, y.shape[-1]) for y in (x, dy)), key=lambda y: y.shape[-1])
+    dkernel = jax.lax.dot_general(narrow, wide, (((0,), (0,)), ((), ())))  # the left one is transposed
+    return dy @ kernel.T, _settled(dkernel).T if x.shape[-1] > dy.shape[-1] else dkernel
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+@jax.custom_vjp
+def _relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """max(x, 0), of which nothing but the result is kept for the backward pass."""
+    return nn.relu(x)
+
+
+def _relu_forward(x):
+    y = nn.relu(x)
+    return y, y
+
+
+def _relu_backward(y, dy):
+    return (_settled(jnp.where(y > 0, dy, 0)),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
 
 
 class Bottleneck(nn.Module):
@@ -68,13 +123,13 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/s w/s 4*d"]:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(FrozenBatchNorm, self.dtype)
+        conv = partial(_conv_norm, dtype=self.dtype)
         shortcut = x
         if x.shape[-1] != 4 * self.features or self.stride != 1:
-            shortcut = norm(name="bn_proj")(conv(4 * self.features, 1, self.stride, name="conv_proj")(x))
-        y = nn.relu(norm(name="bn1")(conv(self.features, 1, name="conv1")(x)))
-        y = nn.relu(norm(name="bn2")(conv(self.features, 3, self.stride, self.dilation, name="conv2")(y)))
-        return nn.relu(shortcut + norm(name="bn3")(conv(4 * self.features, 1, name="conv3")(y)))
+            shortcut = conv(x, 4 * self.features, 1, self.stride, conv="conv_proj", norm="bn_proj")
+        y = _relu(conv(x, self.features, 1, conv="conv1", norm="bn1"))
+        y = _relu(conv(y, self.features, 3, self.stride, self.dilation, conv="conv2", norm="bn2"))
+        return _relu(shortcut + conv(y, 4 * self.features, 1, conv="conv3", norm="bn3"))
 
 
 class BatchNormResNet(nn.Module):
@@ -99,8 +154,7 @@ class BatchNormResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        x = _conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images.astype(self.dtype))
-        x = nn.relu(FrozenBatchNorm(self.dtype, name="bn1")(x))
+        x = _relu(_conv_norm(images.astype(self.dtype), self.width, 7, 2, dtype=self.dtype, conv="conv1", norm="bn1"))
         x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
         for stage, blocks in enumerate(self.num_layers):
             last = stage == len(self.num_layers) - 1

@@ -1,17 +1,23 @@
 """What happens to images and boxes before a detector and after it."""
 
+from pathlib import Path
+
+import chex
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import detect_vit
+from tests.models import small
 from vit_jax import models
-from vit_jax.checkpoint import Description
+from vit_jax.checkpoint import Description, Opened
 from vit_jax.data.features import Boxes, ExampleError
 from vit_jax.settings import Settings
 from vit_jax.tasks import detect
 from vit_jax.tasks.detect import Sizes
 from vit_jax.tasks.setup import Setup
+from vit_jax.tasks.task import Model
 
 
 def scene(height, width, box, crowd=None):
@@ -74,21 +80,33 @@ def test_evaluation_sees_the_whole_image_and_results_are_in_its_pixels():
     assert drawn[100, 48:53].any() and not drawn[100, 70:80].any()  # the left side, and nothing inside
 
 
-def test_a_detector_computes_its_vit_with_the_numerics_of_the_vits_own_checkpoint():
+@pytest.mark.parametrize("kind", ["ViT", "LinearSegmenter"])
+def test_a_detector_computes_its_vit_with_the_numerics_of_the_vits_own_checkpoint(kind):
     config = detect_vit.get_config("b16,digit_scenes")
     fields = models.named("ViT-B_16")[1]
     fields = {**fields, "transformer": fields["transformer"] | {"activation": "gelu", "norm_eps": 1e-12}}
-    origin = Description(
-        model_type="ViT",
-        model=fields,
-        image_size=(224, 224),
-        grid=(14, 14),
-        mean=(127.5,) * 3,
-        std=(127.5,) * 3,
-        class_names=(),
-    )
+    origin = description(kind, fields if kind == "ViT" else {"body": {"vit": fields}}, 14)
     setup = Setup(Settings.from_config(config), {"boxes": Boxes(("a", "b"))}, origin)
     built = setup.build_model(num_classes=2)
     transformer = built.fields["body"]["vit"]["transformer"]
     assert (transformer["activation"], transformer["norm_eps"]) == ("gelu", 1e-12)
     assert "transformer" not in built.fields
+
+
+def description(kind, fields, side):
+    sizes = {"image_size": (16 * side,) * 2, "grid": (side,) * 2, "mean": (127.5,) * 3, "std": (127.5,) * 3}
+    return Description(model_type=kind, model=fields, class_names=(), **sizes)
+
+
+@pytest.mark.parametrize("kind", ["LinearSegmenter", "TokenDetector"])
+def test_a_decoder_stands_on_the_vit_of_a_segmenter_or_of_another_detector(kind):
+    fields = {"body": {"vit": {"hidden_size": 16, "patches": {"size": (16, 16)}, "transformer": small.ENCODER}}}
+    trained = small.random_params(models.build(kind, fields | {"num_classes": 3}), np.zeros((1, 48, 48, 3), np.float32))
+    opened = Opened(Path("masks"), "", flatten_dict(trained, sep="/"), description(kind, fields, 3))
+    decoder = {"num_encoder_layers": 0, "num_decoder_layers": 1, "width": 16, "num_heads": 2, "mlp_dim": 16}
+    model = Model("DETR", fields | decoder, models.build("DETR", fields | decoder))
+    fresh = small.random_params(model.module, np.zeros((1, 32, 48, 3), np.float32))
+    found = detect.make_load(model, (32, 48))({"": opened}, fresh)
+    same, positions = (tree["Transformer"].pop("posembed_input") for tree in (trained["backbone"], found["backbone"]))
+    assert same["pos_embedding"].shape == (1, 10, 16) and positions["pos_embedding"].shape == (1, 7, 16)
+    chex.assert_trees_all_equal(found, fresh | {"backbone": trained["backbone"]})

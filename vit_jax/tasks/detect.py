@@ -4,7 +4,6 @@ An image is resized into `config.image_size` with its aspect kept and padded wit
 that size, so that one program is compiled for images of all sizes, or to the smallest of a few that holds it.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +21,10 @@ from vit_jax.checkpoint import Description
 from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.fit import check_fit, check_shape
 from vit_jax.checkpoint.opened import Opened
-from vit_jax.data.canvases import Canvases, Size, holds
+from vit_jax.data.canvases import Size
 from vit_jax.data.features import ExampleError
-from vit_jax.data.host.resize import Box
-from vit_jax.data.host.view import Picture, View
+from vit_jax.data.host.view import Picture
+from vit_jax.data.letterbox import Sizes
 from vit_jax.errors import UserError
 from vit_jax.models.detr import Outputs
 from vit_jax.tasks import backbone, images, matching
@@ -40,56 +39,6 @@ Apply = Callable[..., Outputs]
 MOST_CANVASES = 6
 """For each a training step is compiled, and a program for evaluation."""
 COLORS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2d92", "#5ac8fa", "#af52de", "#ff9500")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How images are resized: the shorter side to one of `short`, but no side beyond the model's `image_size`.
-
-    With a chance of `crop` the shorter side is first resized to one of `crop_short`, and a window of `crop_sides` pixels
-    (least, most) is cut out of it.
-    """
-
-    image_size: tuple[int, int]
-    short: tuple[int, ...] = ()
-    crop: float = 0.0
-    crop_short: tuple[int, ...] = (400, 500, 600)
-    crop_sides: tuple[int, int] = (384, 600)
-    flip: bool = False
-
-    def draw(self, size: Size, rng: np.random.Generator, canvas: Size | None = None) -> View:
-        """A random view of an image of `size` (h, w) for training, made smaller where it does not fit on a given canvas."""
-        window = Box(0, 0, *size)
-        if rng.random() < self.crop:
-            scale = min(size) / rng.choice(self.crop_short)
-            height, width = (min(scale * rng.integers(self.crop_sides[0], self.crop_sides[1] + 1), side) for side in size)
-            window = Box(rng.uniform(0, size[0] - height), rng.uniform(0, size[1] - width), height, width)
-        short = int(rng.choice(self.short)) if self.short else min(self.image_size)
-        mirrored = bool(self.flip and rng.random() < 0.5)
-        return View(size, window, self._resized(window, short, canvas), mirrored=mirrored)
-
-    def fixed(self, size: Size, canvas: Size | None = None) -> View:
-        """The whole image, as large as fits."""
-        window = Box(0, 0, *size)
-        return View(size, window, self._resized(window, max(self.short, default=min(self.image_size)), canvas))
-
-    def canvases(self, smaller: Sequence[Size]) -> Canvases | None:
-        """These canvases and that of `image_size`, beyond which none reaches; None where there is no other."""
-        within = {tuple(min(side, most) for side, most in zip(size, self.image_size, strict=True)) for size in smaller}
-        sizes = tuple(sorted({*within, self.image_size}, key=lambda size: (size[0] * size[1], size)))
-        if len(sizes) == 1:
-            return None
-        return Canvases(sizes, lambda size, rng: self.draw(size, rng).size, lambda size: self.fixed(size).size)
-
-    def _resized(self, window: Box, short: int, canvas: Size | None) -> Size:
-        size = _fitted(window, short, self.image_size)
-        return size if canvas is None or holds(canvas, size) else _fitted(window, short, canvas)
-
-
-def _fitted(window: Box, short: int, within: Size) -> Size:
-    sides = window.height, window.width
-    scale = min(short / min(sides), *(most / side for most, side in zip(within, sides, strict=True)))
-    return tuple(max(1, min(most, round(scale * side))) for most, side in zip(within, sides, strict=True))
 
 
 def make_task(
@@ -297,12 +246,12 @@ def in_pixels(boxes: Float[np.ndarray, "*n 4"], size: tuple[int, int]) -> Float[
 
 
 def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params]:
-    """See `Task.load`: a detector of the same architecture, or a ViT or ResNet that becomes the backbone of one."""
+    """See `Task.load`: a detector of the same architecture, or a ViT, a model on one, or a ResNet, whose backbone is taken."""
 
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
         params = init_params
         for tower, opened in sorted(sources.items()):  # that of a whole model comes before that of its backbone
-            if not tower and opened.description.model_type in DETECTORS:
+            if not tower and opened.description.model_type == model.type:
                 params = _with_head(opened, flatten_dict(init_params, sep="/"), classes)
             else:
                 params = {**params, "backbone": _backbone(opened, model.fields.get("body", {}), params, image_size)}

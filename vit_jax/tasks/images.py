@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from vit_jax import checkpoint, models
 from vit_jax.checkpoint.classes import match_classes
+from vit_jax.checkpoint.segmenters import backbone_of
 from vit_jax.data.device import augment, mix
 from vit_jax.data.host import view
 from vit_jax.data.host.decode import decode
@@ -140,7 +141,9 @@ def inputs(batch: Batch, mean: Numbers, std: Numbers) -> Float[Array, "b H W 3"]
 def load_backbone(
     opened: checkpoint.Opened, body: Mapping[str, Any], init_params: Params, image_size: tuple[int, int]
 ) -> Params:
-    """The parameters of the ViT with the fields `body`, the `backbone` of a model, from a file of one."""
+    """The parameters of the ViT with the fields `body`, the `backbone` of a model, from a file of one, or of a model on one."""
+    if "vit" in opened.description.model.get("body", {}):
+        opened = backbone_of(opened)
     grid = models.architecture_of("ViT").grid(body, image_size)
     how = {"init_params": init_params["backbone"], "model_config": body, "grid": grid}
     return checkpoint.load_pretrained(pretrained_path=opened, **how)

@@ -61,7 +61,9 @@ class Setup:
         if path and _at(fields, path) == {}:
             fields = _on_vit_of(origin, kind, fields, path)
         if origin:
-            fields = _with_numerics_of(origin, fields, path if origin.model_type != kind else [])
+            path = path if origin.model_type != kind else []
+            trained = models.architecture_of(origin.model_type).vit_fields(origin.model) if path else origin.model
+            fields = _with_numerics_of(origin.model_name, trained, fields, path)
         if self.constrain is None:
             return Model(kind, fields, architecture.build(fields))
         of_blocks = {"remat": settings.remat, "scan": settings.scan, "constrain": self.constrain}
@@ -94,21 +96,23 @@ def _with(fields: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[st
     return {**fields, key: _with(fields[key], rest, value) if rest else value}
 
 
-def _with_numerics_of(origin: checkpoint.Description, fields: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """The fields, of which those at `path` belong to the model of `origin`."""
+def _with_numerics_of(
+    name: str | None, origin: Mapping[str, Any], fields: Mapping[str, Any], path: Sequence[str]
+) -> dict[str, Any]:
+    """The fields, of which those at `path` belong to a model of this name that was trained with the fields `origin`."""
     fields = dict(fields)
     if path:
         key, *rest = path
-        return fields | ({key: _with_numerics_of(origin, fields[key], rest)} if fields.get(key) else {})
-    transformer, trained = dict(fields.get("transformer", {})), origin.model.get("transformer", {})
+        return fields | ({key: _with_numerics_of(name, origin, fields[key], rest)} if fields.get(key) else {})
+    transformer, trained = dict(fields.get("transformer", {})), origin.get("transformer", {})
     names = ["activation", "norm", "norm_eps"]
     if transformer.get("attention", "softmax") == "softmax" and trained.get("attention", "softmax") != "softmax":
         names += ["attention", "window_size", "global_blocks"]  # a recipe that says nothing; from softmax one may go to any
-    for name in names:
-        theirs = trained.get(name)
-        if theirs is not None and transformer.get(name) != theirs:
-            log.info("model    %s=%s, as in the checkpoint", name, theirs)
-            transformer[name] = theirs
+    for option in names:
+        theirs = trained.get(option)
+        if theirs is not None and transformer.get(option) != theirs:
+            log.info("model    %s=%s, as in the checkpoint", option, theirs)
+            transformer[option] = theirs
     if transformer:
         fields = fields | {"transformer": transformer}
-    return fields | {"model_name": fields.get("model_name") or origin.model_name}
+    return fields | {"model_name": fields.get("model_name") or name}

@@ -1,8 +1,9 @@
 """How tests compile: quickly, in their own process and in those that they start."""
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import jaxlib
 import pytest
 from jax._src import compiler
 
+from vit_jax import train
+from vit_jax.run import experiment as experiments
 from vit_jax.run.runtime import KNOWN_TO
 
 FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
@@ -50,6 +53,49 @@ def as_for_users() -> Iterator[None]:
         yield
         jax.config.update("jax_disable_most_optimizations", before)
         jax.clear_caches()
+
+
+NO_PART_OF_A_STEP = {
+    "dataset",
+    "pretrained",
+    "checkpoint_every",
+    "eval_every",
+    "keep",
+    "keep_best",
+    "end_with_best",
+    "cache_gb",
+}
+"""Settings that say where a run starts, what it reads, and when it saves and scores."""
+
+
+@contextlib.contextmanager
+def each_step_once() -> Iterator[None]:
+    """Within it, runs of this process that differ in `NO_PART_OF_A_STEP` alone trace their step and first parameters once."""
+    make_update, build = experiments.make_update, experiments.build
+    updates: dict[str, Callable] = {}
+    first: dict[str, Callable] = {}
+
+    def build_once(settings, **options) -> experiments.Experiment:
+        experiment = build(settings, **options)
+        vars(experiment)["init_params"] = first.setdefault(_step_of(experiment), experiment.init_params)
+        return experiment
+
+    def make_update_once(experiment: experiments.Experiment) -> Callable:
+        key = _step_of(experiment)
+        if key not in updates:
+            updates[key] = make_update(experiment)
+        return updates[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", build_once)
+        patch.setattr(train, "make_update", make_update_once)
+        yield
+
+
+def _step_of(experiment: experiments.Experiment) -> str:
+    fields = {f.name: getattr(experiment.settings, f.name) for f in dataclasses.fields(experiment.settings)}
+    fields = {name: value for name, value in fields.items() if name not in NO_PART_OF_A_STEP}
+    return repr((fields, experiment.origin, experiment.train_source.class_names))
 
 
 def with_devices(n: int) -> dict[str, str]:

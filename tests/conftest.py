@@ -6,6 +6,7 @@ Comparisons with other libraries' models have them all, so that the numbers that
 import gc
 import os
 import signal
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -20,7 +21,8 @@ for number in (signal.SIGINT, signal.SIGHUP):  # nohup, and a shell that starts 
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # Files that take longest, in that order: one at the end would have a worker to itself while the others wait.
-FIRST = ("tasks/test_contract", "optimize/test_parallel", "test_docs", "test_recipes", "test_train", "run/test_kill")
+FIRST = ("test_recipes", "optimize/test_parallel", "test_docs", "tasks/test_contract", "models/test_decoder", "test_train")
+FIRST += ("tools/test_plan", "run/test_kill", "models/test_detr", "test_fit_head", "tasks/test_start_of_towers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,4 +47,11 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def full_precision():
     """Products in full float32, for tests that compare with torch."""
     with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def each_step_once() -> Iterator[None]:
+    """For tests of runs that are repeated, cut off and continued."""
+    with compiling.each_step_once():
         yield

@@ -19,6 +19,7 @@ from vit_jax.run import experiment as experiments
 from vit_jax.settings import Settings
 from vit_jax.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("each_step_once")
 L2 = (1e-3, 1e-1, 10.0)
 
 

@@ -19,6 +19,8 @@ from vit_jax.evaluate import evaluate
 from vit_jax.run import writer
 from vit_jax.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("each_step_once")
+
 
 def recipe(photos: Path) -> ml_collections.ConfigDict:
     c = tiny.config(dataset=str(photos), pp_train="train", pp_test="test", batch=4, total_steps=25, checkpoint_every=5, keep=2)

@@ -17,6 +17,8 @@ from vit_jax.run import signals
 from vit_jax.run.signals import GracefulExit, LoaderHangs
 from vit_jax.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("each_step_once")
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_is_noted_and_afterwards_all_is_as_before(number: int, capsys: pytest.CaptureFixture):

@@ -1,7 +1,7 @@
 """What every task in `tasks.TYPES` gets from the loop: resume, accumulation, devices, a plan, and prediction after training."""
 
+import contextlib
 import dataclasses
-import itertools
 import json
 import shutil
 
@@ -17,12 +17,15 @@ import configs.detect
 import configs.segment
 from tests import tiny
 from vit_jax import predictor, tasks, train
+from vit_jax.checkpoint.state import Checkpointer
 from vit_jax.run import experiment as experiments
 from vit_jax.run import start
 from vit_jax.run.signals import GracefulExit
 from vit_jax.settings import Settings
 from vit_jax.tools import plan
 from vit_jax.train import train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("each_step_once")
 
 STEPS = 4
 
@@ -165,27 +168,30 @@ def undisturbed(kind, folder):
     return workdir, train_and_evaluate(config(kind, folder, ema_decay=0.5, checkpoint_every=2, keep=2), workdir)
 
 
-def three_steps(kind, folder, **overrides):
-    """(losses, trained parameters) of three steps. With the running average of `undisturbed`, whose program they share."""
-    experiment = experiments.build(Settings.from_config(config(kind, folder, ema_decay=0.5, **overrides)))
-    state, update, losses = start.new_state(experiment), experiments.make_update(experiment), []
-    for batch in itertools.islice(train._train_batches(experiment, 0, GracefulExit()), 3):
-        state, metrics = update(state, batch)
-        losses.append(experiment.parallelism.read(metrics)["loss"])
-    return losses, experiment.parallelism.read(state.params)
-
-
 def test_every_task_stands_in_the_table():
     assert set(RECIPES) == set(tasks.TYPES)
 
 
-def test_micro_batches_on_a_mesh_learn_what_one_batch_on_pmap_does(kind, folder):
-    """That both kinds of devices take a batch and micro-batches alike, whatever the loss, is shown in optimize/test_step.py."""
-    losses, params = three_steps(kind, folder)
-    assert np.isfinite(losses).all() and losses[0] != losses[2]
-    other_losses, other_params = three_steps(kind, folder, parallel="mesh", accum_steps=2)
-    np.testing.assert_allclose(other_losses, losses, rtol=1e-6)
-    chex.assert_trees_all_close(other_params, params, atol=1e-6)
+def test_micro_batches_on_a_mesh_learn_what_one_batch_on_pmap_does(kind, folder, undisturbed):
+    """In steps 3 and 4, which go on from a checkpoint of pmap.
+
+    That both kinds of devices take a batch and micro-batches alike, whatever the loss, is shown in optimize/test_step.py.
+    """
+    workdir, _ = undisturbed
+    expected = tiny.metrics(workdir, "train_loss")
+    assert np.isfinite(list(expected.values())).all() and expected[1] != expected[3]
+    experiment = experiments.build(Settings.from_config(config(kind, folder, ema_decay=0.5, parallel="mesh", accum_steps=2)))
+    shutil.copytree(workdir / "checkpoints" / "2", folder / "mesh" / "2")
+    states = []
+    for path in (folder / "mesh", workdir / "checkpoints"):
+        with contextlib.closing(Checkpointer(path, read_only=True)) as checkpointer:
+            states.append(start.restore_or_load(experiment, checkpointer))
+    state, update, losses = states[0], experiments.make_update(experiment), {}
+    for step, batch in zip((3, 4), train._train_batches(experiment, 2, GracefulExit()), strict=False):
+        state, metrics = update(state, batch)
+        losses[step] = experiment.parallelism.read(metrics)["loss"]
+    np.testing.assert_allclose([losses[3], losses[4]], [expected[3], expected[4]], rtol=1e-6)
+    chex.assert_trees_all_close(*(experiment.parallelism.read(x.params) for x in (state, states[1])), atol=1e-6)
 
 
 def test_a_run_cut_off_after_step_2_ends_in_the_same_bits(kind, folder, undisturbed):
@@ -208,7 +214,7 @@ def test_a_saved_model_predicts_what_the_trained_one_does(kind, folder, undistur
     workdir, params = undisturbed
     experiment = experiments.build(Settings.from_config(config(kind, folder)))
     pictures = np.random.default_rng(0).integers(0, 256, (3, 9, 11, 3), np.uint8)
-    loaded = predictor.load(workdir, batch_size=4)
+    loaded = predictor.load(workdir, batch_size=len(pictures))
     examples = [experiment.task.eval_example({"image": picture}, exif_rotated=False) for picture in pictures]
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
     outputs, expected = loaded(pictures), jax.jit(experiment.task.predict)(params, batch)

@@ -25,9 +25,9 @@ from vit_jax.export import __main__ as export
 KINDS = {
     "float32": [],
     "float16": ["--dtype=float16"],
-    "int8 weights": ["--int8=weights"],
     "int8 dynamic": ["--int8=dynamic"],
     "int8 static": ["--int8=static"],
+    "int8 weights": ["--int8=weights"],
 }
 
 

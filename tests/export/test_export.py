@@ -144,6 +144,21 @@ def test_kernels_of_8_bits(folder, tmp_path, program, graph, kind, operator):
     assert used.count(operator) >= 6  # of 8 products, three of which have the same input
     kept = [np.prod(x.dims) for x in quantised.graph.initializer if x.data_type == onnx.TensorProto.FLOAT]
     assert max(kept) <= 13 * 32  # the embeddings of positions
+    run_as = optimised(quantised, tmp_path / "optimised.onnx")
+    assert "DequantizeLinear" not in run_as  # what is left so is computed in float32
+    assert run_as.count("MatMul") + run_as.count("FusedMatMul") + run_as.count("Gemm") == 2  # those of attention
+
+
+def optimised(model: onnx.ModelProto, path: Path) -> list[str]:
+    """The operators that onnxruntime makes of a model."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(path)
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_int8_by_itself_takes_the_fastest():
+    assert export._parser().parse_args(["--model=m", "m.onnx", "--to=onnx", "--int8"]).int8 == "dynamic"
 
 
 def test_a_model_without_products_has_no_kernels_of_8_bits(graph):

@@ -1,7 +1,7 @@
 """Writes a trained model as a file that other programs run: ONNX or StableHLO, and what must be known of it as JSON beside.
 
 python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx
-python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx --preprocess --int8=dynamic
+python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx --preprocess --int8
 python -m vit_jax.export --model=runs/photos photos.onnx --to=onnx --int8=static --calibrate=photos/
 python -m vit_jax.export --model=runs/says says.stablehlo --to=stablehlo
 python -m vit_jax.export --model=hf://facebook/dinov2-base dino.stablehlo --to=stablehlo --dtype=float16
@@ -41,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx or stablehlo")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of kernels and layers (default float32)")
     parser.add_argument(
-        "--int8", choices=onnx_graph.QUANTISERS, help="kernels of 8 bits in ONNX; all but weights computes in 8 bits, too"
+        "--int8",
+        nargs="?",
+        const=onnx_graph.FASTEST,
+        choices=onnx_graph.QUANTISERS,
+        help="kernels of 8 bits in ONNX; without a word dynamic, the fastest on CPUs",
     )
     parser.add_argument("--calibrate", metavar="FOLDER", help="images like those to come, for --int8=static")
     parser.add_argument("--preprocess", action="store_true", help="take uint8 images, and normalise them inside")

@@ -4,8 +4,9 @@
 
 Every client sends one photo (JPEG, as large as the model sees it), waits for the answer, and sends the next. The server with
 batches of 8 and the one with batches of 1 are processes on one machine that take turns; the clients are a third one beside
-them. Prints a table and writes it to benchmarks/results/NAME.md, the data to NAME.json. Exit code 1 if malformed requests
-were answered by an error of the server, or left memory or open files behind.
+them. Before, the model is timed alone: what batches can gain at most. Prints a table and writes it to
+benchmarks/results/NAME.md, the data to NAME.json. Exit code 1 if malformed requests were answered by an error of the server,
+or left memory or open files behind.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from flax.traverse_util import flatten_dict
 from benchmarks import side_by_side
 from tests.serve import malformed, models
 from vit_jax import models as zoo
+from vit_jax import predictor
 from vit_jax.checkpoint import Opened, write_checkpoint
+from vit_jax.run import runtime
 
 WAYS = {"batches": ("--batch=8",), "one by one": ("--batch=1", "--wait=0")}
 GARBAGE = [
@@ -41,6 +44,7 @@ GARBAGE = [
     b"\r\n" * 1000,
     b"A" * 70_000,
 ]
+PASSES = 8
 LEAK = 30 << 20, 3
 """Bytes and open files that 500 malformed requests may leave to the process: decoders and threads keep some for the next."""
 
@@ -54,10 +58,14 @@ def main() -> int:
     parser.add_argument("--malformed", type=int, default=500, help="malformed requests")
     parser.add_argument("--name", default="serve_cpu", help="of the files in benchmarks/results")
     args = parser.parse_args()
+    runtime.set_up()
     rows, data, notes, fine = [], [], [], True
     for name in args.models.split(","):
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             size = write_model(name, Path(folder))
+            found = gain(Path(folder), size)
+            notes.append(f"{name}: {PASSES} passes of one image take {found:.2f} times as long as one of all.")
+            print(notes[-1], flush=True)
             servers = {way: stack.enter_context(server(Path(folder), options)) for way, options in WAYS.items()}
             for clients in map(int, args.clients.split(",")):
                 times, lasted = measure(servers, photo_request(size), clients, args.seconds, args.rounds)
@@ -86,6 +94,21 @@ def write_model(name: str, folder: Path) -> tuple[int, int]:
     flat = {name: np.asarray(x) for name, x in flatten_dict(made.params, sep="/").items()}
     write_checkpoint(Opened(folder, "ours", flat, made.description), folder, "npz")
     return made.image_size
+
+
+def gain(folder: Path, size: tuple[int, int], rounds: int = 9) -> float:
+    """How many times as long `PASSES` passes of one image take as one pass of all of them."""
+    loaded = predictor.load(folder)
+    examples = [loaded.example(np.zeros((*size, 3), np.uint8))] * PASSES
+    seconds = {1: [], PASSES: []}
+    for _ in range(rounds + 1):
+        for batch, times in seconds.items():
+            start = time.perf_counter()
+            for i in range(0, PASSES, batch):
+                loaded.predict_examples(examples[i : i + batch], batch)
+            times.append(time.perf_counter() - start)
+    one, all_of_them = (statistics.median(times[1:]) for times in seconds.values())
+    return one / all_of_them
 
 
 @contextlib.contextmanager

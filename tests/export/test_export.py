@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import vit_jax.api
@@ -23,7 +24,7 @@ from tests.serve import models as serve_models
 from vit_jax import checkpoint, predictor
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export
-from vit_jax.export import files, onnx_graph
+from vit_jax.export import files, onnx_graph, plain
 from vit_jax.export.program import Program, random_pixels
 
 onnx = pytest.importorskip("onnx")
@@ -253,6 +254,14 @@ def test_a_captioner_writes_the_same_sentences_where_this_package_is_not(tmp_pat
     outputs = made.predict_examples([{"image": x.astype(np.float32)} for x in random_pixels(made.image_size, 5)], 5)
     assert said.splitlines() == [written.text for written in made.task.write(outputs)]
     assert len(set(said.splitlines())) > 1
+
+
+def test_norms_without_a_bias_are_left_as_they_are():
+    x, norm = np.random.default_rng(0).normal(size=(2, 8)).astype("f"), nn.LayerNorm(use_bias=False)
+    variables = {"params": {"scale": np.linspace(1, 2, 8, dtype="f")}}
+    with nn.intercept_methods(plain.named):
+        found = norm.apply(variables, x)
+    np.testing.assert_array_equal(found, norm.apply(variables, x))
 
 
 def test_a_text_tower_alone_is_no_model_of_images(folder, tmp_path):

@@ -2,11 +2,13 @@
 
 python -m tests.many_devices FOLDER/NAME… runs `KINDS[NAME]` on all devices of this process and, where the variables of
 `vit_jax.run.cluster` are set, of the others; every process writes what it found to FOLDER/NAME_PROCESS.npz. Where FOLDER/NAME
-holds a checkpoint, the run goes on from it to `MORE` steps.
+holds a checkpoint, the run goes on from it to `MORE` steps. FOLDER/loop is the workdir of the whole loop, `loop_config`, and
+FOLDER/signal the folder of `stop_and_go_on`, with whose code the processes end.
 """
 
 import contextlib
 import itertools
+import signal
 import socket
 import subprocess
 import sys
@@ -24,24 +26,58 @@ from vit_jax.run import cluster, experiment
 from vit_jax.run import start as starting
 from vit_jax.run.signals import GracefulExit
 from vit_jax.settings import Settings
+from vit_jax.train import train_and_evaluate
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS, MORE = 10, 15
 KINDS = {
     "pmap": {},
-    "data": {"parallel": "mesh"},
-    "fsdp": {"parallel": "mesh", "mesh": {"data": 1, "fsdp": -1}, "remat": "full"},
+    "fsdp": {"parallel": "mesh", "mesh": {"data": 1, "fsdp": -1}, "remat": "full", "accum_steps": 2},
     "zero": {"parallel": "mesh", "mesh": {"data": 2, "fsdp": -1, "rules": "zero"}, "remat": "dots"},
-    "tensor": {"parallel": "mesh", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "scan": True},
+    "tensor": {"parallel": "mesh", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "scan": True, "accum_steps": 2},
 }
 
 
 def config(parallelism: str) -> ml_collections.ConfigDict:
-    """AdamW with micro-batches, flips and an average of the parameters; without dropout, whose keys pmap has per device."""
-    c = tiny.config(accum_steps=2, total_steps=STEPS, pp_flip=True, ema_decay=0.5, warmup_steps=2)
+    """AdamW with flips and an average of the parameters; without dropout, whose keys pmap has per device."""
+    c = tiny.config(total_steps=STEPS, pp_flip=True, ema_decay=0.5, warmup_steps=2)
     c.model.transformer.update({"dropout_rate": 0.0, "num_layers": 2})
     c.update(KINDS[parallelism])
     return c
+
+
+def loop_config() -> ml_collections.ConfigDict:
+    """Three SGD steps of two micro-batches, with flips and without dropout."""
+    c = tiny.config(accum_steps=2, total_steps=3, pp_flip=True, optimizer="sgd", weight_decay=0.0, warmup_steps=1)
+    c.model.transformer.dropout_rate = 0.0
+    return c
+
+
+def stop_and_go_on(folder: Path) -> int:
+    """Trains in `undisturbed` and in `stopped`, where the last process gets a SIGTERM after 2 steps and the run goes on later.
+
+    Returns the exit code of the run that was stopped.
+    """
+    c = config("tensor")
+    c.eval_every = STEPS // 2
+    train_and_evaluate(c, folder / "undisturbed")
+    train_batches = train._train_batches
+
+    def interrupted(*args, **kwargs) -> Iterator[dict]:
+        for i, batch in enumerate(train_batches(*args, **kwargs)):
+            if i == 2 and jax.process_index() == jax.process_count() - 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    train._train_batches = interrupted
+    try:
+        train_and_evaluate(c, folder / "stopped")
+    except SystemExit as stop:
+        code = stop.code
+    assert not (folder / "stopped" / "model.npz").exists()
+    train._train_batches = train_batches
+    train_and_evaluate(c, folder / "stopped")
+    return code
 
 
 def run(
@@ -120,6 +156,12 @@ def main() -> None:
     begun = [workdir for workdir in workdirs if workdir.exists()]  # before any process writes
     cluster.join()
     for workdir in workdirs:
+        if workdir.name == "loop":
+            train_and_evaluate(loop_config(), workdir)
+            continue
+        if workdir.name == "signal":
+            with compiling.each_step_once():
+                sys.exit(stop_and_go_on(workdir))
         batches: list[dict] = []
         go_on = workdir in begun
         found = run(workdir.name, workdir=workdir, steps=MORE if go_on else STEPS, go_on=go_on, observe=batches.append)

@@ -4,8 +4,6 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tests import compiling, tiny
+from tests import tiny
 from vit_jax import convert, evaluators, models, predictor
 from vit_jax.checkpoint import load
 from vit_jax.checkpoint.state import Checkpointer
@@ -30,7 +28,7 @@ from vit_jax.run.experiment import build
 from vit_jax.settings import Settings
 from vit_jax.train import train_and_evaluate
 
-REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("each_step_once")
 
 
 @pytest.fixture(scope="module")
@@ -95,35 +93,6 @@ def test_a_complete_run_started_again_changes_nothing(undisturbed: Path):
     before = (undisturbed / "model.npz").read_bytes(), (undisturbed / "metrics.jsonl").read_text()
     train_and_evaluate(tiny.config(accum_steps=2), undisturbed)
     assert before == ((undisturbed / "model.npz").read_bytes(), (undisturbed / "metrics.jsonl").read_text())
-
-
-def test_eight_devices_learn_and_count_what_one_does(tmp_path: Path):
-    """Without dropout, whose keys are per device. 37 test images on 8 devices: a remainder on every batch."""
-    script = "import sys; from tests import tiny, test_train; test_train.three_steps(sys.argv[1])"
-    command = [sys.executable, "-c", script, str(tmp_path / "8")]
-    other = subprocess.Popen(command, cwd=REPOSITORY, env=compiling.with_devices(8), stdout=-3)
-    three_steps(str(tmp_path / "1"))
-    assert other.wait(timeout=300) == 0
-    log = (tmp_path / "8" / "train.log").read_text()
-    assert "devices  8 x" in log
-    one, eight = tiny.arrays(tmp_path / "1"), tiny.arrays(tmp_path / "8")
-    for name in one:
-        np.testing.assert_allclose(eight[name], one[name], atol=1e-6, err_msg=name)
-    accuracy = tiny.metrics(tmp_path / "8", "accuracy_test")[3]
-    assert accuracy == tiny.metrics(tmp_path / "1", "accuracy_test")[3]
-    assert abs(accuracy * 37 - round(accuracy * 37)) < 1e-9
-    assert evaluate(three_steps_config(), tmp_path / "8")["accuracy_test"] == accuracy  # a checkpoint of 8 devices on 1
-
-
-def three_steps_config():
-    """Three SGD steps of two micro-batches, with flips and without dropout."""
-    c = tiny.config(accum_steps=2, total_steps=3, pp_flip=True, optimizer="sgd", weight_decay=0.0, warmup_steps=1)
-    c.model.transformer.dropout_rate = 0.0
-    return c
-
-
-def three_steps(workdir: str) -> None:
-    train_and_evaluate(three_steps_config(), workdir)
 
 
 def test_fine_tuning_takes_the_features_and_starts_a_new_head(undisturbed: Path, tmp_path: Path):

@@ -43,8 +43,11 @@ MODEL = ("model.hidden_size=16", *(f"model.transformer.{field}" for field in ("n
 TOWERS = (*(field.replace("model.", "model.image.", 1) for field in MODEL), "model.out_dim=(None,16)")
 DECODER = tuple(f"model.decoder.{field}" for field in ("width=16", "num_layers=1", "mlp_dim=16", "num_heads=2"))
 HEADS = tuple(f"task.{field}" for field in ("prototypes=16", "hidden=16", "bottleneck=8", "local_crops=1"))
+HEADS += ("task.jitter_prob=0.0", "task.blur=(0.0,0.0,0.0)")  # they take seconds to compile
 SEGMENTER = tuple(field.replace("model.", "model.body.vit.", 1) for field in MODEL)
 DIGITS = ("pp.train=train[:60]", "pp.test=test[:20]")
+
+pytestmark = pytest.mark.usefixtures("each_step_once")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 Every model starts with a head of zeros: its first loss is known, and so is how far a first step of Adam moves the head.
 Through zeros no gradient passes, so that in fine-tuning the first step must change the head and no other bit of what the
-checkpoint file held, whose grid of positions is another one.
+checkpoint file held, whose grid of positions is another one. Those of `detect` and `segment:linear` are in
+tasks/test_contract.py.
 """
 
 from pathlib import Path
@@ -21,7 +22,6 @@ from configs import (
     clip,
     common,
     deit3,
-    detect,
     detect_vit,
     detr_r50,
     dinov2,
@@ -122,18 +122,7 @@ def assert_only_the_head_changed(workdir: Path, before: dict[str, np.ndarray], c
     assert 0 <= tiny.metrics(workdir, "accuracy_test")[1] <= 1
 
 
-def test_detect_takes_a_step(tmp_path):
-    config = detect.get_config()
-    in_little_steps(config)
-    config.model.body.vit.update({"hidden_size": 16, "patches": {"size": (16, 16)}})
-    del config.model.body.vit.resnet
-    config.model.body.vit.transformer.update(ENCODER)
-    train_and_evaluate(config, tmp_path)
-    assert np.isfinite(tiny.metrics(tmp_path, "train_loss")[1])
-    assert 0 <= tiny.metrics(tmp_path, "AP_test")[1] <= 1
-
-
-@pytest.mark.parametrize("head", segment.HEADS)
+@pytest.mark.parametrize("head", [head for head in segment.HEADS if head != "linear"])
 def test_segment_takes_a_step(tmp_path, head):
     config = segment.get_config(head)
     in_little_steps(config)
@@ -221,7 +210,7 @@ def test_dinov2_trains_a_vit_without_labels(tmp_path):
     assert "head/kernel" not in tiny.arrays(tmp_path / "canvas")
 
 
-def test_mae_learns_to_draw_and_its_encoder_is_fine_tuned(tmp_path):
+def test_mae_learns_to_draw_and_fine_tuning_starts_from_its_encoder(tmp_path):
     config = small(mae.get_config("b16,imagenet2012"), patches={"size": (8, 8)})
     config.model.decoder.update({"width": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16})
     config.dtype = "float32"
@@ -229,10 +218,13 @@ def test_mae_learns_to_draw_and_its_encoder_is_fine_tuned(tmp_path):
     assert 0.5 < tiny.metrics(tmp_path / "mae", "train_loss")[1] < 4  # of patches with variance 1
     tuned = small(vit.get_config("b16,cifar10"), patches={"size": (8, 8)})
     tuned.pretrained = str(tmp_path / "mae")
-    train_and_evaluate(tuned, tmp_path / "tuned")
-    before, after = tiny.arrays(tmp_path / "mae"), tiny.arrays(tmp_path / "tuned")
+    settings = Settings.from_config(tuned)
+    e = experiment.build(settings, origin=start.find_origin(settings))
+    params = start._pretrained_params(e, start.pretrained_paths(settings), keep_head=False)
+    before, after = tiny.arrays(tmp_path / "mae"), flatten_dict(params, sep="/")
     assert set(after) == {name for name in before if not name.startswith("decoder/")} | {"head/kernel", "head/bias"}
-    assert tiny.metrics(tmp_path / "tuned", "train_loss")[1] == pytest.approx(np.log(10), abs=1e-5)
+    for name in before.keys() & after.keys():
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
 
 # Images and words

@@ -11,3 +11,10 @@ from tests import compiling
 def optimised() -> Iterator[None]:
     with compiling.as_for_users():
         yield
+
+
+@pytest.fixture(scope="module")
+def all_optimised() -> Iterator[None]:
+    """The same for all tests of a file: to come and go costs what has been compiled."""
+    with compiling.as_for_users():
+        yield

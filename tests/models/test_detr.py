@@ -1,6 +1,5 @@
 """Detectors against transformers', on pictures that are not square and padded, with every BatchNorm and norm drawn anew."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -90,11 +89,12 @@ def test_it_is_transformers_detr(saved):
     images, valid = pictures()
     with torch.inference_mode():
         theirs = run_torch(model, images, valid)
-    outputs = run(detr.Detr(**fields), nested(ours), images, valid)
+    apply = detr.Detr(**fields).apply
+    both = jax.jit(lambda *inputs: (apply(*inputs), apply(*inputs, method="features")))
+    outputs, features = both(nested(ours), images, valid)
     assert outputs["logits"].shape == (3, 2, 7, 6) and outputs["boxes"].shape == (3, 2, 7, 4)
     np.testing.assert_allclose(outputs["logits"][-1], theirs.logits, atol=1e-5)
     np.testing.assert_allclose(outputs["boxes"][-1], theirs.pred_boxes, atol=1e-5)
-    features = jax.jit(functools.partial(detr.Detr(**fields).apply, method="features"))(nested(ours), images, valid)
     np.testing.assert_allclose(features["patches"], theirs.encoder_last_hidden_state, atol=1e-5)
     second = features["map"][1, :2, :4].mean(axis=(0, 1))  # 61x101 pixels at 1/32
     np.testing.assert_allclose(features["cls"][1], second, atol=1e-6)

@@ -9,7 +9,7 @@ from tests.models import numpy_peer, small
 from vit_jax.models.layers import AddPositionEmbs
 from vit_jax.models.resnet import ResidualUnit, ResNet
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("all_optimised")
 ODD_AND_EVEN = (45, 40)  # strides of 2 need as much padding at both ends of 45, but more at the end of 40
 
 

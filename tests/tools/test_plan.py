@@ -88,18 +88,18 @@ def test_flops_are_those_of_the_matrix_products():
     assert 1 < (abstract.step_flops(s, 1000, remat="full") - model) / again < 1.05
 
 
-@pytest.mark.parametrize("case", ["accumulated", "stochastic depth", "frozen", "LoRA"])
+@pytest.mark.parametrize("case", ["accumulated", "frozen", "LoRA"])
 def test_flops_follow_from_models_of_few_blocks(case, monkeypatch):
-    """Exactly what XLA counts for 5 blocks."""
+    """Exactly what XLA counts for 4 blocks; accumulated with remat and stochastic depth."""
     c = tiny.config(accum_steps=4, scan=True) if case == "accumulated" else tiny.config()
-    c.model.transformer.update({"num_layers": 5, "stochastic_depth": 0.3 if case == "stochastic depth" else 0.0})
+    c.model.transformer.update({"num_layers": 4, "stochastic_depth": 0.3 if case == "accumulated" else 0.0})
     s = Settings.from_config(c)
     changes = {
         "frozen": {"train_only": ("head/.*", ".*LayerNorm.*")},
         "LoRA": {"lora": dataclasses.replace(s.lora, rank=2)},
     }
     s = dataclasses.replace(s, **changes.get(case, {}))
-    assert abstract._equal_blocks(abstract.build(s, 10)) == 5
+    assert abstract._equal_blocks(abstract.build(s, 10)) == 4
     remat = "full" if case == "accumulated" else "none"
     inferred = abstract.step_flops(s, 10, remat=remat)
     monkeypatch.setattr(abstract, "_equal_blocks", lambda experiment: 0)

@@ -2,8 +2,14 @@
 
     python -m vit_jax.main --workdir=runs/boxes --config=configs/detect_vit.py:b16,FOLDER --config.pretrained=FILE
 
-`:MODEL,DATASET` names a ViT (see configs/models.py) and a folder in COCO's, YOLO's or VOC's layout, or digit_scenes.
-No score was measured.
+`:MODEL,DATASET` names a ViT (see configs/models.py) and a folder in COCO's, YOLO's or VOC's layout. No score was measured.
+
+`:scenes` finds digits in scenes of 64 px, with the ViT that configs/segment.py has trained in runs/masks for their masks:
+
+    python -m vit_jax.main --workdir=runs/boxes --config=configs/detect_vit.py:scenes --config.pretrained=runs/masks
+
+AP50 84.9 %, AP 49.8 % on 500 test scenes (seed 0, 11 minutes of CPU time on 2 cores, after the 18 of runs/masks, whose mIoU was
+82.0 %), and AP50 75.6 % after 1,500 of the 2,500 steps. Some digits are found twice.
 """
 
 import ml_collections
@@ -11,8 +17,10 @@ import ml_collections
 from configs import common, models
 
 
-def get_config(arg: str = "b16,digit_scenes") -> ml_collections.ConfigDict:
-    """`arg` is MODEL,DATASET."""
+def get_config(arg: str = "scenes") -> ml_collections.ConfigDict:
+    """`arg` is MODEL,DATASET or scenes."""
+    if arg == "scenes":
+        return _scenes()
     model, _, dataset = arg.partition(",")
     config = common.get_config()
     models.use(config, model)
@@ -32,4 +40,17 @@ def get_config(arg: str = "b16,digit_scenes") -> ml_collections.ConfigDict:
     config.total_steps = 20_000
     config.warmup_steps = 500
     config.eval_every = 2_000
+    return config
+
+
+def _scenes() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    common.use_scenes(config)
+    config.dataset = "digit_scenes"
+    config.task = {"type": "detect", "max_boxes": 8}
+    config.model_type = "DETR"
+    decoder = {"num_queries": 25, "width": 128, "num_heads": 4, "mlp_dim": 256, "num_decoder_layers": 4, "dropout_rate": 0.0}
+    config.model = {"body": {"vit": common.scene_vit()}, "num_encoder_layers": 0, **decoder}
+    config.freeze = ("backbone/.*",)
+    config.base_lr = 5e-4
     return config

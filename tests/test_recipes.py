@@ -196,6 +196,15 @@ def test_detect_vit_trains_a_decoder_on_a_frozen_vit(tmp_path):
     assert after["class_embed/kernel"].shape[-1] == 11 and np.isfinite(tiny.metrics(tmp_path / "run", "train_loss")[1])
 
 
+def test_detect_vit_has_for_scenes_the_vit_that_segment_trains_for_their_masks():
+    boxes, masks = detect_vit.get_config("scenes"), segment.get_config()
+    assert boxes.model.body.vit == masks.model.body.vit and boxes.pp.crop == masks.pp.crop
+    model = models.build(boxes.model_type, {**boxes.model.to_dict(), "num_classes": 10})
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))["params"]
+    trained, frozen = trainable.split(shapes, freeze=boxes.freeze)
+    assert frozen.keys() == {"backbone"} and "backbone" not in trained
+
+
 def test_dinov2_trains_a_vit_without_labels(tmp_path):
     config = small(dinov2.get_config("vitl16_short"), patches={"size": (8, 8)})
     config.evaluators = {}

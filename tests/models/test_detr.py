@@ -1,5 +1,6 @@
 """Detectors against transformers', on pictures that are not square and padded, with every BatchNorm and norm drawn anew."""
 
+import functools
 import json
 from pathlib import Path
 

@@ -39,13 +39,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
     directory = workdirs.make(workdir)
     with only_run(directory), logging_to(directory), GracefulExit() as stop:
         # What is trained, on what, and where it starts
-        with stop.reading():
-            experiment = build(settings, origin=start.find_origin(settings, directory))
-        workdirs.check_classes(directory, experiment.train_source.class_names)
-        workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
-        log_setup(experiment)
-        if settings.head_fit.views:
-            fit_head.check(experiment)
+        experiment = _open(settings, directory, stop)
         due_evaluators = evaluators.make_evaluators(experiment)
         every_evaluator = [evaluator for _, evaluator in due_evaluators]
         checkpointer = Checkpointer(
@@ -54,17 +48,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             best=settings.keep_best,
             lower_is_better=evaluators.lower_is_better(every_evaluator, settings.keep_best),
         )
-        state = start.restore_or_load(experiment, checkpointer)
-        if state is None:
-            log.info("start    from nothing, seed %d", settings.seed)
-            state = start.new_state(experiment)
-        fits_head = settings.head_fit.views > 0 and checkpointer.latest_step() is None
-        if fits_head:
-            state = fit_head.fitted(experiment, state, go_on=lambda: _leave_if_asked(stop))
-        workdirs.check_frozen(directory, start.frozen_fingerprints(experiment, state))
-        with stop.reading():
-            data = {"train": experiment.train_source.fingerprint(), "test": experiment.test_source.fingerprint()}
-        workdirs.check_data(directory, data, accept=settings.changed_data == "accept")
+        state, fits_head = _first_state(experiment, checkpointer, directory, stop)
         done = int(experiment.parallelism.read(state.step))
 
         update = make_update(experiment)
@@ -77,11 +61,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
                 _keep_fitted(experiment, state, every_evaluator, progress, directory)
             _leave_if_asked(stop)
             if done >= settings.total_steps and not fits_head:
-                if not workdirs.has_model(directory):  # what stopped the last step came after it
-                    metrics = evaluators.scores(experiment, state, every_evaluator)
-                    writer.scalars(done, metrics)
-                    write_model(experiment, directory / "model.npz", state, done, metrics)
-                log.info("nothing to do: all %d steps are done, the model is in %s", settings.total_steps, directory)
+                _leave_complete(experiment, state, every_evaluator, writer, directory)
 
             for step in range(done + 1, settings.total_steps + 1):
                 # One update; its metrics are read while later ones run
@@ -130,6 +110,50 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
         if settings.report and (done < settings.total_steps or fits_head or not (directory / report.FILE).exists()):
             report.of_run(experiment, state, directory)
         return experiment.parallelism.read(model_params(experiment, state)[""])
+
+
+def _open(settings: Settings, directory: Path, stop: GracefulExit) -> Experiment:
+    """The experiment, once the workdir is found to be its own."""
+    with stop.reading():
+        experiment = build(settings, origin=start.find_origin(settings, directory))
+    workdirs.check_classes(directory, experiment.train_source.class_names)
+    workdirs.claim(directory, settings, experiment.train_source.class_names, experiment.origin)
+    log_setup(experiment)
+    if settings.head_fit.views:
+        fit_head.check(experiment)
+    return experiment
+
+
+def _first_state(experiment: Experiment, checkpointer: Checkpointer, directory: Path, stop: GracefulExit) -> tuple[State, bool]:
+    """The state to go on from, and whether its head has just been fitted.
+
+    UserError if what is frozen, or the data, have changed since the workdir was begun.
+    """
+    settings = experiment.settings
+    state = start.restore_or_load(experiment, checkpointer)
+    if state is None:
+        log.info("start    from nothing, seed %d", settings.seed)
+        state = start.new_state(experiment)
+    fits_head = settings.head_fit.views > 0 and checkpointer.latest_step() is None
+    if fits_head:
+        state = fit_head.fitted(experiment, state, go_on=lambda: _leave_if_asked(stop))
+    workdirs.check_frozen(directory, start.frozen_fingerprints(experiment, state))
+    with stop.reading():
+        data = {"train": experiment.train_source.fingerprint(), "test": experiment.test_source.fingerprint()}
+    workdirs.check_data(directory, data, accept=settings.changed_data == "accept")
+    return state, fits_head
+
+
+def _leave_complete(
+    experiment: Experiment, state: State, chosen: Sequence[evaluators.Evaluator], writer: Writer, directory: Path
+) -> None:
+    """Of a run whose steps are done: its model is there, or is scored and written now."""
+    steps = int(experiment.parallelism.read(state.step))
+    if not workdirs.has_model(directory):  # what stopped the last step came after it
+        metrics = evaluators.scores(experiment, state, chosen)
+        writer.scalars(steps, metrics)
+        write_model(experiment, directory / "model.npz", state, steps, metrics)
+    log.info("nothing to do: all %d steps are done, the model is in %s", experiment.settings.total_steps, directory)
 
 
 def _keep_fitted(

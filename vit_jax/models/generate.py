@@ -151,14 +151,7 @@ def beam_search(
         tokens = _pick(state.tokens, beam).at[:, :, state.t].set(token)
         ends = (token == (-1 if stop is None else stop)) | (state.t + 1 == new)
 
-        # What ended is compared with what had ended before.
-        counts = (ends & (jnp.arange(2 * beams) < beams)) & state.open[:, None]
-        if early_stopping is True:
-            counts &= ~state.is_ended.all(axis=1, keepdims=True)
-        length = state.t + 1
-        scores = jnp.where(counts, log_probs / length.astype(jnp.float32) ** length_penalty, _NEVER)
-        found = Beams(tokens, jnp.full_like(chosen, length), scores), ends & (jnp.arange(2 * beams) < beams)
-        ended, is_ended = _best_of((state.ended, state.is_ended), found)
+        ended, is_ended = _with_ended(state, tokens, log_probs, ends, length_penalty, full=early_stopping is True)
 
         # The rest runs on.
         running, on = jax.lax.top_k(log_probs + _NEVER * ends, beams)
@@ -166,7 +159,7 @@ def beam_search(
         flat = (beam + beams * jnp.arange(b)[:, None]).reshape(-1)
         moved = jax.tree.map(lambda x: x[flat], state.cache)
         logits, cache = step(token.reshape(-1, 1), (starts + state.t).reshape(-1), moved)
-        reachable = new if early_stopping == "never" and length_penalty > 0 else length
+        reachable = new if early_stopping == "never" and length_penalty > 0 else state.t + 1
         possible = running[:, 0] / jnp.asarray(reachable, jnp.float32) ** length_penalty
         worst = jnp.where(is_ended, ended.scores.min(axis=1, keepdims=True), _NEVER)
         is_open = state.open & (possible[:, None] > worst).any(axis=1)
@@ -194,6 +187,29 @@ def _first_beams(logits: Float[Array, "b v"], cache: Cache, beams: int, new: int
         open=jnp.ones(b, bool),
         cache=jax.tree.map(repeat, cache),
     )
+
+
+def _with_ended(
+    state: _Running,
+    tokens: Int[Array, "b m new"],
+    log_probs: Float[Array, "b m"],
+    ends: Bool[Array, "b m"],
+    length_penalty: float,
+    *,
+    full: bool,
+) -> tuple[Beams, Bool[Array, "b beams"]]:
+    """The best ended rows after a token more: those of `state`, and of the candidates that end the first `beams`.
+
+    With `full` nothing is added where there are `beams` of them.
+    """
+    first = jnp.arange(ends.shape[1]) < state.is_ended.shape[1]
+    counts = (ends & first) & state.open[:, None]
+    if full:
+        counts &= ~state.is_ended.all(axis=1, keepdims=True)
+    length = state.t + 1
+    scores = jnp.where(counts, log_probs / length.astype(jnp.float32) ** length_penalty, _NEVER)
+    found = Beams(tokens, jnp.full(ends.shape, length), scores), ends & first
+    return _best_of((state.ended, state.is_ended), found)
 
 
 def _best_of(ended: tuple[Beams, Array], found: tuple[Beams, Array]) -> tuple[Beams, Array]:

@@ -103,21 +103,25 @@ def make_task(
         dino, ibot, koleo, centring, temperature, tuple(teacher_temperature), teacher_temperature_steps, freeze_last_layer
     )
     model = setup.build_model(num_classes=None, representation_size=None)
-    mean, std = setup.normalisation
-    settings = setup.settings
     features = backbone.features_task(setup, model, "self_distill")
-    if settings.trainer != "train":  # a trained backbone, which has no heads
+    if setup.settings.trainer != "train":  # a trained backbone, which has no heads
         return features
     _check(setup, model, views, terms)
-    head = {"hidden": hidden, "dtype": settings.dtype}
+    head = {"hidden": hidden, "dtype": setup.settings.dtype}
     heads = {"dino": DinoHead(prototypes, bottleneck=bottleneck, **head)}
     if ibot_prototypes:
         heads["ibot"] = DinoHead(ibot_prototypes, bottleneck=ibot_bottleneck, **head)
     color = {"jitter": jitter, "jitter_prob": jitter_prob, "grey_prob": grey_prob}
     recolor = [make_recolor(**color, blur_prob=b, solarize_prob=s) for b, s in zip(blur, solarize, strict=True)]
-    prepare = make_prepare(recolor, mean, std)
-    rule = backbone.position_rule(setup, model)
-    embed = make_embed(model, prepare, settings.image_size, views, rule)
+    return _training_task(setup, features, views, terms, heads, recolor)
+
+
+def _training_task(
+    setup: Setup, features: Task, views: Views, terms: Terms, heads: Mapping[str, DinoHead], recolor: Sequence[Callable]
+) -> Task:
+    """`features`, the task of a trained backbone, with all that trains one. See `make_prepare` for `recolor`."""
+    settings, model, rule = setup.settings, features.model, backbone.position_rule(setup, features.model)
+    embed = make_embed(model, make_prepare(recolor, *setup.normalisation), settings.image_size, views, rule)
     loss_of = make_loss_of(heads, terms)
     return Task(
         **vars(features)
@@ -130,7 +134,7 @@ def make_task(
             "loss_of": loss_of,
             "init_carry": make_init_carry(heads, terms),
             "leaves": lambda params: {"": backbone_of(params["_ema"])},
-            "check": make_check(max(settings.warmup_steps, freeze_last_layer, EARLIEST)),
+            "check": make_check(max(settings.warmup_steps, terms.freeze_last_layer, EARLIEST)),
             "describe": lambda: {"class_names": (), "task": {"type": "self_distill"}, "resize": rule},
             "preview": make_preview(recolor, tuple(model.fields["patches"]["size"])),
             "load": make_load(model, settings.image_size),
@@ -317,8 +321,7 @@ def make_check(beginning: int) -> Callable[[int, Mapping[str, float]], None]:
 
 
 def _with_frozen_last_layer(head: Params, frozen: Bool[Array, ""]) -> Params:
-    last = jax.tree.map(lambda x: jnp.where(frozen, jax.lax.stop_gradient(x), x), head["last_layer"])
-    return {**head, "last_layer": last}
+    return {**head, "last_layer": jax.tree.map(lambda x: jnp.where(frozen, jax.lax.stop_gradient(x), x), head["last_layer"])}
 
 
 # Parameters

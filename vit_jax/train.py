@@ -134,6 +134,8 @@ def _first_state(experiment: Experiment, checkpointer: Checkpointer, directory: 
     if state is None:
         log.info("start    from nothing, seed %d", settings.seed)
         state = start.new_state(experiment)
+        if "model" in state.frozen:
+            log.warning("start    what config.freeze or config.lora keeps is random: name a --config.pretrained=FILE")
     fits_head = settings.head_fit.views > 0 and checkpointer.latest_step() is None
     if fits_head:
         state = fit_head.fitted(experiment, state, go_on=lambda: _leave_if_asked(stop))

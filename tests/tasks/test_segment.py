@@ -146,6 +146,8 @@ def test_a_vit_becomes_a_backbone_and_classes_are_matched_by_name(tmp_path):
     assert of_file.items() >= {**origin.model, "num_classes": None, "representation_size": None}.items()
     with pytest.raises(UserError, match="config.model.body.vit is empty: --config.pretrained=FILE"):
         Setup(unnamed, features, None).build_model(num_classes=2)
+    detector = dataclasses.replace(origin, model_type="TokenDetector", model={"body": {"vit": of_file}, "num_classes": 3})
+    assert Setup(unnamed, features, detector).build_model(num_classes=2).fields["body"]["vit"].items() >= of_file.items()
     with pytest.raises(UserError, match="a LinearSegmenter stands on a ViT, and config.pretrained names a Mixer"):
         mixer = dataclasses.replace(origin, model_type="Mixer", model={})
         Setup(unnamed, features, mixer).build_model(num_classes=2)

@@ -85,8 +85,9 @@ def _on_vit_of(
     where = ".".join(("config.model", *path))
     if origin is None:
         raise UserError(f"{where} is empty: --config.pretrained=FILE says on which ViT the {kind} stands")
-    theirs = models.architecture_of(origin.model_type).vit_fields(origin.model)
-    if origin.model_type != "ViT" and origin.model_type != kind:
+    theirs = models.architecture_of(origin.model_type)
+    theirs = theirs.vit_fields(origin.model) if theirs.backbone or origin.model_type == "ViT" else {}
+    if not theirs:
         raise UserError(f"a {kind} stands on a ViT, and config.pretrained names a {origin.model_type}: give it a ViT")
     return _with(fields, path, {**theirs, "num_classes": None, "representation_size": None})
 

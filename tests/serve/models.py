@@ -1,5 +1,6 @@
 """Untrained models to be served, and photos for them."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def predictor(vocab: Path | None = None, **description) -> Predictor:
     rng, shapes = np.random.default_rng(0), jax.eval_shape(task.init, jax.random.key(0))
     flat = {name: rng.normal(0, 0.3, x.shape).astype(np.float32) for name, x in flatten_dict(shapes, sep="/").items()}
     positive = {name: np.abs(x) for name, x in flat.items() if name.endswith("var")}
-    return Predictor(task, jax.tree.map(jnp.asarray, unflatten_dict(flat | positive, sep="/")), description)
+    return Predictor(task, unflatten_dict(flat | positive, sep="/"), description)
 
 
 def classifier(**description) -> Predictor:
@@ -57,7 +58,8 @@ def captioner(kind: str) -> Predictor:
     fields = {"body": {"vit": VIT}, "vocabulary": 19, **(transformer if kind == "Captioner" else lstm)}
     told = {"tokenizer": "bert", "vocab": VOCAB.name, "max_len": 8}
     task = {"type": "caption", "beams": 2, "length_penalty": 1.0}
-    return predictor(VOCAB, model_type=kind, model=fields, task=task, text=told, class_names=())
+    made = predictor(VOCAB, model_type=kind, model=fields, task=task, text=told, class_names=())
+    return dataclasses.replace(made, params=jax.tree.map(jnp.asarray, made.params))
 
 
 def photo(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 30)) -> bytes:

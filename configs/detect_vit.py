@@ -14,7 +14,7 @@ AP50 84.9 %, AP 49.8 % on 500 test scenes (seed 0, 11 minutes of CPU time on 2 c
 
 import ml_collections
 
-from configs import common, models
+from configs import common, detect, models
 
 
 def get_config(arg: str = "scenes") -> ml_collections.ConfigDict:
@@ -44,10 +44,7 @@ def get_config(arg: str = "scenes") -> ml_collections.ConfigDict:
 
 
 def _scenes() -> ml_collections.ConfigDict:
-    config = common.get_config()
-    common.use_scenes(config)
-    config.dataset = "digit_scenes"
-    config.task = {"type": "detect", "max_boxes": 8}
+    config = detect.get_config()
     config.model_type = "DETR"
     decoder = {"num_queries": 25, "width": 128, "num_heads": 4, "mlp_dim": 256, "num_decoder_layers": 4, "dropout_rate": 0.0}
     config.model = {"body": {"vit": common.scene_vit()}, "num_encoder_layers": 0, **decoder}

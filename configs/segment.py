@@ -37,9 +37,6 @@ def get_config(arg: str = "linear,digit_masks") -> ml_collections.ConfigDict:
         raise unknown("head", head, HEADS)
     config = common.get_config()
     config.task = {"type": "segment", "canvas": (), "stride": 0} | ({"matching": {}} if head == "eomt" else {})
-    config.optimizer = "adamw"
-    config.pretrained_dir = ""
-    config.accum_steps = 1
     (_for_scenes if dataset in ("", "digit_masks") else _for_photos)(config, head)
     config.dataset = dataset or "digit_masks"
     return config
@@ -61,6 +58,9 @@ def _for_photos(config: ml_collections.ConfigDict, head: str) -> None:
     config.model_type = HEADS[head][0]
     config.model = {"body": {"vit": {}}, **ON_PHOTOS[head]}  # the ViT is that of --config.pretrained
     config.pp.update({"train": "train", "test": "val", "crop": 448, "crop_method": "random_resized", "area": (0.25, 1.0)})
+    config.optimizer = "adamw"
+    config.pretrained_dir = ""
+    config.accum_steps = 1
     config.batch, config.batch_eval = 16, 16
     config.total_steps, config.warmup_steps = 2_000, 200
     config.eval_every, config.progress_every = 500, 50

@@ -151,7 +151,7 @@ def known_fields() -> set[str]:
     """Dotted names of all fields of a recipe."""
     default, names = settings.Settings(), {f"pretrained.{tower}" for tower in contrast.TOWERS}
     names |= {f"task.{option}" for task in tasks.TYPES.values() for option in inspect.signature(task.make_task).parameters}
-    names |= {f"task.matching.{name}" for name in mask_loss.Matching._fields}
+    names |= {f"task.matching.{name}" for name in mask_loss.Matching.__dataclass_fields__}
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
         nested = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()

@@ -24,25 +24,8 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """(an EomtForUniversalSegmentation that is trained to its end, the folder where it is saved)."""
-    from transformers import EomtConfig, EomtForUniversalSegmentation
-
-    config = EomtConfig(
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        mlp_ratio=2,
-        image_size=SIDE,
-        patch_size=8,
-        num_upscale_blocks=2,
-        num_blocks=2,
-        num_queries=7,
-        num_register_tokens=2,
-        num_labels=CLASSES,
-    )
-    model = transformer_peer.randomise(EomtForUniversalSegmentation(config))
-    model.attn_mask_probs.zero_()
     folder = tmp_path_factory.mktemp("eomt")
-    model.save_pretrained(folder)
+    model = transformer_peer.eomt(folder, side=SIDE, classes=CLASSES, num_upscale_blocks=2)
     return model, folder
 
 

@@ -21,6 +21,18 @@ def randomise(module, seed=0):
     return module.eval()
 
 
+def eomt(folder, *, side, classes, **fields):
+    """An EomtForUniversalSegmentation with random weights, trained to its end, which `folder` then holds, too."""
+    from transformers import EomtConfig, EomtForUniversalSegmentation
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "mlp_ratio": 2, "patch_size": 8}
+    sizes |= {"num_blocks": 2, "num_queries": 7, "num_register_tokens": 2, "image_size": side, "num_labels": classes}
+    model = randomise(EomtForUniversalSegmentation(EomtConfig(**(sizes | fields))))
+    model.attn_mask_probs.zero_()
+    model.save_pretrained(folder)
+    return model
+
+
 def torch_transformer(model, heads):
     """The stacks of a `torch.nn.Transformer`."""
     flat = _arrays(model)

@@ -144,6 +144,7 @@ def test_predict_prints_a_sentence_and_draws_where_each_word_came_from(trained, 
 
 def test_a_captioner_starts_from_a_captioner_or_from_a_vit(trained, tmp_path):
     from vit_jax.checkpoint import open_checkpoint
+    from vit_jax.checkpoint.segmenters import backbone_of
 
     e = experiment(tmp_path)
     fresh = jax.device_get(e.init_params())
@@ -151,6 +152,6 @@ def test_a_captioner_starts_from_a_captioner_or_from_a_vit(trained, tmp_path):
     whole = e.task.load({"": opened}, fresh)
     np.testing.assert_array_equal(whole["embedding"], opened.flat["embedding"])
     np.testing.assert_array_equal(whole["backbone"]["embedding"]["kernel"], opened.flat["backbone/embedding/kernel"])
-    vit = e.task.load({"": caption.backbone_of(opened)}, fresh)
+    vit = e.task.load({"": backbone_of(opened)}, fresh)
     np.testing.assert_array_equal(vit["backbone"]["embedding"]["kernel"], opened.flat["backbone/embedding/kernel"])
     np.testing.assert_array_equal(vit["embedding"], fresh["embedding"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.models import transformer_peer
-from vit_jax import models
+from vit_jax import models, options
 from vit_jax.checkpoint.opening import open_checkpoint
 from vit_jax.errors import UserError
 from vit_jax.tasks import mask_classification, mask_loss
@@ -22,27 +22,10 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
     """(an EomtForUniversalSegmentation in the midst of training, the same parameters here and our model)."""
-    from transformers import EomtConfig, EomtForUniversalSegmentation
-
-    config = EomtConfig(
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        mlp_ratio=2,
-        image_size=SIDE,
-        patch_size=8,
-        num_upscale_blocks=1,
-        num_blocks=2,
-        num_queries=QUERIES,
-        num_register_tokens=2,
-        num_labels=CLASSES,
-        train_num_points=POINTS,
-    )
-    model = transformer_peer.randomise(EomtForUniversalSegmentation(config))
-    model.attn_mask_probs.zero_()
-    model.criterion.empty_weight.copy_(torch.tensor([1.0] * CLASSES + [MATCHING.no_object]))
     folder = tmp_path_factory.mktemp("eomt")
-    model.save_pretrained(folder)
+    fields = {"num_upscale_blocks": 1, "num_queries": QUERIES, "train_num_points": POINTS}
+    model = transformer_peer.eomt(folder, side=SIDE, classes=CLASSES, **fields)
+    model.criterion.empty_weight.copy_(torch.tensor([1.0] * CLASSES + [MATCHING.no_object]))
     opened = open_checkpoint(folder)
     return model.train(), opened.params, models.build("EoMT", opened.description.model)
 
@@ -161,4 +144,4 @@ def test_sight_is_masked_less_and_less_one_block_after_the_other():
 )
 def test_numbers_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        mask_loss.checked(fields)
+        mask_loss.Matching(**options.checked(mask_loss.Matching, fields, "config.task.matching"))

@@ -18,7 +18,6 @@ from PIL import Image
 from vit_jax import pictures
 from vit_jax.checkpoint import Description, check_fit
 from vit_jax.checkpoint.opened import Opened
-from vit_jax.checkpoint.segmenters import backbone_of
 from vit_jax.checkpoint.texts import check_vocabulary
 from vit_jax.data.device import augment
 from vit_jax.data.host import text
@@ -247,10 +246,9 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
 
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
         opened = sources[""]
-        whole = opened.description.model_type in CAPTIONERS
-        backbone = images.load_backbone(backbone_of(opened) if whole else opened, body, init_params, image_size)
+        backbone = images.load_backbone(opened, body, init_params, image_size)
         rest = {name: x for name, x in init_params.items() if name != "backbone"}
-        if whole:
+        if opened.description.model_type in CAPTIONERS:
             given = {name: x for name, x in opened.params.items() if name != "backbone"}
             check_fit(given, rest, opened.path)
             rest = given

@@ -6,8 +6,8 @@ which both are interpolated (https://arxiv.org/abs/2112.01527).
 Shapes: b batch, q candidates, n places for objects, of which `valid` says which are taken, p points.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from vit_jax.data.host.view import IGNORED
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError
 from vit_jax.tasks.matching import label_loss, match
 
 OVERSAMPLED, UNCERTAIN = 3, 0.75
@@ -23,10 +23,11 @@ OVERSAMPLED, UNCERTAIN = 3, 0.75
 _POINTS = 7  # what a key is folded with, so that augmentation draws other numbers
 
 
-class Matching(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matching:
     """At how many points masks are compared, and what a distance counts in the matching and in the loss.
 
-    `no_object` is the weight of that class.
+    `no_object` is the weight of that class. Raises UserError for numbers that make no sense.
     """
 
     points: int = 12_544
@@ -34,6 +35,11 @@ class Matching(NamedTuple):
     mask: float = 5.0
     dice: float = 5.0
     no_object: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, x in vars(self).items():
+            if x < (least := 4 if name == "points" else 0):
+                raise UserError(f"config.task.matching.{name}={x} must be {least} or more")
 
 
 class Targets(NamedTuple):
@@ -50,16 +56,6 @@ class MaskLoss(NamedTuple):
     label: Float[Array, ""]
     mask: Float[Array, ""]
     dice: Float[Array, ""]
-
-
-def checked(fields: Mapping[str, float]) -> Matching:
-    """Raises UserError for a name that there is not, and for numbers that make no sense."""
-    for name, x in fields.items():
-        if name not in Matching._fields:
-            raise unknown("config.task.matching", name, Matching._fields)
-        if x < 0 or (name == "points" and (x < 4 or x != int(x))):
-            raise UserError(f"config.task.matching.{name}={x} must be {'4 or more' if name == 'points' else '0 or more'}")
-    return Matching(**fields)
 
 
 def targets_of(segmentation: UInt[Array, "b H W"], *, classes: int, places: int) -> Targets:

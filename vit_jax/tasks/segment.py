@@ -22,13 +22,13 @@ from vit_jax.checkpoint import Description
 from vit_jax.checkpoint.classes import match_classes
 from vit_jax.checkpoint.fit import check_shape
 from vit_jax.checkpoint.opened import Opened
-from vit_jax.checkpoint.segmenters import backbone_of
 from vit_jax.data.device import augment
 from vit_jax.data.host import view
 from vit_jax.data.host.resize import Box
 from vit_jax.data.host.view import IGNORED, Picture, View
 from vit_jax.errors import UserError, printable
 from vit_jax.models.segment import at_pixels
+from vit_jax.options import checked
 from vit_jax.settings import Settings
 from vit_jax.tasks import images, mask_classification, mask_loss
 from vit_jax.tasks.setup import Setup
@@ -87,7 +87,7 @@ def make_task(
       canvas: (h, w) over which windows of `config.image_size` slide in evaluation, see `Seen`; () for whole images.
       stride: from window to window, in pixels; 0 for two thirds of a window.
       colors: (r, g, b) of each class in pictures; () for the data's, or VOC's.
-      matching: of EoMT alone: fields of `mask_loss.Matching`.
+      matching: of EoMT alone: those of `mask_loss.Matching`.
     """
     settings = setup.settings
     if "segmentation" not in setup.features:
@@ -107,7 +107,8 @@ def make_task(
     recolor = augment.make_augment(flip=False, color_jitter=a.color_jitter, three_augment=a.three_augment)
     of_task = {"loss": make_loss(model.module, recolor, mean, std), "totals": totals}
     if model.type == "EoMT":
-        how = {"total_steps": settings.total_steps, "matching": mask_loss.checked(matching)}
+        matched_by = mask_loss.Matching(**checked(mask_loss.Matching, matching, "config.task.matching"))
+        how = {"total_steps": settings.total_steps, "matching": matched_by}
         of_task["loss"] = mask_classification.make_loss(model.module, recolor, mean, std, **how)
         of_task["totals"] = mask_classification.make_totals(model.module)
     elif matching:
@@ -246,13 +247,12 @@ def make_load(model: Model, image_size: tuple[int, int]) -> Callable[..., Params
     body = model.fields["body"]["vit"]
 
     def load(sources: Mapping[str, Opened], init_params: Params, *, classes: Sequence[str] | None = None) -> Params:
-        opened, backbone = sources[""], sources[""]
+        opened = sources[""]
+        backbone = images.load_backbone(opened, body, init_params, image_size)
+        head = {name: x for name, x in init_params.items() if name != "backbone"}
         if opened.description.model_type in SEGMENTERS:
-            backbone = backbone_of(opened)
-        loaded = images.load_backbone(backbone, body, init_params, image_size)
-        fresh = {name: x for name, x in init_params.items() if name != "backbone"}
-        head = fresh if backbone is opened else _head(opened, flatten_dict(fresh, sep="/"), classes)
-        return {**head, "backbone": loaded}
+            head = _head(opened, flatten_dict(head, sep="/"), classes)
+        return {**head, "backbone": backbone}
 
     return load
 

@@ -63,7 +63,8 @@ class Setup:
         if origin:
             path = path if origin.model_type != kind else []
             trained = models.architecture_of(origin.model_type).vit_fields(origin.model) if path else origin.model
-            fields = _with_numerics_of(origin.model_name, trained, fields, path)
+            if own := _at(fields, path):
+                fields = _with(fields, path, _with_numerics_of(origin.model_name, trained, own))
         if self.constrain is None:
             return Model(kind, fields, architecture.build(fields))
         of_blocks = {"remat": settings.remat, "scan": settings.scan, "constrain": self.constrain}
@@ -92,19 +93,13 @@ def _on_vit_of(
     return _with(fields, path, {**theirs, "num_classes": None, "representation_size": None})
 
 
-def _with(fields: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    key, *rest = path
-    return {**fields, key: _with(fields[key], rest, value) if rest else value}
+def _with(fields: Mapping[str, Any], path: Sequence[str], value: Any) -> Any:
+    return {**fields, path[0]: _with(fields[path[0]], path[1:], value)} if path else value
 
 
-def _with_numerics_of(
-    name: str | None, origin: Mapping[str, Any], fields: Mapping[str, Any], path: Sequence[str]
-) -> dict[str, Any]:
-    """The fields, of which those at `path` belong to a model of this name that was trained with the fields `origin`."""
+def _with_numerics_of(name: str | None, origin: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, as of a model of this name that was trained with the fields `origin`."""
     fields = dict(fields)
-    if path:
-        key, *rest = path
-        return fields | ({key: _with_numerics_of(name, origin, fields[key], rest)} if fields.get(key) else {})
     transformer, trained = dict(fields.get("transformer", {})), origin.get("transformer", {})
     names = ["activation", "norm", "norm_eps"]
     if transformer.get("attention", "softmax") == "softmax" and trained.get("attention", "softmax") != "softmax":

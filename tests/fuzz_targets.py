@@ -19,12 +19,12 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import vit_jax
-from tests.data import test_captions, test_detection, test_parquet, test_segmentation, test_shards
+from tests.data import test_captions, test_detection, test_segmentation, test_shards, test_tables
 from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite, models, tokenizer
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import captions, class_shards, detection, embedding_index, parquet, segmentation, shards
+from vit_jax.data import captions, class_shards, detection, embedding_index, segmentation, shards, tables
 from vit_jax.data.host import decode, text, view
 from vit_jax.optimize import trainable
 from vit_jax.tasks import prompts
@@ -260,15 +260,18 @@ def _vocabulary(name: str) -> Target:
 # Rows with images and labels.
 
 
-def _parquet() -> Target:
+def _table(kind: str) -> Target:
     def read(folder: Path) -> str | None:
-        source = parquet.open_folder(str(folder), "train")
+        source = tables.open_folder(str(folder), "train")
         examples = [source[i] for i in range(len(source))] if source else []
         return None if all(example["label"] in range(source.num_classes) for example in examples) else "a label of no class"
 
+    names = ("train.parquet",) if kind == "parquet" else ("data-00000-of-00001.arrow", "state.json")
     with tempfile.TemporaryDirectory() as folder:
-        test_parquet.write(Path(folder) / "train.parquet", range(9))
-        return Target({"train.parquet": (Path(folder) / "train.parquet").read_bytes()}, ("train.parquet",), read)
+        test_tables.write(Path(folder) / names[0], range(9))
+        files = {names[0]: (Path(folder) / names[0]).read_bytes()}
+        files |= {name: json.dumps({"_data_files": [{"filename": names[0]}]}).encode() for name in names[1:]}
+        return Target(files, names, read)
 
 
 # Annotations of boxes.
@@ -486,7 +489,8 @@ ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl"
 ANNOTATIONS |= {"tar files of classes": functools.partial(_class_files, _classes)}
 ANNOTATIONS |= {"tar files of images": functools.partial(_class_files, _images_alone)}
 ANNOTATIONS |= {f"{kind} masks": _masks(kind) for kind in ("split", "ade20k")}
-ANNOTATIONS |= {"parquet": _parquet, "photo index": _photo_index, "labels": _labels}
+ANNOTATIONS |= {kind: functools.partial(_table, kind) for kind in ("parquet", "arrow")}
+ANNOTATIONS |= {"photo index": _photo_index, "labels": _labels}
 ANNOTATIONS |= {name: functools.partial(_vocabulary, name) for name in VOCABULARIES}
 PARAMETERS = {name: _layout(*layout, "parameters") for name, layout in LAYOUTS.items()}
 DESCRIPTIONS = {f"{name} json": _layout(*layout, "json") for name, layout in LAYOUTS.items()} | {"index.csv": _index}

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from vit_jax.data import captions, class_shards, detection, listing, parquet, segmentation, shards
+from vit_jax.data import captions, class_shards, detection, listing, segmentation, shards, tables
 from vit_jax.data.digit_canvas import DigitCanvasSource
 from vit_jax.data.digit_pairs import DigitPairsSource
 from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
@@ -42,7 +42,7 @@ def get_source(
     `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas`, `digit_pairs` (see
     their classes), the path of an existing folder (see FolderSource, detection.open_folder for images with boxes,
     segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences,
-    class_shards.open_folder and parquet.open_folder for tar and Parquet files with classes),
+    class_shards.open_folder and tables.open_folder for tar, Parquet and Arrow files with classes),
     `unlabelled:FOLDER` (see open_unlabelled), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
     alone the two tfds folders are. A folder of several layouts is read in the one that offers what a task `needs`.
 
@@ -64,7 +64,7 @@ def get_source(
         return open_unlabelled(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        layouts = (detection, segmentation, captions, shards, class_shards, parquet)
+        layouts = (detection, segmentation, captions, shards, class_shards, tables)
         layouts = sorted(layouts, key=lambda layout: layout.OFFERS not in needs)
         known = (source for layout in layouts if (source := layout.open_folder(path, split)))
         return next(known, None) or FolderSource(path, split)

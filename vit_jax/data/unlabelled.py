@@ -1,10 +1,10 @@
-"""Images without classes: every one below a folder, however it is sorted, or in tar or Parquet files."""
+"""Images without classes: every one below a folder, however it is sorted, or in tar, Parquet or Arrow files."""
 
 import hashlib
 import os
 from typing import Any
 
-from vit_jax.data import class_shards, listing, parquet
+from vit_jax.data import class_shards, listing, tables
 from vit_jax.data.features import Image, Source, digest
 from vit_jax.data.splits import hold_out, taken
 from vit_jax.errors import UserError
@@ -13,9 +13,9 @@ PREFIX = "unlabelled:"
 
 
 def open_unlabelled(name: str, split: str) -> Source:
-    """The images alone of tar or Parquet files, see `open_images` of class_shards and parquet, or of a folder."""
+    """The images alone of tar, Parquet or Arrow files, see `open_images` of class_shards and tables, or of a folder."""
     path = os.path.expanduser(name)
-    return class_shards.open_images(path, split) or parquet.open_images(path, split) or UnlabelledSource(name, split)
+    return class_shards.open_images(path, split) or tables.open_images(path, split) or UnlabelledSource(name, split)
 
 
 class UnlabelledSource(Source):

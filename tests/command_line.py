@@ -1,6 +1,7 @@
 """The command line within the test's own process: starting another one costs seconds each."""
 
 import contextlib
+import gc
 import sys
 from collections.abc import Iterator
 from unittest import mock
@@ -21,6 +22,7 @@ def arguments(*args: str) -> Iterator[None]:
             yield
     finally:
         flagsaver.restore_flag_values(saved)
+        gc.unfreeze()  # a command takes all that there is for its own, until its process ends
 
 
 def parse(*args: str):

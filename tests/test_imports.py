@@ -1,9 +1,12 @@
 """The structure of the house: imports run one way, and nothing below knows what stands above it."""
 
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
+
+from vit_jax import errors
 
 PACKAGE = Path(__file__).parents[1] / "vit_jax"
 
@@ -74,9 +77,18 @@ def test_imports_point_down():
 
 
 def test_prediction_does_without_what_training_reads_and_saves_with():
-    code = "import sys, vit_jax.predict; print(sorted({'grain', 'orbax', 'tensorboard', 'tensorstore'} & set(sys.modules)))"
+    others = "grain orbax tensorboard tensorstore tensorflow_datasets ml_collections sklearn scipy torch transformers"
+    code = f"import sys, vit_jax.predict; print(sorted(set({others.split()}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_commands_import_is_never_searched_for_garbage():
+    with errors.importing():
+        assert not gc.isenabled()
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert gc.isenabled() and frozen > 10_000
 
 
 def test_settings_name_the_rules_that_there_are():

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_jax.arguments import spelled
-from vit_jax.errors import command, unknown
+from vit_jax.errors import command, importing, unknown
 
 COMMANDS = {  # name: (module with a function `cli`, what it does)
     "train": ("vit_jax.main", "train a recipe, or continue what a folder holds"),
@@ -47,7 +47,9 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     sys.argv = [f"vit-jax {name}", *arguments]
-    importlib.import_module(COMMANDS[name][0]).cli()
+    with importing():
+        module = importlib.import_module(COMMANDS[name][0])
+    module.cli()
 
 
 def _print_help() -> None:

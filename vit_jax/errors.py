@@ -2,9 +2,10 @@
 
 import contextlib
 import difflib
+import gc
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TextIO
 
 BROKEN_PIPE = 141
@@ -51,6 +52,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     after `| head`, ends it quietly; what cannot be read or written otherwise, as on a full disk, is an error.
     """
     steady_streams()
+    gc.freeze()
     try:
         code = _exit_code(main)
         sys.stdout.flush()
@@ -71,7 +73,22 @@ def command(main: Callable[[], int | None]) -> NoReturn:
             else:
                 say(f"error: the standard output cannot be written: {e.strerror or e}", sys.stderr)
             mute(sys.stdout)
+    gc.freeze()
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Within it no garbage is collected, and what it has made is never searched for any: imports make what stays.
+
+    Python would search it several times over as it grows, and once more as the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def steady_streams() -> None:

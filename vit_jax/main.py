@@ -13,7 +13,7 @@ import traceback
 from absl import flags
 
 from vit_jax import overrides
-from vit_jax.errors import UserError, leave_at_once, say, unknown
+from vit_jax.errors import UserError, importing, leave_at_once, say, unknown
 from vit_jax.files import COMPILED_PROGRAMS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs, checkpoints and the trained model.")
@@ -39,13 +39,15 @@ def main() -> None:
     trainer = config.get("trainer", "train")
     if trainer not in TRAINERS:
         raise unknown("config.trainer", trainer, TRAINERS)
-    from vit_jax.run import cluster, load_ahead, runtime, signals  # they import JAX, which --help does without
+    with importing():
+        from vit_jax.run import cluster, load_ahead, runtime, signals  # they import JAX, which --help does without
 
     kept = runtime.set_up(config.get("compilation_cache", COMPILED_PROGRAMS))
     cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     load_ahead.start(kept, config.to_json_best_effort())
     module, name = TRAINERS[trainer]
-    run = getattr(importlib.import_module(module), name)
+    with importing():
+        run = getattr(importlib.import_module(module), name)
     try:
         run(config, _WORKDIR.value)
     except UserError as e:

@@ -306,12 +306,12 @@ def load(
     token_merging.check(task.model.module, tome)
     params = _fitted(opened, task, description, head=head, resized=size is not None)
     of_texts = functools.partial(open_tokenizer, dataclasses.replace(opened, flat={}), vocab=vocab)
-    return Predictor(task, jax.tree.map(jnp.asarray, params), description, str(opened.path), batch_size, of_texts, tome)
+    return Predictor(task, jax.device_put(params), description, str(opened.path), batch_size, of_texts, tome)
 
 
 def _fitted(opened: checkpoint.Opened, task: Task, description: Description, *, head: bool, resized: bool) -> Params:
     """The parameters of a file for a task, which may have no head and images of another size than it."""
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     if head and not resized and tuple(description.image_size) == tuple(description.native_size):
         checkpoint.check_fit(opened.params, shapes, opened.path)
         warn_of_empty_head(opened.flat, opened.path)

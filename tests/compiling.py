@@ -64,6 +64,8 @@ NO_PART_OF_A_STEP = {
     "keep_best",
     "end_with_best",
     "cache_gb",
+    "cache_dir",
+    "cache_side",
 }
 """Settings that say where a run starts, what it reads, and when it saves and scores."""
 

@@ -108,6 +108,7 @@ def test_two_configs_share_nothing():
         (with_pp(cropp=1), "unknown field of config.pp 'cropp': did you mean crop"),
         (complete(trainer="trian"), "unknown config.trainer 'trian': did you mean train"),
         (complete(cache_gb=-1), "config.cache_gb=-1 must be at least 0"),
+        (complete(cache_side=256), "config.cache_side=256 needs a folder: --config.cache_dir=DIR"),
         (complete(bad_images="ignore"), "unknown config.bad_images 'ignore': use one of error, skip"),
         (complete(dtype="float8"), "unknown config.dtype 'float8': did you mean float"),
         (complete(optim_dtype="int32"), "unknown config.optim_dtype 'int32'"),

@@ -138,7 +138,7 @@ def _features(
 ) -> tuple[Float32[np.ndarray, "v n d"], Int[np.ndarray, " n"]]:
     """What the head sees of each view of the training images that can be decoded, and their labels."""
     settings, task = experiment.settings, experiment.task
-    source = memory.kept_in_memory(experiment.train_source, settings.cache_gb)
+    source = memory.kept(experiment.train_source, **settings.caching)
     viewed = dataclasses.replace(experiment, task=dataclasses.replace(task, eval_example=make_view(experiment)))
 
     def run(params: Any, batch: passes.Batch) -> passes.Batch:

@@ -126,6 +126,8 @@ class Settings:
     pp: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     augment: Augmentation = dataclasses.field(default_factory=Augmentation)
     cache_gb: float = 1.0  # training images are decoded once and kept in memory if all of them take no more; 0: never
+    cache_dir: str = ""  # a folder for them, decoded, in a file that is mapped into memory, where they take more; "": none
+    cache_side: int = 0  # with cache_dir: images are kept with a shorter side of at most this, such as 256; 0: in full
     changed_data: str = "error"  # when a run is continued with other data than it began with; or "accept"
     bad_images: str = "error"  # or "skip": training goes on with another image, and says so
     shuffle_buffer: int = 50_000  # every epoch is a full permutation, which needs no buffer; 0 keeps the files' order
@@ -192,6 +194,11 @@ class Settings:
         return {"tfds_data_dir": self.tfds_data_dir, "tfds_manual_dir": self.tfds_manual_dir}
 
     @property
+    def caching(self) -> dict[str, Any]:
+        """Keywords of `data.memory.kept`."""
+        return {"cache_gb": self.cache_gb, "cache_dir": self.cache_dir, "cache_side": self.cache_side}
+
+    @property
     def sources(self) -> dict[str, str]:
         """What `pretrained` names, by tower; that of a whole model is called ""."""
         named = self.pretrained if isinstance(self.pretrained, Mapping) else {"": self.pretrained}
@@ -252,6 +259,8 @@ class Settings:
             raise UserError(f"config.loss={self.loss} and config.distill exclude each other: a teacher is matched by softmax")
         if self.end_with_best and not self.keep_best:
             raise UserError("config.end_with_best needs the metric to be best in: add --config.keep_best=accuracy_test")
+        if self.cache_side and not self.cache_dir:
+            raise UserError(f"config.cache_side={self.cache_side} needs a folder: --config.cache_dir=DIR")
         if self.evaluator != "classify" and self.trainer != "evaluate":
             raise UserError(f"config.evaluator={self.evaluator} needs --config.trainer=evaluate")
         if self.tome and (self.trainer != "evaluate" or self.scan or self.remat != "none"):
@@ -264,7 +273,7 @@ class Settings:
         at_least = {"seed": 0, "shuffle_buffer": 0, "warmup_steps": 0, "weight_decay": 0, "base_lr": 0, "cooldown_steps": 0}
         at_least |= {"nonfinite_limit": 1, "head_fit.views": 0, "head_fit.layers": 1}
         at_least |= dict.fromkeys(("prefetch", "batch_eval", "progress_every", "eval_every", "checkpoint_every", "keep"), 1)
-        at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix", "cache_gb"), 0)
+        at_least |= dict.fromkeys(("augment.color_jitter", "augment.mixup", "augment.cutmix", "cache_gb", "cache_side"), 0)
         for name, least in at_least.items():
             if not (value := operator.attrgetter(name)(self)) >= least:  # NaN is not
                 raise UserError(f"config.{name}={value} must be at least {least}")

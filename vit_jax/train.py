@@ -181,7 +181,7 @@ def _train_batches(experiment: Experiment, start_step: int, stop: GracefulExit) 
     """Batches on the devices; of several processes each tells the others, by a field `stop`, whether it was asked to."""
     settings = experiment.settings
     batches = loader.train_batches(
-        memory.kept_in_memory(experiment.train_source, settings.cache_gb),
+        memory.kept(experiment.train_source, **settings.caching),
         experiment.task.train_example,
         batch_size=settings.batch,
         seed=settings.seed,

@@ -15,7 +15,7 @@ from vit_jax.data import features, loader
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.host import view
 from vit_jax.data.host.decode import ImageError
-from vit_jax.data.memory import InMemory, kept_in_memory
+from vit_jax.data.memory import InMemory, kept
 from vit_jax.tasks import classify
 
 SIZE = 20
@@ -61,19 +61,19 @@ def batches(source, steps=15, **options):
         return list(itertools.islice(found, steps))
 
 
-@pytest.mark.parametrize(("gigabytes", "kept"), [(0, False), (0.99 * BYTES / 1e9, False), (1.01 * BYTES / 1e9, True)])
-def test_kept_if_all_of_it_is_small_enough_decoded(gigabytes, kept, caplog):
+@pytest.mark.parametrize(("gigabytes", "is_kept"), [(0, False), (0.99 * BYTES / 1e9, False), (1.01 * BYTES / 1e9, True)])
+def test_kept_if_all_of_it_is_small_enough_decoded(gigabytes, is_kept, caplog):
     with caplog.at_level(logging.INFO, logger="vit_jax"):
-        source = kept_in_memory(Photos(bad=[3]), gigabytes)
+        source = kept(Photos(bad=[3]), cache_gb=gigabytes)
     assert source.features == Photos.features and source.class_names == ("a", "b") and source.num_classes == 2
-    assert isinstance(source, InMemory) == kept
-    expected = ["data     20 training images are kept in memory (0.0 GB)"] if kept else []
+    assert isinstance(source, InMemory) == is_kept
+    expected = ["data     20 training images are kept in memory (0.0 GB)"] if is_kept else []
     assert [record.getMessage() for record in caplog.records] == expected
 
 
 def test_arrays_are_in_memory_already(caplog):
     digits = DigitsSource("digits", "train")
-    assert kept_in_memory(digits, 1.0) is digits
+    assert kept(digits, cache_gb=1.0) is digits
 
 
 def test_batches_are_the_same_and_every_image_is_decoded_once():

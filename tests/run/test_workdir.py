@@ -97,6 +97,13 @@ def test_what_does_not_change_what_is_learnt_may_change(used):
     assert {name: written(used)[name] for name in FREE} == FREE
 
 
+def test_the_folder_of_a_cache_may_move_but_not_come_or_go(tmp_path):
+    claim(tmp_path, changed(cache_dir="a"), CLASSES)
+    (tmp_path / "model.npz").mkdir()
+    claim(tmp_path, changed(cache_dir="b"), CLASSES)
+    assert "- cache_dir = 'b'" in refusal(tmp_path, SETTINGS)
+
+
 def test_more_steps_are_refused_with_how_to_train_longer(used):
     more, fewer = (refusal(used, changed(total_steps=steps)) for steps in (15, 5))
     assert f"--config.pretrained={used} --config.total_steps=5." in more and "To train longer" in more

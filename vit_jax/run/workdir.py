@@ -76,7 +76,7 @@ def _check_config(workdir: Path, config: dict[str, Any], noted: dict[str, Any] |
             "or give the new run a --workdir of its own"
         )
     for old in olds:
-        if keys := [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and old.get(k) != new.get(k)]:
+        if keys := [k for k in sorted(old | new) if k.split(".")[0] not in _FREE and _meant(k, old) != _meant(k, new)]:
             sides = ("-", old), ("+", new)
             lines = [f"  {sign} {k} = {side[k]!r}" for k in keys for sign, side in sides if k in side]
             raise UserError(
@@ -85,6 +85,11 @@ def _check_config(workdir: Path, config: dict[str, Any], noted: dict[str, Any] |
                 + "\nGive the new run a --workdir of its own, or repeat the old config to continue."
                 + _train_longer(workdir, old, new)
             )
+
+
+def _meant(key: str, config: dict[str, Any]) -> Any:
+    """What of a value counts: of the folder of a cache only whether there is one."""
+    return bool(config.get(key)) if key == "cache_dir" else config.get(key)
 
 
 def _train_longer(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> str:

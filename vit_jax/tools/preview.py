@@ -40,7 +40,7 @@ def preview(settings: Settings, *, rows: int = 6, columns: int = 8) -> Image.Ima
     """The picture of a recipe."""
     needs = tasks.needs(settings)
     source = sources.get_source(settings.dataset, settings.pp.train, needs=needs, **settings.tfds_folders)
-    source = memory.kept_in_memory(source, settings.cache_gb)  # as in training: it decides at which scale photos are decoded
+    source = memory.kept(source, **settings.caching)  # as in training: it decides at which scale photos are decoded
     task = tasks.make(Setup(settings, source.features, find_origin(settings)))
     return draw(augmented(task, source, settings, rows=rows, columns=columns))
 

@@ -15,9 +15,6 @@ from vit_jax.optimize import parallel
 from vit_jax.run import cluster
 from vit_jax.train import train_and_evaluate
 
-TWO_PROCESSES = ("pmap", "tensor")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("devices")
@@ -40,7 +37,7 @@ def eight_devices(folder: Path, one_device) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path, one_device) -> Path:
-    workdirs = [str(folder / "two" / name) for name in (*TWO_PROCESSES, "signal")]
+    workdirs = [str(folder / "two" / name) for name in ("pmap", "signal")]
     with many_devices.two("tests.many_devices", *workdirs, devices=4) as children:
         assert [child.wait(timeout=400) for child in children] == [143, 143]
     return folder / "two"
@@ -58,14 +55,11 @@ def test_eight_devices_give_the_losses_of_one(parallelism: str, one_device, eigh
     _assert_same(np.load(eight_devices / f"{parallelism}_0.npz"), one_device)
 
 
-@pytest.mark.parametrize("parallelism", TWO_PROCESSES)
-def test_two_processes_give_the_losses_of_one_and_read_disjoint_examples(
-    parallelism: str, one_device, two_processes: Path, eight_devices
-):
-    found = [np.load(two_processes / f"{parallelism}_{i}.npz") for i in range(2)]
+def test_two_processes_give_the_losses_of_one_and_read_disjoint_examples(one_device, two_processes: Path, eight_devices):
+    found = [np.load(two_processes / f"pmap_{i}.npz") for i in range(2)]
     for each in found:
         _assert_same(each, one_device)
-    whole = np.load(eight_devices / f"{parallelism}_0.npz")["seeds"]
+    whole = np.load(eight_devices / "pmap_0.npz")["seeds"]
     first, second = (each["seeds"] for each in found)
     assert first.shape == second.shape == (many_devices.STEPS, whole.shape[1] // 2)
     for step in range(many_devices.STEPS):  # a seed is an example of its own
@@ -97,6 +91,14 @@ def test_a_checkpoint_of_eight_devices_goes_on_in_another_way_on_one(
 
 def test_a_checkpoint_of_one_device_goes_on_on_eight(one_more, eight_devices: Path, folder: Path):
     _assert_same(np.load(folder / "grown" / "tensor_0.npz"), one_more)
+
+
+def test_a_mesh_over_two_processes_learns_what_one_device_does(one_device, two_processes: Path):
+    workdir = two_processes / "signal" / "undisturbed"
+    paths = {name: "".join(f"['{part}']" for part in name.split("/")) for name in tiny.arrays(workdir)}
+    found = {f"['params']{paths[name]}": x for name, x in tiny.arrays(workdir).items()}
+    found |= {f"['ema']{paths[name]}": x for name, x in np.load(workdir / "model_ema.npz").items()}
+    _assert_same(found | {"losses": list(tiny.metrics(workdir, "train_loss").values())}, one_device)
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_and_the_same_command_goes_on_to_the_same_bits(two_processes: Path):

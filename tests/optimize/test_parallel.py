@@ -15,6 +15,7 @@ from vit_jax.optimize import parallel
 from vit_jax.run import cluster
 from vit_jax.train import train_and_evaluate
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("devices")

@@ -23,7 +23,7 @@ from vit_jax.optimize import parallel
 from vit_jax.run import experiment as experiments
 from vit_jax.run import start
 from vit_jax.settings import Settings
-from vit_jax.tasks import backbone, centring, self_distill
+from vit_jax.tasks import backbone, centring, collapse, self_distill
 from vit_jax.tasks.dino import dino_loss
 from vit_jax.tasks.ibot import ibot_loss
 from vit_jax.tasks.koleo import koleo_loss
@@ -293,10 +293,10 @@ def test_a_collapse_stops_the_run_with_words():
     context, features = Context(0, {}, None, {}, {}, ONE), drawn(8, 2, D)
     one, alike = np.eye(K)[np.zeros((8, 2), int)], np.full((8, 2, K), 1 / K)
     sure = np.eye(K)[np.arange(16).reshape(8, 2) % K]
-    found = [self_distill.spread(jnp.asarray(taught), features, context) for taught in (one, alike, sure)]
+    found = [collapse.spread(jnp.asarray(taught), features, context) for taught in (one, alike, sure)]
     np.testing.assert_allclose([x["teacher_entropy"] for x in found], [0, 1, 0], atol=1e-5)
     np.testing.assert_allclose([x["teacher_information"] for x in found[:2]], 0, atol=1e-5)
-    check = self_distill.make_check(beginning=2)
+    check = collapse.make_check(beginning=2)
     check(1, found[0])
     check(3, found[2])
     for collapsed in found[:2]:

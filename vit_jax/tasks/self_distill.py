@@ -20,16 +20,13 @@ from vit_jax.data.device.colors import make_recolor
 from vit_jax.data.host.block_mask import draw_blocks
 from vit_jax.data.host.multi_crop import make_draw_views
 from vit_jax.errors import UserError, unknown
-from vit_jax.models.dino_head import DinoHead, unit
-from vit_jax.tasks import backbone, centring, classify, images
+from vit_jax.models.dino_head import DinoHead
+from vit_jax.tasks import backbone, centring, classify, collapse, images
 from vit_jax.tasks.dino import dino_loss
 from vit_jax.tasks.ibot import ibot_loss
 from vit_jax.tasks.koleo import koleo_loss
 from vit_jax.tasks.setup import Setup
-from vit_jax.tasks.task import Batch, Context, Loss, Metrics, Model, Params, Task, TrainingFailed, Tree, of_whole_batch
-
-COLLAPSED, EARLIEST = 0.05, 50
-"""The teacher's information below which it says the same of every image, see `spread`, and the last step that is not asked."""
+from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Task, Tree, of_whole_batch
 
 
 class Views(NamedTuple):
@@ -134,7 +131,7 @@ def _training_task(
             "loss_of": loss_of,
             "init_carry": make_init_carry(heads, terms),
             "leaves": lambda params: {"": backbone_of(params["_ema"])},
-            "check": make_check(max(settings.warmup_steps, terms.freeze_last_layer, EARLIEST)),
+            "check": collapse.make_check(max(settings.warmup_steps, terms.freeze_last_layer, collapse.EARLIEST)),
             "describe": lambda: {"class_names": (), "task": {"type": "self_distill"}, "resize": rule},
             "preview": make_preview(recolor, tuple(model.fields["patches"]["size"])),
             "load": make_load(model, settings.image_size),
@@ -281,43 +278,9 @@ def make_loss_of(heads: Mapping[str, DinoHead], terms: Terms) -> Callable[[Param
             both = jnp.unstack(embedded["global"], axis=1)
             parts["koleo_loss"] = sum(koleo_loss(x, context.devices) for x in both)
         value = sum(getattr(terms, name.removesuffix("_loss")) * x for name, x in parts.items())
-        return Loss(value, parts | spread(taught, embedded["teacher"], context), jax.lax.stop_gradient(carry))
+        return Loss(value, parts | collapse.spread(taught, embedded["teacher"], context), jax.lax.stop_gradient(carry))
 
     return loss_of
-
-
-def spread(taught: Float[Array, "b 2 k"], features: Float[Array, "b 2 d"], context: Context) -> Metrics:
-    """`teacher_information`, which tells of a collapse, `teacher_entropy` and `feature_spread`, all from 0 to 1.
-
-    The entropy of what is said of an image is 0 for one prototype and 1 for all alike. That of the batch's mean, less it,
-    is the information on the image: 0 where the same is said of all, be it one prototype or all alike. The spread is the root
-    mean square distance of the teacher's features, at length 1, to their mean: 0 where all are the same, 1 where they differ.
-    """
-
-    def entropy_of(p: Float[Array, "*b k"]) -> Float[Array, "*b"]:
-        return -(p * jnp.log(p + 1e-12)).sum(axis=-1) / math.log(p.shape[-1])
-
-    entropy = entropy_of(taught).mean()
-    information = entropy_of(context.devices.mean(taught.mean(axis=(0, 1)))) - entropy
-    x = unit(features).reshape(-1, features.shape[-1])
-    mean = context.devices.mean(x.mean(axis=0))
-    apart = jnp.sqrt(jnp.maximum(0, 1 - (mean * mean).sum()))
-    return {"teacher_entropy": entropy, "teacher_information": information, "feature_spread": apart}
-
-
-def make_check(beginning: int) -> Callable[[int, Mapping[str, float]], None]:
-    """See `Task.check`: once the first steps are over, the teacher must tell images apart; a new one may not do so."""
-
-    def check(step: int, metrics: Mapping[str, float]) -> None:
-        if step > beginning and metrics["teacher_information"] < COLLAPSED:
-            seen = ", ".join(f"{name} {metrics[name]:.2g}" for name in ("teacher_information", "teacher_entropy"))
-            raise TrainingFailed(
-                f"step {step}: the teacher has collapsed, it says the same of every image ({seen}); training stops. In a new "
-                "--workdir, try a lower --config.base_lr, more --config.warmup_steps, a larger --config.batch, or "
-                "--config.task.centring=sinkhorn"
-            )
-
-    return check
 
 
 def _with_frozen_last_layer(head: Params, frozen: Bool[Array, ""]) -> Params:

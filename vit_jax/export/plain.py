@@ -41,7 +41,7 @@ def plain(function: Callable[[Array], Any], example: jax.ShapeDtypeStruct) -> Ca
 def named(call: Callable, args: Sequence[Any], options: Mapping[str, Any], context: nn.module.InterceptorContext) -> Any:
     """A method of a module, called; of LayerNorm and attention with a name for what it computes."""
     module = context.module
-    if type(module) is nn.LayerNorm and module.use_bias and context.method_name == "__call__":
+    if isinstance(module, nn.LayerNorm) and module.use_bias and context.method_name == "__call__":
         own = module.variables["params"]
         return plain_layer_norm(args[0], own["scale"], own["bias"], module.epsilon).astype(module.dtype)
     if context.method_name == "attend" and _is_softmax(module, mask := options.get("mask")):

@@ -122,7 +122,11 @@ def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, 
     """
     kernels, biases = zip(*(f.parameters(x.shape[-1:]) for f in maps), strict=True)
     x, *parameters = nn.dtypes.promote_dtype(x, *kernels, *biases, dtype=maps[0].dtype)
-    kernels, biases = tuple(parameters[:3]), tuple(parameters[3:])
+    return _project(x, tuple(parameters[:3]), tuple(parameters[3:]))
+
+
+@functools.partial(jax.jit, inline=True)
+def _project(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
     outputs = jax.lax.platform_dependent(x, kernels, biases, cpu=project_one_by_one, default=project_at_once)
     return tuple(checkpoint_name(y, LINEAR) for y in outputs)
 
@@ -162,11 +166,20 @@ def attend(
         raise unknown("kind of attention", kind, KINDS)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    whole = functools.partial(_attend, divisor=math.sqrt(q.shape[-1]) if scale is None else 1 / scale, kind=kind)
-    arrays, kernels = (q, k, v, dropout_mask, mask), {}
-    if (parts := _parts(q, k)) > 1:
+    cudnn = kind == "softmax" and dropout_mask is None and mask is None and _fits_cudnn(q, k)
+    return _attend_by_platform(q, k, v, dropout_mask, mask, scale=scale, kind=kind, parts=_parts(q, k), cudnn=cudnn)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "kind", "parts", "cudnn"), inline=True)  # traced once for all blocks
+def _attend_by_platform(
+    *arrays: Array | None, scale: float | None, kind: str, parts: int, cudnn: bool
+) -> Float[Array, "b n k h"]:
+    """`attend` in so many parts on CPUs, and by cuDNN where it takes the arrays."""
+    whole = functools.partial(_attend, divisor=math.sqrt(arrays[0].shape[-1]) if scale is None else 1 / scale, kind=kind)
+    kernels = {}
+    if parts > 1:
         kernels["cpu"] = functools.partial(_share_out, whole, parts)
-    if kind == "softmax" and dropout_mask is None and mask is None and _fits_cudnn(q, k):
+    if cudnn:
         kernels["cuda"] = functools.partial(_attend_by_cudnn, scale=scale)
     return jax.lax.platform_dependent(*arrays, **kernels, default=whole) if kernels else whole(*arrays)
 
@@ -326,6 +339,7 @@ def _forward(
     return y, (q, k, v, dropout_mask, mask, y, offset, sums)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _backward(
     divisor: float, kind: str, saved: tuple[Array | None, ...], dy: Float[Array, "b n k h"]
 ) -> tuple[Array | None, ...]:

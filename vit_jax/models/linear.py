@@ -63,6 +63,7 @@ def linear(
     return checkpoint_name(unnamed_linear(x, kernel, bias, axes, activation), LINEAR)
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "activation"), inline=True)  # traced once for all blocks
 def unnamed_linear(
     x: Float[Array, "*batch_and_in"],
     kernel: Float[Array, "*in_and_out"],
@@ -92,6 +93,7 @@ def _linear_forward(x, kernel, bias, activation):
     return _linear(x, kernel, bias, activation), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _linear_backward(activation, saved, dy):
     x, kernel = saved
     x, slope = (x, None) if activation is None else _value_and_slope(x, activation)

@@ -65,6 +65,7 @@ def make_update(
     """
 
     functions = (loss,) if accum_steps == 1 or embed is None else (embed, loss_of)
+    norm = jax.jit(optax.tree.norm, inline=True)  # traced once for both
 
     def update(state: State, batch: Batch) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -80,7 +81,7 @@ def make_update(
         grads, metrics = sharpness(mean_grad, state.params, state.step) if sharpness else mean_grad(state.params)
         carry = metrics.pop("carry")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        metrics |= {"grad_norm": norm(grads), "update_norm": norm(updates)}
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else _averaged(state, params, ema_decay)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, carry=carry)

@@ -374,6 +374,21 @@ def test_bytes_that_trickle_in_do_not_hold_us_for_ever(monkeypatch, pieces, said
         refused(f"{url}/x.npz", said, "2 attempts")
 
 
+def test_a_connection_that_comes_too_late_is_not_waited_for(monkeypatch):
+    """Nobody would watch it, however slowly its answer trickles in."""
+    connect = socket.create_connection
+
+    def slowly(*args, **options):
+        time.sleep(0.3)
+        return connect(*args, **options)
+
+    monkeypatch.setattr(hub, "_HEAD", 0.1)
+    monkeypatch.setattr(hub, "_TRIES", 2)
+    monkeypatch.setattr(socket, "create_connection", slowly)
+    with Socket(HEAD + b"X-A: ", b"a", ..., pause=0.02).running() as url:
+        refused(f"{url}/x.npz", "no whole answer came in time", "2 attempts")
+
+
 def test_a_body_without_end_is_given_up_and_thrown_away(cache, monkeypatch):
     monkeypatch.setattr(hub, "_MOST", 1 << 20)
     with Socket(HEAD + b"\r\n", bytes(1 << 16), ...).running() as url:

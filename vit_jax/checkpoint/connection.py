@@ -48,6 +48,9 @@ class Watch:
         """A new connection that is watched."""
         connection = socket.create_connection(*args, **options)
         self._sockets.append(connection.dup())  # TLS takes the other one over
+        if self.has_closed:  # while it was being made, as nobody watches any more
+            connection.close()
+            raise TimeoutError("it took too long to connect")
         return connection
 
     def begin(self) -> None:

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jaxlib
 import pytest
 
-from vit_jax.run.runtime import KNOWN_TO
+from tests.compiling import AS_PINNED
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -38,7 +37,7 @@ def run(folder: Path, rate: float) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.skipif(jaxlib.__version__ not in KNOWN_TO, reason="JAX's functions that get and put programs are others")
+@pytest.mark.skipif(not AS_PINNED, reason="JAX's functions that get and put programs are others")
 def test_a_second_process_loads_ahead_and_runs_what_it_has_traced(tmp_path):
     first, compiled = run(tmp_path, 0.1)
     assert int(compiled) > 0

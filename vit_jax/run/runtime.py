@@ -31,7 +31,7 @@ CPU_FLAGS = {  # name: (value, what it gained)
     "xla_disable_hlo_passes": ("cse_barrier_expander", "temporaries of that step, in less memory by then: 426 MB, not 532"),
 }
 """Flags for machines that have nothing but CPUs."""
-KNOWN_TO = ("0.10.2",)
+KNOWN_TO = ("0.10.2", "0.12.0.1")
 """The versions of jaxlib that were tried: XLA ends the process at a flag that it does not know."""
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

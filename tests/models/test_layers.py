@@ -1,7 +1,6 @@
 """What the models promise besides their numbers: features, dtype, dropout, initial values, symmetries."""
 
 import re
-from functools import partial
 
 import chex
 import jax
@@ -360,47 +359,3 @@ def test_attention_is_left_to_xla_where_cudnn_refuses_and_the_log_says_so(monkey
         assert not attention.cudnn_takes.__wrapped__("bfloat16", 64)
     assert "attention by XLA: cuDNN refused heads of 64 in bfloat16" in caplog.text
     assert not attention.cudnn_takes.__wrapped__("float32", 64)
-
-
-@pytest.mark.parametrize(
-    "name, exact",
-    [
-        ("gelu_tanh", nn.gelu),
-        ("gelu", partial(nn.gelu, approximate=False)),
-        ("quick_gelu", lambda x: x / (1 + jnp.exp(-1.702 * x))),
-    ],
-)
-def test_gelu_and_its_slope_are_exact_everywhere(name, exact):
-    x = jnp.linspace(-20, 20, 4001)
-    y, vjp = jax.vjp(partial(linear.activate, name=name), x)
-    again, slope = linear.ACTIVATIONS[name][1](x)
-    np.testing.assert_allclose(y, exact(x), atol=1e-6)
-    np.testing.assert_allclose(again, y, atol=2e-6)
-    np.testing.assert_allclose(vjp(jnp.ones_like(x))[0], slope)
-    with jax.enable_x64():
-        expected = jax.vmap(jax.grad(exact))(np.asarray(x, np.float64))
-    np.testing.assert_allclose(slope, expected, atol=3e-6)
-
-
-@pytest.mark.parametrize(
-    "inputs, features, activation",
-    [((6,), (10,), "gelu_tanh"), ((6,), (10,), "gelu"), ((6,), (2, 5), None), ((2, 3), (10,), None)],
-)
-def test_linear_is_the_dense_layer_of_flax_after_its_activation(inputs, features, activation):
-    """The same parameters from the same key, the same values and gradients."""
-    x, g = (jax.random.normal(jax.random.key(i), (2, 7, *shape)) for i, shape in enumerate((inputs, features)))
-    init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal()}
-    ours = linear.Linear(features, len(inputs), activation, **init)
-    theirs = nn.DenseGeneral(features, axis=tuple(range(-len(inputs), 0)), **init)
-    params = ours.init(jax.random.key(2), x)
-    chex.assert_trees_all_equal(params, theirs.init(jax.random.key(2), x))
-
-    def expected(params, x):
-        return theirs.apply(params, x if activation is None else nn.gelu(x, approximate=activation == "gelu_tanh"))
-
-    def with_gradients(function, params, x):
-        y, vjp = jax.vjp(function, params, x)
-        return y, vjp(g)
-
-    run = jax.jit(with_gradients, static_argnums=0)
-    chex.assert_trees_all_close(run(ours.apply, params, x), run(expected, params, x), atol=5e-6)

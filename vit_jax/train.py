@@ -49,7 +49,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike) ->
             lower_is_better=evaluators.lower_is_better(every_evaluator, settings.keep_best),
         )
         state, fits_head = _first_state(experiment, checkpointer, directory, stop)
-        done = int(experiment.parallelism.read(state.step))
+        done = checkpointer.latest_step() or 0  # not read from the state, whose parameters may still be drawn
 
         update = make_update(experiment)
         with stop.reading():  # the sizes of images

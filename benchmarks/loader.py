@@ -1,11 +1,12 @@
 """From JPEGs to random crops on the device: images a second of ours, of Pillow and of the reference's tf.data pipeline.
 
-    python -m benchmarks.loader [--tensorflow=/path/to/python] [--cpu] [--photos=64] [--rounds=7] [--seconds=3] [--name=…]
+    python -m benchmarks.loader [--tensorflow=/path/to/python] [--turbojpeg=/path/to/libturbojpeg.so] [--cpu] [--name=…]
 
 The JPEGs are in memory: crops of scikit-learn's photos, 500 x 400 pixels, and 3000 x 2000. `--tensorflow` is an interpreter
-with TensorFlow, which is none of our dependencies. With `--cpu`, for a machine that does other work, too, seconds are those
-of all CPUs, user and system. The last table is about training steps on JPEGs and on data that
-is on the device already. Prints the tables and writes them to benchmarks/results/NAME.md, the data to NAME.json.
+with TensorFlow, which is none of our dependencies, `--turbojpeg` version 3 of a library that the system may have, see
+`vit_jax/data/host/part.py`. With `--cpu`, for a machine that does other work, too, seconds are those of all CPUs, user and
+system; without it the last table is about training steps on JPEGs and on data that is on the device already. Prints the
+tables and writes them to benchmarks/results/NAME.md, the data to NAME.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from benchmarks import side_by_side
 NOTES = {
     "tf.data": "float32",
     "pil": "2 threads, antialiased",
+    "ours, parts": "what a crop needs, by libturbojpeg",
     "ours, kept in memory": "as decoded once before",
     "ours, cache_dir": "the same, from a mapped file",
     "ours, no scaled decoding": "as TensorFlow decodes",
@@ -33,6 +35,7 @@ NOTES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensorflow", help="an interpreter that has it")
+    parser.add_argument("--turbojpeg", help="the file of libturbojpeg 3")
     parser.add_argument("--cpu", action="store_true", help="count seconds of the CPUs, not of the clock; no training")
     parser.add_argument("--photos", type=int, default=64)
     parser.add_argument("--model", default="ViT-B_16")
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="of a turn")
     parser.add_argument("--name", default="loader_cpu", help="of the files in benchmarks/results")
     args = parser.parse_args()
+    parts = {"ours, parts": {"variables": {"VIT_JAX_TURBOJPEG": args.turbojpeg}}} if args.turbojpeg else {}
     tf_data = {"tf.data": {"way": "tf.data", "python": args.tensorflow}} if args.tensorflow else {}
     pil = {"pil": {"way": "pil"}}
     tables, data = [], {}
@@ -49,8 +53,8 @@ def main() -> None:
         large = _write(Path(folder), 3000, 2000, max(1, args.photos // 8))
         kept = {"ours, kept in memory": {"kept": True}, "ours, cache_dir": {"folder": str(Path(folder) / "cache")}}
         loading = {
-            "500 x 400": (small, 64, {"ours": {}} | kept | pil | tf_data),
-            "3000 x 2000": (large, 16, {"ours": {}, "ours, no scaled decoding": {"scaled": False}} | pil | tf_data),
+            "500 x 400": (small, 64, {"ours": {}} | parts | kept | pil | tf_data),
+            "3000 x 2000": (large, 16, {"ours": {}, "ours, no scaled decoding": {"scaled": False}} | parts | pil | tf_data),
         }
         for size, (photos, batch, jobs) in loading.items():
             jobs = {

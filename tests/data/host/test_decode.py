@@ -326,6 +326,15 @@ def test_what_is_no_image(data, message):
         decode(data, exif_rotated=True)
 
 
+def test_scans_are_counted_unless_there_is_surely_one():
+    plain, frame = encode(PHOTO), b"\xff\xc0\x00\x11\x08" + bytes(12)
+    one_scan = [plain, encode(PHOTO.convert("L")), encode(PHOTO, exif=Image.Exif())]
+    more = [encode(PHOTO, progressive=True), plain[:2] + frame + plain[2:], plain[:2] + b"\xff" + plain[2:], plain[:300], b""]
+    scan = plain.index(b"\xff\xda")
+    more.append(plain[: scan + 4] + b"\x01" + plain[scan + 5 :])  # the first scan is of one colour of three
+    assert [decoding._has_one_scan(data) for data in one_scan + more] == [True] * 3 + [False] * 6
+
+
 def test_damaged_bytes_give_an_image_or_an_image_error():
     rng = np.random.default_rng(0)
     for form in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"):

@@ -25,12 +25,16 @@ IGNORED = 255
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image of (h, w), stood upright: a JPEG of which only the header has been read, or pixels at 1 / `factor`."""
+    """An image of (h, w), stood upright: a JPEG of which only the header has been read, or pixels at 1 / `factor`.
+
+    Pixels begin at the (row, column) `start` of the image at this size.
+    """
 
     size: tuple[int, int]
     jpeg: Jpeg | None = None
     pixels: Shaped[np.ndarray, "h2 w2 3"] | None = None
     factor: int = 1
+    start: tuple[int, int] = (0, 0)
 
     @classmethod
     def read(cls, image: bytes | np.ndarray, *, exif_rotated: bool) -> "Picture":
@@ -45,7 +49,7 @@ class Picture:
         return cls(pixels.shape[:2], pixels=pixels)
 
     def decoded(self, views: "Sequence[View]", *, scaled: bool = True) -> "Picture":
-        """The picture with pixels for all the views: decoded once, as large as the most demanding one needs.
+        """The picture with pixels for all the views: decoded once, as far and as large as they need.
 
         With `scaled` a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size at which no view resizes fewer
         pixels than it gets. Windows stay where they are, to a fraction of a pixel. Raises ImageError.
@@ -53,7 +57,9 @@ class Picture:
         if self.pixels is not None:
             return self
         factor = min((view.factor for view in views), default=1) if scaled else 1
-        return dataclasses.replace(self, pixels=self.jpeg.decode(factor), factor=factor)
+        boxes = [self.jpeg.scaled(view.window, factor) for view in views] or [Box(0, 0, *self.size)]
+        pixels, start = self.jpeg.decode_part(boxes, factor)
+        return dataclasses.replace(self, pixels=pixels, factor=factor, start=start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,7 @@ class View:
         picture = Picture.of(picture) if isinstance(picture, np.ndarray) else picture.decoded([self])
         self._check("image", picture.size)
         window = picture.jpeg.scaled(self.window, picture.factor) if picture.factor > 1 else self.window
+        window = window._replace(top=window.top - picture.start[0], left=window.left - picture.start[1])
         pixels = resize(picture.pixels, self.resized, box=window, interpolation=self.interpolation, antialias=self.antialias)
         if self.border:
             pixels = cv2.copyMakeBorder(pixels, *[self.border] * 4, cv2.BORDER_REFLECT_101)

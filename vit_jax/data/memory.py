@@ -136,13 +136,13 @@ class OnDisk(_Kept):
         """Logs what is kept where. UserError if what is missing does not fit on the disk."""
         folder, there = self._folder.parent, len(self._file.written)
         number = f"{len(self):,} training images are kept in {shown(self._folder)}"
-        log.info("data     %s (%.1f GB; %s are there)", number, needed / 1e9, f"{there:,}")
+        log.info("data     %s (%.3g GB; %s are there)", number, needed / 1e9, f"{there:,}")
         if others := sum(x != self._folder and (x / "pixels").is_file() for x in folder.iterdir()):
             log.info("data     %s holds %d more, of other data or versions: delete what is of no use", shown(folder), others)
         more, free = needed * (1 - there / len(self)), shutil.disk_usage(self._folder).free
         if more > free:
             raise UserError(
-                f"config.cache_dir={shown(folder)}: about {more / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Name a"
+                f"config.cache_dir={shown(folder)}: about {more / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free. Name a"
                 " folder on a larger disk, or make images smaller, such as by --config.cache_side=256"
             )
 

@@ -126,6 +126,24 @@ def test_a_program_lowered_on_this_machine_is_the_one_of_its_platform(platform, 
     assert stacked == (platform != "cpu"), "query, key and value by one product"
 
 
+@pytest.mark.parametrize("kind", attention.KINDS)
+def test_attention_in_bfloat16_is_that_of_float32_rounded(kind):
+    """The result and the gradients, by products that a CPU multiplies as they are: each sums over two axes."""
+    q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, 9, 3, 8), "bfloat16")
+
+    def with_gradients(q, k, v, dy):
+        y, vjp = jax.vjp(partial(attention.attend, kind=kind), q, k, v)
+        return y, *vjp(dy)
+
+    run = jax.jit(with_gradients)
+    exact = run(*(x.astype(jnp.float32) for x in (q, k, v, dy)))
+    for rounded, expected in zip(run(q, k, v, dy), exact, strict=True):
+        assert rounded.dtype == jnp.bfloat16
+        assert np.linalg.norm(rounded - expected) < 1e-2 * np.linalg.norm(expected)
+    by_heads = re.findall(r"dot_general.*batching_dims = (.*) x .*contracting_dims = (.*) x ", run.lower(q, k, v, dy).as_text())
+    assert [len(axes.split(",")) for batch, axes in by_heads if batch == "[0, 1]"] == [2] * 7
+
+
 KINDS = {name: {"transformer": fields} for name, fields in small.ATTENTIONS.items()}
 
 

@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from vit_jax.errors import UserError, unknown
-from vit_jax.models.linear import LINEAR, Linear, unnamed_linear
+from vit_jax.models.linear import Linear, project
 from vit_jax.models.norms import make_norm
 from vit_jax.models.positions import rotate
 from vit_jax.models.windows import Windows
@@ -113,32 +112,6 @@ class MultiHeadDotProductAttention(nn.Module):
         if mask is not None:
             raise UserError("attention within windows takes no mask: use attention='softmax'")
         return attend_in_windows(q, k, v, self.windows, drop)
-
-
-def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
-    """Queries, keys and values: on a GPU or TPU by one product, of stacked kernels, as they are better used by a large one.
-
-    On a CPU that is no faster, and the stacks take memory: there by three.
-    """
-    kernels, biases = zip(*(f.parameters(x.shape[-1:]) for f in maps), strict=True)
-    x, *parameters = nn.dtypes.promote_dtype(x, *kernels, *biases, dtype=maps[0].dtype)
-    return _project(x, tuple(parameters[:3]), tuple(parameters[3:]))
-
-
-@functools.partial(jax.jit, inline=True)
-def _project(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
-    outputs = jax.lax.platform_dependent(x, kernels, biases, cpu=project_one_by_one, default=project_at_once)
-    return tuple(checkpoint_name(y, LINEAR) for y in outputs)
-
-
-def project_one_by_one(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
-    """x·kernel + bias for each."""
-    return tuple(unnamed_linear(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
-
-
-def project_at_once(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The same by one product."""
-    return tuple(jnp.moveaxis(unnamed_linear(x, jnp.stack(kernels, axis=1), jnp.stack(biases)), 2, 0))
 
 
 def attend(
@@ -334,7 +307,7 @@ def _forward(
         if mask is not None:
             sums = jnp.where(sums == 0, 1, sums)  # of a query that may look nowhere
     weights = (weights if dropout_mask is None else weights * dropout_mask).astype(v.dtype)
-    y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
+    y = _product(weights, v)
     y = _by_head((y if sums is None else y / sums).astype(v.dtype))
     return y, (q, k, v, dropout_mask, mask, y, offset, sums)
 
@@ -347,17 +320,16 @@ def _backward(
     q, k, v, dropout_mask, mask, y, offset, sums = saved
     ddropout_mask = None if dropout_mask is None else jnp.zeros_like(dropout_mask)  # it is drawn, not learnt
     dropout_mask = None if dropout_mask is None else _transposed(dropout_mask)
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     mean = jnp.einsum("bnkh,bnkh->bkn", dy, y, preferred_element_type=jnp.float32)[..., None, :]
     dy = _by_head(dy)
     logits = _masked(_logits(k, q, divisor), None if mask is None else _transposed(mask)) - _transposed(offset)
     weights = jax.nn.sigmoid(logits) if kind == "sigmoid" else jnp.exp(logits) / _transposed(sums)
-    dweights = matmul(v, _transposed(dy))
+    dweights = _product(v, dy, (3, 3))
     dropped, dweights = (weights, dweights) if dropout_mask is None else (weights * dropout_mask, dweights * dropout_mask)
     dlogits = weights * ((1 - weights) * dweights if kind == "sigmoid" else dweights - mean)
     dmask = None if mask is None or mask.dtype == bool else _sum_to(_transposed(dlogits), mask)
     dlogits = (dlogits / divisor).astype(q.dtype)
-    gradients = matmul(_transposed(dlogits), k), matmul(dlogits, q), matmul(dropped.astype(q.dtype), dy)
+    gradients = _product(dlogits, k, (2, 2)), _product(dlogits, q), _product(dropped.astype(q.dtype), dy)
     return *(_by_head(x.astype(q.dtype)) for x in gradients), ddropout_mask, dmask
 
 
@@ -365,7 +337,16 @@ _attend.defvjp(_forward, _backward)
 
 
 def _logits(q: Float[Array, "b k n h"], k: Float[Array, "b k m h"], divisor: float) -> Float[Array, "b k n m"]:
-    return jnp.matmul(q * (1 / divisor), _transposed(k), preferred_element_type=jnp.float32)
+    return _product(q * (1 / divisor), k, (3, 3))
+
+
+def _product(x: Array, y: Array, axes: tuple[int, int] = (3, 2)) -> Float[Array, "b k n m"]:
+    """The sum of x·y over an axis of each, in float32. XLA's CPUs convert bfloat16 unless they sum over two: one has size 1."""
+    if x.dtype == jnp.bfloat16:
+        sums, x, y = [(2, axis + 1) for axis in axes], x[:, :, None], y[:, :, None]
+        return jax.lax.dot_general(x, y, (sums, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    x, y = (x if axes[0] == 3 else _transposed(x)), (y if axes[1] == 2 else _transposed(y))
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def _masked(logits: Float[Array, "b k n m"], mask: Mask | None) -> Float[Array, "b k n m"]:

@@ -52,6 +52,32 @@ class Linear(nn.Module):
         return kernel, self.param("bias", self.bias_init, self.features) if self.use_bias else jnp.zeros(self.features)
 
 
+def project(x: Float[Array, "b n d"], maps: list[Linear]) -> tuple[Float[Array, "b n k h"], ...]:
+    """Queries, keys and values: on a GPU or TPU by one product, of stacked kernels, as they are better used by a large one.
+
+    On a CPU that is no faster, and the stacks take memory: there by three.
+    """
+    kernels, biases = zip(*(f.parameters(x.shape[-1:]) for f in maps), strict=True)
+    x, *parameters = nn.dtypes.promote_dtype(x, *kernels, *biases, dtype=maps[0].dtype)
+    return _project(x, tuple(parameters[:3]), tuple(parameters[3:]))
+
+
+@functools.partial(jax.jit, inline=True)
+def _project(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+    outputs = jax.lax.platform_dependent(x, kernels, biases, cpu=project_one_by_one, default=project_at_once)
+    return tuple(checkpoint_name(y, LINEAR) for y in outputs)
+
+
+def project_one_by_one(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x·kernel + bias for each."""
+    return tuple(unnamed_linear(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
+
+
+def project_at_once(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The same by one product."""
+    return tuple(jnp.moveaxis(unnamed_linear(x, jnp.stack(kernels, axis=1), jnp.stack(biases)), 2, 0))
+
+
 def linear(
     x: Float[Array, "*batch_and_in"],
     kernel: Float[Array, "*in_and_out"],

@@ -36,10 +36,12 @@ def images_and_labels(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(e: experiments.Experiment, params: Any, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-    """The class token and label of all examples, computed in one piece."""
+    """The class token and label of all examples, computed in float64, in which the order of sums does not matter."""
     images, labels = images_and_labels(source)
-    found = jax.jit(lambda p, x: e.task.model.module.apply({"params": p}, x, method="features")["cls"])(params, images)
-    return np.asarray(found), labels
+    with jax.enable_x64():
+        exact, params = e.task.model.module.clone(dtype="float64"), jax.tree.map(np.float64, params)
+        found = jax.jit(lambda p, x: exact.apply({"params": p}, x, method="features")["cls"])(params, np.float64(images))
+        return np.asarray(found), labels
 
 
 def logits(e: experiments.Experiment, params: Any, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ def test_features_are_those_of_all_examples_in_order(batch, parallelism, tmp_pat
     found, labels = passes.make_features(e)(e.parallelism.place(params), e.test_source)
     expected, truth = small.features(e, params, e.test_source)
     assert found.shape == (37, 16) and found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=2e-6)  # float32; batches of another size are summed in another order
+    np.testing.assert_allclose(found, expected, atol=2e-6)
     np.testing.assert_array_equal(labels, truth)
 
 

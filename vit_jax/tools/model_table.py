@@ -45,22 +45,22 @@ def image_size(name: str) -> int:
 def parameters(name: str) -> int:
     """How many numbers a model has with a head for 1,000 classes.
 
-    All blocks are alike: two shallow models tell how much one takes, which is faster than to build a deep one.
+    All blocks are alike: a model of one tells how much each takes, which is faster than to build a deep one.
     """
     import jax
+    from flax.traverse_util import flatten_dict
 
     from vit_jax import models
     from vit_jax.models import zoo
 
-    def count(depth: int) -> int:
-        fields = {"num_blocks": depth} if name in zoo.MIXER else {"transformer": {"num_layers": depth}}
-        model = models.get_model(name, num_classes=CLASSES, **fields)
-        image = jax.ShapeDtypeStruct((1, image_size(name), image_size(name), 3), "float32")
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), image)))
-
-    depth = zoo.MIXER[name]["num_blocks"] if name in zoo.MIXER else zoo.VIT[name]["transformer"]["num_layers"]
-    one, two = count(1), count(2)
-    return one + (depth - 1) * (two - one)
+    is_mixer = name in zoo.MIXER
+    model = models.get_model(name, num_classes=CLASSES, **{"num_blocks": 1} if is_mixer else {"transformer": {"num_layers": 1}})
+    image = jax.ShapeDtypeStruct((1, image_size(name), image_size(name), 3), "float32")
+    shapes = flatten_dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"], sep="/")
+    sizes = {path: math.prod(x.shape) for path, x in shapes.items()}
+    first = "MixerBlock_0/" if is_mixer else "Transformer/encoderblock_0/"
+    depth = zoo.MIXER[name]["num_blocks"] if is_mixer else zoo.VIT[name]["transformer"]["num_layers"]
+    return sum(sizes.values()) + (depth - 1) * sum(size for path, size in sizes.items() if path.startswith(first))
 
 
 def runs_on(name: str) -> str:

@@ -123,7 +123,10 @@ def _linear_forward(x, kernel, bias, activation):
 def _linear_backward(activation, saved, dy):
     x, kernel = saved
     x, slope = (x, None) if activation is None else _value_and_slope(x, activation)
-    dkernel = product(x[None], dy[None], (0, 1), (0, 1))  # XLA's CPUs sum over one axis in front in float32 only
+    if x.dtype == jnp.bfloat16:  # XLA's CPUs convert it to float32 where they sum over one axis in front
+        dkernel = product(x[None], dy[None], (0, 1), (0, 1))
+    else:
+        dkernel = product(x, dy, (0,), (0,))
     dbias = dy.reshape(dy.shape[0], -1).sum(0).reshape(dy.shape[1:])  # of a matrix XLA sums the columns faster
     # on a CPU the scheduler would put these off to the end, and keep x and dy until then
     dkernel, dbias, dy = jax.lax.platform_dependent(

@@ -123,10 +123,7 @@ def _linear_forward(x, kernel, bias, activation):
 def _linear_backward(activation, saved, dy):
     x, kernel = saved
     x, slope = (x, None) if activation is None else _value_and_slope(x, activation)
-    if x.dtype == jnp.bfloat16:  # XLA's CPUs convert it to float32 where they sum over one axis in front
-        dkernel = product(x[None], dy[None], (0, 1), (0, 1))
-    else:
-        dkernel = product(x, dy, (0,), (0,))
+    dkernel = product(x, dy, (0,), (0,))
     dbias = dy.reshape(dy.shape[0], -1).sum(0).reshape(dy.shape[1:])  # of a matrix XLA sums the columns faster
     # on a CPU the scheduler would put these off to the end, and keep x and dy until then
     dkernel, dbias, dy = jax.lax.platform_dependent(
@@ -145,14 +142,18 @@ def product(
 ) -> Float[Array, "*rest"]:
     """The sum of x·y over these axes, in their dtype.
 
-    XLA for CPUs multiplies numbers in bfloat16 (by AMX or AVX512-BF16) if the sum is asked for in float32. If not, jaxlib
-    0.10 converts both to float32 first, which takes 5 times as long.
+    XLA for CPUs multiplies numbers in bfloat16 (by AMX or AVX512-BF16) if the sum is asked for in float32, and is not over a
+    single axis in front, beside which another one of size 1 is put. If not, jaxlib 0.10 converts both to float32 first, which
+    takes 5 times as long.
     """
     dot = functools.partial(jax.lax.dot_general, dimension_numbers=((axes_of_x, axes_of_y), ((), ())))
     if x.dtype != jnp.bfloat16:
         return dot(x, y)
 
     def rounded(x: Array, y: Array) -> Array:
+        if axes_of_x == axes_of_y == (0,):
+            sums, x, y = (((0, 1), (0, 1)), ((), ())), x[None], y[None]
+            return jax.lax.dot_general(x, y, sums, preferred_element_type=jnp.float32).astype(x.dtype)
         return dot(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, y, cpu=rounded, default=dot)

@@ -1,6 +1,7 @@
 """Learning-rate schedules and optimisers."""
 
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -107,11 +108,20 @@ def make_optimizer(
     for option in options:
         if option not in known:
             raise unknown(f"option of the optimizer {name}", option, known)
-    clip = [optax.clip_by_global_norm(grad_norm_clip)] if grad_norm_clip else []
+    clip = [optax.stateless(functools.partial(_clipped, grad_norm_clip))] if grad_norm_clip else []
     steps = OPTIMIZERS[name](weight_decay, dtype, **options)
     optimizer = optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
     groups = [_scale_groups(lr_factors, layer_decay, num_layers)] if lr_factors or layer_decay is not None else []
     return optax.chain(*clip, optimizer, *groups)
+
+
+def _clipped(largest: float, grads: Tree, params: Tree) -> Tree:
+    """g · largest / max(largest, ‖g‖), with the norm of all together.
+
+    optax's `clip_by_global_norm` divides every number by the norm: XLA keeps the quotients, a second copy of the gradient.
+    """
+    factor = largest / jnp.maximum(largest, optax.tree.norm(grads))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
 
 # The optimisers: a function each from (weight_decay, dtype of the first moment, options) to what precedes the rate.

@@ -77,6 +77,12 @@ def test_probabilities_are_those_of_predict_in_batches_of_any_size(served):
     assert {x["label"] for x in results[0]["predictions"]} == set(models.CLASSES)
 
 
+def test_a_wrong_address_or_method_names_the_right_one(served):
+    _, client = served
+    for answer, status in ((client.post("/predict"), 404), (client.get("/v1/predict"), 405)):
+        assert answer.status_code == status and "POST /v1/predict takes images" in answer.json()["error"]
+
+
 def test_clients_at_the_same_time_share_batches_and_get_their_own_answers(served, monkeypatch):
     service, client = served
     compute, sizes = service.model.compute, []

@@ -118,4 +118,5 @@ def _always(response: Response):
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    wanted = "POST /v1/predict takes images, GET /docs tells of all addresses"
+    return _json({"error": f"{error.detail}: {wanted}"}, error.status_code, dict(error.headers or {}))

@@ -221,7 +221,7 @@ def test_a_later_call_continues_the_part(cache, site, monkeypatch, validator):
     site.etag, site.modified = ('"one"', None) if validator == "etag" else ('W/"weak"', "Sat, 01 Aug 2026 00:00:00 GMT")
     site.cuts, site.statuses = [100_000], []
     with monkeypatch.context() as patch:
-        patch.setattr(hub.time, "sleep", lambda _: site.statuses.append(503))  # after the cut the server goes down
+        patch.setattr(hub, "_pause", lambda _: site.statuses.append(503))  # after the cut the server goes down
         refused(site.url + "/bucket/model.npz", "503 Service Unavailable", place(cache, site), "continues the 100,000 bytes")
     assert left(place(cache, site).parent) == ["model.npz.part", "model.npz.part.json"]
     site.asked.clear()
@@ -237,7 +237,7 @@ def test_a_file_that_changed_between_the_parts_is_not_glued(site, monkeypatch, k
     def change(_):
         site.files["/bucket/model.npz"], site.etag = other, '"two"'
 
-    monkeypatch.setattr(hub.time, "sleep", change)
+    monkeypatch.setattr(hub, "_pause", change)
     site.knows_if_range, site.cuts = knows_if_range, [100_000]
     assert fetched(site).read_bytes() == other
     assert site.asked[:2] == [None, "bytes=100000-"]
@@ -436,7 +436,7 @@ def test_a_part_is_not_continued_by_an_answer_without_a_validator(cache, site, m
     def change(_):
         site.files["/bucket/model.npz"], site.etag = other, None
 
-    monkeypatch.setattr(hub.time, "sleep", change)
+    monkeypatch.setattr(hub, "_pause", change)
     site.knows_if_range, site.cuts = False, [100_000]
     assert fetched(site).read_bytes() == other and site.asked == [None, "bytes=100000-", None]
 

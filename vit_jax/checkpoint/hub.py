@@ -139,7 +139,11 @@ def _persist(url: str, target: Path, part: Path) -> None:
                     tried = f"{_TRIES} attempts" if failures >= _TRIES else f"{seconds / 3600:.0f} hours"
                     raise UserError(f"{url} could not be downloaded: {e} ({tried}). {_by_hand(target)}{kept}") from e
                 log.info("%s: %s; trying again", url, e)
-                time.sleep(_PAUSE * 2**failures)
+                _pause(failures)
+
+
+def _pause(failures: int) -> None:
+    time.sleep(_PAUSE * 2**failures)
 
 
 def _attempt(url: str, target: Path, part: Path, bar: tqdm) -> None:

@@ -81,6 +81,7 @@ def test_maps_from_python_are_those_of_the_images(place):
         (["a.jpg"], "images and --out=DIR go together"),
         (["--out=here", "--position=p.png"], "images and --out=DIR go together"),
         (["--position=p.jpg"], "--position=p.jpg must end with .png"),
+        (["a.jpg", "--out=here.png"], "--out=here.png must be a folder, to which a picture of each image is written"),
         (["a.jpg", "--out=here", "--discard=1"], "--discard=1.0 must be from 0 to below 1"),
         (["photos", "--out=here", "--class=bare"], "unknown class 'bare': did you mean bear?"),
         (["photos", "--out=here", "--class=5"], "class 5: there are 5 classes, numbered from 0"),

@@ -63,6 +63,13 @@ def test_a_recipe_that_takes_an_argument_says_in_which_forms():
         assert all(re.fullmatch(r"[\w,]+", form) for form in recipe.arguments), recipe.arguments
 
 
+def test_a_recipe_is_told_in_the_words_that_were_typed(capsys):
+    assert vit_jax("recipes", "photos") == 0
+    text = capsys.readouterr().out
+    assert "\n    vit-jax train --workdir=runs/photos --config=photos:path/to/photos,quick" in text
+    assert "python -m" not in text
+
+
 def test_help_of_a_recipe_lists_its_fields(capsys):
     assert vit_jax("train", "--config=pretrain:micro4,digits", "--config.batch=8", "--help") == 0
     text = capsys.readouterr().out

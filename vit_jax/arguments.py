@@ -34,10 +34,14 @@ def program() -> str:
 
 def spelled(doc: str) -> str:
     """A docstring with its command lines indented, and as they are typed here: `vit-jax predict` where that was used."""
-    doc = re.sub(r"^ *(?=python -m |vit-jax )", "    ", doc.strip(), flags=re.MULTILINE)
+    return as_typed(re.sub(r"^ *(?=python -m |vit-jax )", "    ", doc.strip(), flags=re.MULTILINE))
+
+
+def as_typed(text: str) -> str:
+    """A text whose `python -m vit_jax.predict` is `vit-jax predict` where that was used."""
     if not program().startswith("vit-jax"):
-        return doc
-    return re.sub(r"python -m vit_jax\.(\w+)", lambda m: f"vit-jax {m[1].replace('main', 'train').replace('_', '-')}", doc)
+        return text
+    return re.sub(r"python -m vit_jax\.(\w+)", lambda m: f"vit-jax {m[1].replace('main', 'train').replace('_', '-')}", text)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -67,3 +71,11 @@ def output_file(path: str, suffixes: Sequence[str], option: str = "--out") -> Pa
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise UserError(f"{option}={path}: nothing can be written in {file.parent}")
     return file
+
+
+def output_folder(path: str, option: str) -> Path:
+    """The folder for pictures that an option names. UserError for a file, or what is named as one."""
+    folder = Path(path).expanduser()
+    if folder.is_file() or (not folder.is_dir() and folder.suffix.lower() in (".png", ".jpg", ".jpeg")):
+        raise UserError(f"{option}={path} must be a folder, to which a picture of each image is written")
+    return folder

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.filters:
         _write(look.filters_picture(look.filters(loaded)), args.filters)
     options = {"target": args.target, "fuse": args.heads, "discard": args.discard}
-    outs = [Path(args.out).expanduser() / f"{i}_{path.stem}.png" for i, path in enumerate(paths)]
+    outs = [args.out / f"{i}_{path.stem}.png" for i, path in enumerate(paths)]
     drawn = [_draw(loaded, path, out, options, layers=args.layers) for path, out in zip(paths, outs, strict=True)]
     if failures := drawn.count(False):
         print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
@@ -79,6 +79,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("there is nothing to draw: name images and --out=DIR, or --position=PNG or --filters=PNG")
     if bool(args.images) != bool(args.out):
         raise UserError("images and --out=DIR go together: the folder is where their pictures are written")
+    if args.out:
+        args.out = arguments.output_folder(args.out, "--out")
     if not 0 <= args.discard < 1:
         raise UserError(f"--discard={args.discard} must be from 0 to below 1, such as 0.9")
     if args.templates is not None and args.labels is None:

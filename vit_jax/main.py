@@ -13,6 +13,7 @@ import traceback
 from absl import flags
 
 from vit_jax import overrides
+from vit_jax.arguments import as_typed
 from vit_jax.errors import UserError, importing, leave_at_once, say, unknown
 from vit_jax.files import COMPILED_PROGRAMS
 
@@ -35,7 +36,7 @@ def main() -> None:
     for flag, value in (("workdir", _WORKDIR.value), ("config", config)):
         if value is None:
             usage = "python -m vit_jax.main --workdir=DIR --config=FILE[:ARG] [--config.field=value …]"
-            raise UserError(f"--{flag} is missing. Command line: {usage}")
+            raise UserError(f"--{flag} is missing. Command line: {as_typed(usage)}")
     trainer = config.get("trainer", "train")
     if trainer not in TRAINERS:
         raise unknown("config.trainer", trainer, TRAINERS)

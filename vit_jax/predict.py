@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bo
     args = _parser(doc, by_labels).parse_args(argv)
     if args.templates is not None and args.labels is None:
         raise UserError(f"--templates={args.templates} needs --labels, which are put into them")
+    draw = args.draw and arguments.output_folder(args.draw, "--draw")
     labels = None if args.labels is None else prompts.read_labels(args.labels)
     templates = prompts.read_templates("none" if args.templates is None else args.templates)
     if args.batch < 1 or (args.top is not None and args.top < 1):
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None, *, doc: str = __doc__, by_labels: bo
     for path, image, outputs in _predicted(loaded, paths):
         prediction = show(outputs, image.shape[:2])
         _print(path, prediction.json if args.json else prediction.text, width=width)
-        if args.draw:
-            _draw(Path(args.draw).expanduser(), f"{count}_{path.stem}", image, prediction)
+        if draw:
+            _draw(draw, f"{count}_{path.stem}", image, prediction)
         if truth:
             answers[path] = outputs["probabilities"]
         count += 1

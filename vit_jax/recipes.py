@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from vit_jax.arguments import parser
+from vit_jax.arguments import as_typed, parser
 from vit_jax.errors import UserError, command, did_you_mean, near
 
 PACKAGE = "configs"
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in table:
         raise UserError(f"unknown recipe {name!r}: {did_you_mean(near(name, table)) or 'vit-jax recipes lists them'}")
-    print(table[name].doc)
+    print(as_typed(re.sub(rf"--config={PACKAGE}/(\w+)\.py", r"--config=\1", table[name].doc)))
     return 0
 
 

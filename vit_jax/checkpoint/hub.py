@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from tqdm import tqdm
 
+from vit_jax.arguments import as_typed
 from vit_jax.checkpoint import connection, readers
 from vit_jax.errors import UserError, printable
 
@@ -300,7 +301,7 @@ def _by_hand(target: Path) -> str:
 
 
 def _ask_for(source: str) -> str:
-    return f"If you trust it, fetch it once:\n  python -m vit_jax.inspect {source}"
+    return f"If you trust it, fetch it once:\n  {as_typed('python -m vit_jax.inspect')} {source}"
 
 
 def _fetch_repository(rest: str, online: bool) -> Path:

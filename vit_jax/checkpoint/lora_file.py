@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.arguments import as_typed
 from vit_jax.checkpoint import describe, npz
 from vit_jax.checkpoint.describe import Description
 from vit_jax.checkpoint.opened import Opened
@@ -72,7 +73,7 @@ def base_of(source: str | os.PathLike, opened: Opened, params: Mapping[str, Any]
 
 def no_base(path: Path) -> UserError:
     """The error for a base that is an adapter itself."""
-    command = f"python -m vit_jax.convert {path} MERGED.npz --to=npz"
+    command = as_typed(f"python -m vit_jax.convert {path} MERGED.npz --to=npz")
     return UserError(f"{path} is a LoRA adapter, and another one cannot build on it: merge it first\n  {command}")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import checkpoint
+from vit_jax.arguments import as_typed
 from vit_jax.checkpoint import describe, lora_file, token_files
 from vit_jax.checkpoint.describe import Description
 from vit_jax.optimize import parallel, trainable
@@ -41,7 +42,7 @@ def write_model(experiment: Experiment, path: Path, state: State, step: int, met
         token_files.copy(file, path.with_name(file.name))
     if path.stem == "model":
         labels = "" if experiment.task.tokenize is None else " --labels='a LABEL,another'"
-        log.info("use it   python -m vit_jax.predict --model=%s%s IMAGE…", path.parent, labels)
+        log.info("use it   %s --model=%s%s IMAGE…", as_typed("python -m vit_jax.predict"), path.parent, labels)
 
 
 def _write_adapter(experiment: Experiment, path: Path, trained: Any, frozen: Any, described: Description) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax.arguments import parser
+from vit_jax.arguments import as_typed, parser
 from vit_jax.errors import command
 
 FEW = 10
@@ -115,7 +115,7 @@ def _summary(root: str, seconds: float) -> None:
         expected = f"{EXPECTED:.0%} with all labels, {100 * EXPECTED_GAIN:.0f} more with few"
         print(f"That is less than expected ({expected}): please report it.")
     print(f"\n{seconds:.0f} s in all. Next, your own photos, one folder a class (see README.md):")
-    print("  python -m vit_jax.main --workdir=runs/photos --config=photos:PHOTOS --config.pretrained=SOURCE")
+    print(as_typed("  python -m vit_jax.main --workdir=runs/photos --config=photos:PHOTOS --config.pretrained=SOURCE"))
 
 
 def _last(path: Path, name: str) -> float:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
@@ -94,6 +95,16 @@ def test_no_flag_for_another_compiler_or_another_device(version, platforms, monk
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     runtime.set_xla_flags()
     assert "XLA_FLAGS" not in os.environ
+
+
+def test_a_barrier_in_a_tiny_loop_does_not_end_the_process():
+    """As XLA's does that is told to keep barriers and compiles such a loop as one function, see `runtime.CPU_FLAGS`."""
+
+    def step(x, _):
+        x, twice = jax.lax.optimization_barrier((x, 2 * x))
+        return x + twice, None
+
+    assert jax.jit(lambda x: jax.lax.scan(step, x, length=4)[0])(jnp.ones(3)).tolist() == [81, 81, 81]
 
 
 def test_the_least_recently_used_programs_make_room(tmp_path):

@@ -16,6 +16,7 @@ from vit_jax import fit_head, predictor
 from vit_jax.data.host.decode import ImageError
 from vit_jax.errors import UserError
 from vit_jax.run import experiment as experiments
+from vit_jax.run import progress, start
 from vit_jax.settings import Settings
 from vit_jax.train import train_and_evaluate
 
@@ -146,6 +147,17 @@ def test_a_quick_run_leaves_a_model_with_scikit_learns_head(base, quick):
     skipping = dataclasses.replace(e, settings=dataclasses.replace(e.settings, bad_images="skip"))
     example = fit_head.make_view(skipping)(fit_head.View(gone, 1, skip=True)[3], exif_rotated=False)
     assert not example["decoded"] and not example["image"].any() and example.keys() == seen[0][0].keys()
+
+
+def test_images_far_larger_than_the_checkpoint_has_seen_are_warned_of(base, caplog):
+    for crop, said in ((32, 0), (40, 1)):
+        c = config(base)
+        c.pp.crop = crop
+        settings = Settings.from_config(c)
+        caplog.clear()
+        progress.log_setup(experiments.build(settings, origin=start.find_origin(settings)))
+        assert caplog.text.count("40x40 pixels are 25 times as many as the checkpoint was trained on") == said
+        assert caplog.text.count("--config.pp.crop=8 is its own size") == said
 
 
 def test_a_run_that_is_killed_while_it_fits_comes_to_the_same_bits(base, quick, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from vit_jax.tasks.task import TrainingFailed
 log = logging.getLogger("vit_jax")
 
 _WRITTEN_ONLY = ("grad_norm", "update_norm")  # metrics of the step itself, which only metrics.jsonl and TensorBoard get
+_MUCH_LARGER = 16  # times as many pixels as a checkpoint has seen
 _LONG = 300.0  # seconds from which on it is told what would take less
 _VIEWS, _FORWARD = 2, 1 / 3  # of each image; a forward pass as part of a training step's work
 _QUICK = "--config=photos:FOLDER,quick, or --config.head_fit.views=2 --config.total_steps=0, in another --workdir"
@@ -48,6 +49,10 @@ def log_setup(experiment: Experiment) -> None:
         if patch and any(length % p for length, p in zip(canvas, patch, strict=True)):
             size = "x".join(map(str, canvas))
             log.warning("%s pixels are no multiple of patches of %s: the right and lower edge are cut off", size, patch)
+    if experiment.origin and (own := experiment.origin.image_size):
+        if (times := math.prod(settings.image_size) / math.prod(own)) > _MUCH_LARGER:
+            message = "%dx%d pixels are %.0f times as many as the checkpoint was trained on, and take as much longer"
+            log.warning(f"{message}: --config.pp.crop=%d is its own size", *settings.image_size, times, max(own))
 
     train, test = experiment.train_source, experiment.test_source
     sizes = f"{len(train):,} images of {settings.pp.train}, {len(test):,} of {settings.pp.test}"

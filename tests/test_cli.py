@@ -158,6 +158,18 @@ def test_a_model_that_is_not_there_is_said_to_be_so_and_where_published_ones_are
         assert words in capsys.readouterr().err
 
 
+def test_an_option_of_another_command_tells_where_those_of_this_one_are(capsys):
+    assert vit_jax("evaluate", "--model=runs/a") == 2
+    assert "flag 'model': `vit-jax evaluate --help` lists those that there are" in capsys.readouterr().err
+
+
+def test_a_mistyped_folder_is_suggested(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert vit_jax("train", "--workdir=a", "--config=small_data:micro4,photo", "--config.tfds_data_dir=tfds") == 2
+    assert "photo is no folder here" in (error := capsys.readouterr().err) and "did you mean the folder photos" in error
+
+
 def test_photos_without_a_model_to_start_from_tells_which_there_are(tmp_path, capsys):
     assert vit_jax("train", f"--workdir={tmp_path / 'run'}", f"--config=photos:{tmp_path}") == 2
     error = capsys.readouterr().err

@@ -57,7 +57,7 @@ SPEED = f"--config={CONFIGS / 'inference_time.py'}"
             f"--config={CONFIGS}/transfr.py: no such file or recipe: did you mean transfer or {CONFIGS}",
         ),
         ([f"{SPEED}:b16"], f"flag {SPEED}:b16: get_config() takes 0 positional arguments but 1 was given"),
-        ([], "--config is missing. Command line: python -m vit_jax.main --workdir=DIR --config=FILE"),
+        ([], "--config is missing. Command line: vit-jax train --workdir=DIR --config=FILE"),
         ([VIT, "--config.trainer=trian"], "unknown config.trainer 'trian': did you mean train"),
         ([VIT, "evaluate"], "unexpected arguments evaluate: options begin with --"),
         ([VIT, "--wrokdir=a"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
@@ -80,7 +80,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(args, message, tmp_path, capsys):
 
 def test_a_missing_workdir_is_one_line_and_exit_code_2(capsys):
     assert run(VIT) == 2
-    assert capsys.readouterr().err.startswith("error: --workdir is missing. Command line: python -m vit_jax.main")
+    assert capsys.readouterr().err.startswith("error: --workdir is missing. Command line: vit-jax train")
 
 
 def test_a_process_of_its_own_shows_no_traceback_either(tmp_path):

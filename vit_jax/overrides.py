@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from vit_jax import recipes
-from vit_jax.arguments import spelled
+from vit_jax.arguments import program, spelled
 from vit_jax.errors import UserError, command
 from vit_jax.fields import unknown_field
 
@@ -47,6 +47,9 @@ def parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError):  # an override of a field that does not exist, or a fault of the recipe
         config = flags.FLAGS["config"].parser.parse(recipe)
         raise _unknown_field(argv, config) from None
+    except flags.UnrecognizedFlagError as e:
+        others = "" if "Did you mean" in str(e) else f": `{program()} --help` lists those that there are"
+        raise UserError(f"{e}{others}") from e
     except (flags.Error, ImportError, SyntaxError, TypeError, ValueError) as e:
         raise UserError(_last_words(str(e))) from e
     if len(rest) > 1:

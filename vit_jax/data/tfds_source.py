@@ -15,7 +15,7 @@ import numpy as np
 from vit_jax.data import segmentation
 from vit_jax.data.features import Boxes, Image, Label, Labels, Segmentation, Source, digest
 from vit_jax.data.host.decode import ImageError, header_size
-from vit_jax.errors import UserError, did_you_mean, near
+from vit_jax.errors import UserError, did_you_mean, near, printable
 
 _NAME = re.compile(r"(\w+)(?:/([\w+\-.]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")  # dataset/config:version
 MASKS = {"oxford_iiit_pet": segmentation.Classes(("pet", "background", "border"), reduce_zero_label=True)}
@@ -235,9 +235,12 @@ def _prepare(name: str, root: Path, manual_dir: str | None) -> Path:
     base = name.split("/")[0].split(":")[0]
     if base not in (known := tfds.list_builders(with_community_datasets=False)):
         part = [other for other in known if len(base) > 2 and base.lower() in other]  # flowers: oxford_flowers102
-        meant = dict.fromkeys([*near(base, known, cutoff=0.75), *part][:3])
+        folders = near(name, [path.name for path in Path().iterdir() if path.is_dir()], cutoff=0.75, most=2)
+        meant = dict.fromkeys([f"the folder {printable(x)}" for x in folders] + [*near(base, known, cutoff=0.75), *part][:3])
         hint = did_you_mean(list(meant)) or "tfds.list_builders() lists the names it knows."
-        raise UserError(f"{_not_prepared(name, root)}, and tfds does not know how to prepare {base!r}: {hint}")
+        raise UserError(
+            f"{name} is no folder here; {_not_prepared(name, root)}, and tfds does not know how to prepare {base!r}: {hint}"
+        )
     by_hand = "A dataset whose archives must be fetched by hand, such as imagenet2012, needs config.tfds_manual_dir"
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(

@@ -49,6 +49,27 @@ def test_classes_of_any_name_are_drawn(monkeypatch):
     assert preview.preview(recipe(), rows=8, columns=1).height == 8 * (SIDE + preview.LINE + preview.GAP) + preview.GAP
 
 
+def test_bad_images_are_passed_over_if_so_asked(tmp_path):
+    files = [tmp_path / split / "ab"[i % 2] / f"{i}.png" for split in ("train", "test") for i in range(8)]
+    for i, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)).save(file)
+
+    def first(rows, **more):
+        config = tiny.config(dataset=str(tmp_path), pp_train="train", pp_test="test", pp_area=(1.0, 1.0), **more)
+        return cells(preview.preview(Settings.from_config(config), rows=rows, columns=1))
+
+    for file in files[:5]:
+        file.write_bytes(b"no image")
+    assert set(first(3, bad_images="skip")[..., 0].ravel()) == {50, 60, 70}
+    with pytest.raises(UserError, match="not a known image"):
+        first(8)
+    for file in files:
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="not a known image"):
+        first(3, bad_images="skip")
+
+
 def test_every_draw_is_another_and_the_seed_repeats_it():
     settings = recipe(erasing=1.0)
     drawn = cells(preview.preview(settings, rows=3, columns=5))

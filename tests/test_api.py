@@ -35,6 +35,12 @@ def test_importing_the_package_takes_no_time_and_touches_no_device():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_what_a_notebook_shows_of_a_model_and_a_prediction_is_short(model):
+    assert repr(model).endswith("parameters, images of 8x8 pixels, 10 classes: 0, 1, 2, …>")
+    assert len(repr(model)) < 300 and len(repr(model.predictor)) < 3000
+    assert "array" not in repr(model.predict(np.zeros((8, 8, 3), np.uint8)))
+
+
 def test_one_image_gives_a_prediction_and_a_list_gives_a_list(model):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 30, 20, 3), np.uint8)
     one, several = model.predict(pixels[0], top=3), model.predict([Image.fromarray(x) for x in pixels], top=3)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -31,7 +32,7 @@ class Prediction:
     """
 
     answers: dict[str, Any]
-    outputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray] = dataclasses.field(repr=False)
     picture: Image.Image | None
     text: str = dataclasses.field(repr=False)
 
@@ -44,6 +45,16 @@ class Model:
     """A trained model of any task. Images are paths, encoded bytes, PIL images or arrays of 0..255, one or several."""
 
     predictor: predictor.Predictor
+
+    def __repr__(self) -> str:
+        described, names = self.predictor.description, self.class_names
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        facts = [f"{described.model_name or described.model_type} of {self.predictor.source}", f"{count:,} parameters"]
+        if self.image_size:
+            facts.append(f"images of {'x'.join(map(str, self.image_size))} pixels")
+        if names:
+            facts.append(f"{len(names):,} classes: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+        return f"<{', '.join(facts)}>"
 
     @property
     def params(self) -> Params:

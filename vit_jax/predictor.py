@@ -42,12 +42,12 @@ class Predictor:
     model looks is shown of all.
     """
 
-    task: Task
-    params: Params
+    task: Task = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
     description: Description
     source: str = "the model"
     batch_size: int = 8
-    open_tokenizer: Callable[[], Tokenizer] | None = None
+    open_tokenizer: Callable[[], Tokenizer] | None = dataclasses.field(default=None, repr=False)
     tome: int = 0
 
     @property

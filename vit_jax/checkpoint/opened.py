@@ -1,7 +1,7 @@
 """A checkpoint that has been read, whatever it was: parameters under our names, and a description of the model."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flax.traverse_util import unflatten_dict
@@ -24,7 +24,7 @@ class Opened:
 
     path: Path
     family: str
-    flat: Flat
+    flat: Flat = field(repr=False)
     description: Description
 
     def image_tower(self) -> "Opened":

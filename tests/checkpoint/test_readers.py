@@ -204,6 +204,9 @@ def test_the_file_in_a_folder_is_chosen(tmp_path, files, chosen):
 
 def test_a_folder_without_a_choice_is_refused(tmp_path):
     refused(tmp_path, "holds no parameter file", "model.safetensors", "*.npz")
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "model.npz")
+    refused(tmp_path, "holds no parameter file", f"did you mean {tmp_path / 'run'}?")
     for name in ("b.npz", "a.npz"):
         write(tmp_path / name)
     refused(tmp_path, "holds 2 parameter files", "name one of a.npz, b.npz")

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from vit_jax.checkpoint.unpickle import MOST, Storage, Tensor, state_dict
-from vit_jax.errors import UserError, printable
+from vit_jax.errors import UserError, did_you_mean, printable
 from vit_jax.files import read_regular
 from vit_jax.finite import check_parameters
 from vit_jax.models import zoo
@@ -136,7 +136,9 @@ def _choose(folder: Path) -> Path:
             raise UserError(f"{folder} holds {len(found)} parameter files: name one of {names}, or call it {_FIRST[0]}")
         if found:
             return found[0]
-    raise UserError(f"{folder} holds no parameter file: one of {', '.join((*_FIRST, *_THEN))} is needed")
+    below = sorted({path.parent for name in _FIRST for path in folder.glob(f"*/{name}")}, key=lambda path: path.stat().st_mtime)
+    hint = did_you_mean([printable(str(path)) for path in below[-1:-4:-1]])  # the newest
+    raise UserError(f"{folder} holds no parameter file: one of {', '.join((*_FIRST, *_THEN))} is needed{hint and '; ' + hint}")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vit_jax import predictor, recipes
 from vit_jax.data.host.inputs import is_one, read_images
+from vit_jax.errors import listed
 from vit_jax.models import token_merging
 from vit_jax.tasks import prompts
 from vit_jax.tasks.task import Params
@@ -53,7 +54,7 @@ class Model:
         if self.image_size:
             facts.append(f"images of {'x'.join(map(str, self.image_size))} pixels")
         if names:
-            facts.append(f"{len(names):,} classes: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+            facts.append(f"{len(names):,} classes: {listed(names, most=3)}")
         return f"<{', '.join(facts)}>"
 
     @property

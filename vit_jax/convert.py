@@ -19,7 +19,7 @@ from vit_jax.checkpoint import pixels
 from vit_jax.checkpoint.export import FORMATS
 from vit_jax.data.host import patches
 from vit_jax.data.host.view import eval_image
-from vit_jax.errors import command, printable
+from vit_jax.errors import command, listed, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def summary(opened: checkpoint.Opened) -> list[str]:
         f"parameters  {count:,}",
         f"image       {size} px, patches {grid}, mean {_short(d.mean)}, std {_short(d.std)} of 255",
     ]
-    classes = ", ".join(map(printable, names[:4])) + (", …" if len(names) > 4 else "")
+    classes = listed(names)
     if d.preprocessing:
         lines.append(f"photos      {', '.join(f'{name}={value}' for name, value in d.preprocessing.items() if value)}")
     if d.head != "softmax" and names:

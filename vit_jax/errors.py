@@ -5,7 +5,7 @@ import difflib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, TextIO
 
 BROKEN_PIPE = 141
@@ -26,6 +26,11 @@ def printable(text: object, most: int = 200) -> str:
     text = str(text)
     text = text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}"
     return "".join(c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """'a, b, c, d, …': the first names as they are safe to print."""
+    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
 def near(name: str, allowed: Iterable[str], *, cutoff: float = 0.5, most: int = 3) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from vit_jax.errors import UserError, printable
+from vit_jax.errors import UserError, listed, printable
 
 _LARGEST = float(np.finfo(np.float32).max)  # beyond it a float64 becomes infinite where the model computes
 
@@ -22,8 +22,7 @@ def check_parameters(flat: Mapping[str, np.ndarray], where: str) -> None:
     first, *others = bad
     text = f"{bad[first]:,} of the {flat[first].size:,} values of {printable(first)} are not finite"
     if others:
-        listed = ", ".join(map(printable, others[:3])) + (", …" if len(others) > 3 else "")
-        text += f", nor are all of {len(others)} more parameters ({listed})"
+        text += f", nor are all of {len(others)} more parameters ({listed(others, most=3)})"
     raise UserError(f"{where}: {text}; use an earlier checkpoint")
 
 

@@ -10,7 +10,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoint.rules import Flat
-from vit_jax.errors import UserError, printable
+from vit_jax.errors import UserError, listed, printable
 from vit_jax.files import read_regular
 from vit_jax.finite import check_parameters
 
@@ -49,7 +49,7 @@ def unwrap(arrays: Flat, path: Path) -> Flat:
         what = f"the parameters under {taken!r}" if taken else f"{len(kept)} parameters"
         others = any("." in bare and not _LEFT_OUT.match(bare) for model in models.keys() - {taken} for bare in models[model])
         say = log.warning if others else log.info
-        say("opened   %s: %s are taken, %d others are left (%s)", path, what, len(left), _listed(left))
+        say("opened   %s: %s are taken, %d others are left (%s)", path, what, len(left), listed(left))
     return {bare: arrays[name] for bare, name in kept.items()}
 
 
@@ -86,7 +86,7 @@ def read_flax(path: Path) -> Flat:
             log.info("opened   %s: the parameters under %s are taken, the optimiser's state is left", path, where)
             check_parameters(flat, str(path))
             return flat
-    raise UserError(f"{path} is a checkpoint of flax without the parameters of a ViT or Mixer: it holds {_listed(list(tree))}")
+    raise UserError(f"{path} is a checkpoint of flax without the parameters of a ViT or Mixer: it holds {listed(list(tree))}")
 
 
 def _arrays(tree: Any) -> Flat:
@@ -94,7 +94,3 @@ def _arrays(tree: Any) -> Flat:
         return {}
     flat = flatten_dict(tree, sep="/")
     return {name: np.asarray(x) for name, x in flat.items() if isinstance(x, np.ndarray) and x.dtype.kind in "fV"}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:4])) + (", …" if len(names) > 4 else "")

@@ -52,6 +52,6 @@ def use(config: ml_collections.ConfigDict, name: str) -> None:
     """Sets `config.model` and `config.model_type` to the architecture with this short or full name."""
     full = SHORT_NAMES.get(name, name)
     if full not in MODEL_CONFIGS:
-        raise unknown("model", name, [*SHORT_NAMES, *MODEL_CONFIGS])
+        raise unknown("model", name, {*SHORT_NAMES, *MODEL_CONFIGS})
     config.model = _config(full)
     config.model_type = models.model_type_of(full)

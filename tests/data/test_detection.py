@@ -81,9 +81,92 @@ def voc(root):
     return root / "Annotations" / "a.xml"
 
 
-@pytest.mark.parametrize("write", [coco, yolo, voc])
+def cvat_coco(root):
+    coco(root)
+    (root / "images").mkdir()
+    (root / "train2017").rename(root / "images" / "default")
+    (root / "annotations" / "instances_train2017.json").rename(root / "annotations" / "instances_default.json")
+
+
+def label_studio_coco(root):
+    content = json.loads(coco(root).read_text().replace('"a.jpg"', '"images/a.jpg"'))
+    for image in content["images"]:
+        image["file_name"] = f"images/{image['file_name'].removeprefix('images/')}"
+    (root / "train2017").rename(root / "images")
+    (root / "result.json").write_text(json.dumps(content))
+    (root / "annotations" / "instances_train2017.json").unlink()
+
+
+def fiftyone_coco(root):
+    file = coco(root)
+    (root / "train2017").rename(root / "data")
+    file.rename(root / "labels.json")
+
+
+def roboflow_coco(root):
+    file = coco(root)
+    (root / "train2017").rename(root / "train")
+    file.rename(root / "train" / "_annotations.coco.json")
+
+
+def cvat_yolo(root):
+    yolo(root)
+    (root / "train.txt").write_text("".join(f"data/images/train/{name}.jpg\n" for name in PICTURES))
+    (root / "data.yaml").rename(root / "dataset.yaml")
+    (root / "dataset.yaml").write_text("path: ./\ntrain: [train.txt]\nnames: [cat, dog]\n")
+
+
+def label_studio_yolo(root):
+    yolo(root)
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("cat\ndog\n")
+
+
+def polygons_of_yolo(root):
+    """The corners of each box, one of them twice."""
+    for file in yolo(root).parent.iterdir():
+        lines = []
+        for label, x, y, w, h in (map(float, line.split()) for line in file.read_text().splitlines()):
+            lines.append(f"{label:.0f} {x} {y - h / 2} {x - w / 2} {y} {x} {y + h / 2} {x + w / 2} {y} {x} {y}\n")
+        file.write_text("".join(lines))
+
+
+def poses_of_yolo(root):
+    """Three points with what is seen of them behind each box, which is as many numbers as a polygon may have."""
+    for file in yolo(root).parent.iterdir():
+        file.write_text("".join(f"{line} .1 .2 2 .3 .4 1 .5 0\n" for line in file.read_text().splitlines()))
+    with (root / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [3, 3]\n")
+
+
+def voc_without_lists(root):
+    voc(root)
+    (root / "ImageSets" / "Main" / "train.txt").unlink()
+    (root / "Annotations").rename(root / "annotations")
+    (root / "JPEGImages").rename(root / "images")
+
+
+def voc_beside_the_images(root):
+    voc(root)
+    (root / "JPEGImages").rename(root / "train")
+    for file in (root / "Annotations").iterdir():
+        file.rename(root / "train" / file.name)
+
+
+COCOS = [coco, cvat_coco, label_studio_coco, fiftyone_coco, roboflow_coco]
+YOLOS = [yolo, cvat_yolo, label_studio_yolo, polygons_of_yolo, poses_of_yolo]
+VOCS = [voc, voc_without_lists, voc_beside_the_images]
+
+
+@pytest.mark.parametrize("write", [*COCOS, *YOLOS, *VOCS])
 def test_the_layouts_give_the_same(tmp_path, write):
     write(tmp_path)
+    if write is cvat_coco:
+        with pytest.raises(UserError, match=r"boxes for default, not for 'train': .*pp.train='default\[:90%\]'"):
+            detection.open_folder(str(tmp_path), "train")
+        assert len(detection.open_folder(str(tmp_path), "default[1:]")) == 2
+        (tmp_path / "images" / "default").rename(tmp_path / "images" / "train")
+        (tmp_path / "annotations" / "instances_default.json").rename(tmp_path / "annotations" / "instances_train.json")
     source = detection.open_folder(str(tmp_path), "train")
     assert source.class_names == ("cat", "dog") and len(source) == 3
     for i, (size, boxes) in enumerate(PICTURES.values()):
@@ -92,7 +175,7 @@ def test_the_layouts_give_the_same(tmp_path, write):
         np.testing.assert_allclose(example["boxes"], np.array([box[:4] for box in boxes]).reshape(-1, 4), atol=1e-4)
         assert [NAMES[label] for label in example["box_labels"]] == [box[4] for box in boxes]
         assert source.where(i).endswith(".jpg") and example["image"].startswith(b"\xff\xd8")
-        crowd = i == 2 and write is not yolo
+        crowd = i == 2 and write not in YOLOS
         assert example["box_crowd"].tolist() == [crowd] * len(boxes)
     assert len(detection.open_folder(str(tmp_path), "train[1:]")) == 2
     with pytest.raises(UserError, match="split"):
@@ -160,7 +243,8 @@ def test_a_missing_image_is_named(tmp_path):
         ("2 .5 .5 .1 .1", "class 2 has no name, data.yaml names 2"),
         ("0 30 20 5 5", "numbers above 1"),
         ("0 .5 .5 0 .1", "has no area"),
-        ("0 .1 .1 .9 .1 .9 .9", "polygons are not boxes"),
+        ("0 .1 .1 .9 .1 .9", "is not 'class center_x"),
+        ("0 .1 .1 .9 .1 .9 .9 .8", "is not 'class center_x"),
     ],
 )
 def test_a_wrong_line_of_yolo_is_named(tmp_path, line, message):

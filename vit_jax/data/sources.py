@@ -187,7 +187,8 @@ def _say_once(message: str) -> None:
 
 def _training_classes(root: str, train: str) -> tuple[str, ...]:
     """Returns the sorted class names: the folders of root/train, or of the root itself where `train` is empty."""
-    names = sorted({_composed(name) for name in listing.folders(os.path.join(root, train))})
+    folder = os.path.join(root, train)
+    names = sorted({_composed(name) for name in listing.folders(folder)})
     root = shown(root)
     expected = f"expected {os.path.join(root, '{train,test}/{class}/image')} or {os.path.join(root, '{class}/image')}"
     splits = [name for name in names if name.lower() in SPLIT_LIKE and name != "train"]
@@ -197,7 +198,9 @@ def _training_classes(root: str, train: str) -> tuple[str, ...]:
             " Rename the folders, or give the one with the classes as the dataset"
         )
     if not names:
-        raise UserError(f"{os.path.join(root, train)} has no class folders, hence no images: {expected}")
+        has_images = listing.list_images(folder).images
+        hint = f". A task that needs no classes takes its images as {PREFIX}{root}" if has_images else ""
+        raise UserError(f"{os.path.join(root, train)} has no class folders, hence no images of a class: {expected}{hint}")
     if len(names) == 1:
         raise UserError(
             f"{os.path.join(root, train)} has one class only, {names[0]!r}; two or more are needed: {expected}."

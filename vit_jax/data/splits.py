@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_jax.data.features import Source
 from vit_jax.data.listing import shown
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 T = TypeVar("T")
 
@@ -79,9 +79,10 @@ def chosen(found: Mapping[str, T], split: str, root: Path, what: str) -> T:
     asked = split.partition("[")[0]
     name = meant(asked, found)
     if name is None:
+        offered = next(iter(found))
         raise UserError(
-            f"{shown(root)} has {what} for {', '.join(found)}, not for {asked!r}: name parts, such as"
-            " --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
+            f"{shown(root)} has {what} for {', '.join(map(printable, found))}, not for {asked!r}: name parts of a split, such"
+            f" as --config.pp.train='{printable(offered)}[:90%]' and --config.pp.test='{printable(offered)}[90%:]'"
         )
     return found[name]
 

@@ -484,7 +484,8 @@ LAYOUTS: dict[str, tuple[Callable[[], Files], str]] = {
     "shards": (_shards, ""),
     "adapter": (adapter, "adapter.npz"),
 }
-ANNOTATIONS = {kind: _annotations(kind) for kind in ("coco", "yolo", "voc")}
+BOXES = ("coco", "label_studio_coco", "yolo", "cvat_yolo", "label_studio_yolo", "voc", "voc_beside_the_images")
+ANNOTATIONS = {kind: _annotations(kind) for kind in BOXES}
 ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"tar files": _tar_files}
 ANNOTATIONS |= {"tar files of classes": functools.partial(_class_files, _classes)}
 ANNOTATIONS |= {"tar files of images": functools.partial(_class_files, _images_alone)}

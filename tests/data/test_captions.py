@@ -126,6 +126,8 @@ def coco(folder, annotations=None):
 
 def test_cocos_captions_are_read_and_chosen_where_there_are_boxes_too(tmp_path):
     coco(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "val2017").rename(tmp_path / "images" / "val2017")
     for split in ("train", "train2017", "test", "val"):
         source = get_source(str(tmp_path), split)
         assert [example["text"] for example in source] == list(PAIRS.values())

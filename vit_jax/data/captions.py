@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.data import listing
+from vit_jax.data import coco, listing
 from vit_jax.data.features import Image, Text, digest
 from vit_jax.data.image_files import ImageFiles
 from vit_jax.data.listing import shown
@@ -52,8 +52,8 @@ def open_folder(path: str, split: str) -> CaptionSource | None:
     Each of the two folders holds `captions.jsonl`, `.csv` or `.tsv`, whose `text` is a sentence (in .jsonl also a list of them)
     and whose `image` is a path relative to the file; or `name.txt` beside every `name.jpg`, one sentence a line. An image may
     be listed several times. Or it is COCO's folder, with `annotations/captions_{train2017,val2017}.json` and folders of images
-    of these names. `test` may also be called `val`, `valid` or `validation`; a folder without it, or with the captions at its
-    top, offers its parts alone: `train[:90%]` and `train[90%:]`.
+    of these names, or those in a folder `images`. `test` may also be called `val`, `valid` or `validation`; a folder without
+    it, or with the captions at its top, offers its parts alone: `train[:90%]` and `train[90%:]`.
 
     Raises UserError for a split that is not there, and for whatever is wrong with a pair.
     """
@@ -69,7 +69,7 @@ def open_folder(path: str, split: str) -> CaptionSource | None:
 def _coco_splits(root: Path) -> dict[str, Read]:
     """What reads each split of COCO's folder; {} for other folders."""
     files = {file.stem.removeprefix("captions_"): file for file in sorted(root.glob("annotations/captions_*.json"))}
-    return {name: functools.partial(_read_coco, file, root / name) for name, file in files.items()}
+    return {name: functools.partial(_read_coco, file, coco.image_folders(root, name)) for name, file in files.items()}
 
 
 def _folder_splits(root: Path) -> dict[str, Read]:
@@ -131,7 +131,7 @@ def _read(folder: Path) -> dict[Path, list[str]]:
     return captions.by_image
 
 
-def _read_coco(file: Path, folder: Path) -> dict[Path, list[str]]:
+def _read_coco(file: Path, folders: Sequence[Path]) -> dict[Path, list[str]]:
     """The sentences of each image in COCO's JSON, in the order of its images."""
     text = _text_of(file)
     try:
@@ -149,7 +149,7 @@ def _read_coco(file: Path, folder: Path) -> dict[Path, list[str]]:
         if not isinstance(text, str):
             raise UserError(f"{where}: its caption is {printable(text, 60)}, not a sentence")
         by_name[names[image]].append((where, text))
-    captions = _Captions()
+    captions, folder = _Captions(), coco.holding(folders, by_name)
     for name, texts in by_name.items():
         if not texts:
             raise UserError(f"{shown(file)}: {printable(name)} has no caption: write one, or remove the image")

@@ -1,7 +1,7 @@
 """Boxes in COCO's JSON, as COCO itself, Roboflow, CVAT, Label Studio and FiftyOne lay it out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,22 @@ def splits(root: Path) -> dict[str, Read]:
     """
     prefix = "instances_"
     if files := {p.stem.removeprefix(prefix): p for p in sorted(root.glob(f"annotations/{prefix}*.json"))}:
-        below = ("{}", "images/{}", "images", ".")
-        return {name: partial(_read, file, [root / x.format(name) for x in below]) for name, file in files.items()}
+        return {name: partial(_read, file, image_folders(root, name)) for name, file in files.items()}
     if files := sorted(root.glob("*/_annotations.coco.json")):
         return {file.parent.name: partial(_read, file, [file.parent]) for file in files}
     file = next((root / name for name in WHOLE if _is_coco(root / name)), None)
     return {"train": partial(_read, file, [root, root / "images", root / "data"])} if file else {}
+
+
+def image_folders(root: Path, split: str) -> list[Path]:
+    """Where the images of a split may be whose annotations are in root/annotations."""
+    return [root / split, root / "images" / split, root / "images", root]
+
+
+def holding(folders: Sequence[Path], images: Iterable[str]) -> Path:
+    """The folder that has the first of the images; of none the first folder."""
+    first = next(iter(images), "")
+    return next((folder for folder in folders if is_file(folder / first)), folders[0])
 
 
 def _is_coco(file: Path) -> bool:
@@ -50,8 +60,7 @@ def _read(file: Path, folders: Sequence[Path]) -> tuple[list[Picture], list[str]
         records = {image["id"]: image for image in content["images"]}
         annotations = [dict(annotation) for annotation in content["annotations"]]
         order = sorted(categories)
-        first = next((image["file_name"] for image in records.values()), "")
-        folder = next((folder for folder in folders if is_file(folder / first)), folders[0])
+        folder = holding(folders, (image["file_name"] for image in records.values()))
         pictures = {number: Picture(folder / image["file_name"], size=_size(image)) for number, image in records.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         why = printable(repr(e))

@@ -62,6 +62,74 @@ def voc(root):
     (root / "classes.txt").write_text("\n".join(NAMES))
 
 
+def folders_in_splits(root):
+    """With names of masks that many tools write."""
+    for split, names in (("train", SIZES), ("valid", "b")):
+        write(root / split / "images", root / split / "masks", names=names)
+        for mask in (root / split / "masks").iterdir():
+            mask.rename(mask.with_stem(f"{mask.stem}_mask"))
+    (root / "classes.txt").write_text("\n".join(NAMES))
+
+
+def values(root):
+    """Classes 0, 1, 2 written as 0, 255, 7; what is ignored cannot be written, and counts as 1."""
+    plain(root)
+    for name in SIZES:
+        Image.fromarray(np.array([0, 255, 7], np.uint8)[np.minimum(mask_of(name), 1 + (mask_of(name) == 2))]).save(
+            root / "masks" / f"{name}.png"
+        )
+    (root / "classes.txt").unlink()
+    (root / "classes.json").write_text(json.dumps({"names": NAMES, "values": [0, 255, 7]}))
+
+
+def colours(root):
+    """Of RGB; black is ignored."""
+    plain(root)
+    table = np.zeros((256, 3), np.uint8)
+    table[:3] = [[200, 2, 3], [4, 5, 6], [0, 0, 9]]
+    for name in SIZES:
+        Image.fromarray(table[mask_of(name)]).save(root / "masks" / f"{name}.png")
+    (root / "classes.txt").unlink()
+    (root / "classes.json").write_text(json.dumps({"names": NAMES, "colors": table[:3].tolist()}))
+
+
+@pytest.mark.parametrize("layout", [folders_in_splits, values, colours])
+def test_masks_as_others_write_them_mean_the_same(tmp_path, layout):
+    layout(tmp_path)
+    source = get_source(str(tmp_path), "train")
+    assert source.class_names == NAMES and len(source) == 3
+    for i, name in enumerate(SIZES):
+        mask = mask_of(name)
+        np.testing.assert_array_equal(source[i]["segmentation"], np.where(mask == 255, 1, mask) if layout is values else mask)
+
+
+def test_a_pixel_that_stands_for_no_class_is_named(tmp_path):
+    values(tmp_path)
+    Image.fromarray(np.full(SIZES["a"], 9, np.uint8)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(UserError, match=r"images/a.jpg has pixels of 9 in its mask .*masks/a.png, which stands for no class"):
+        get_source(str(tmp_path), "train")[0]
+
+
+def test_a_colour_that_stands_for_no_class_is_named(tmp_path):
+    colours(tmp_path)
+    Image.fromarray(np.full((*SIZES["a"], 3), (4, 5, 7), np.uint8)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(UserError, match=r"images/a.jpg has pixels of the colour \(4, 5, 7\) in its mask .*masks/a.png"):
+        get_source(str(tmp_path), "train")[0]
+
+
+def test_masks_of_0_and_255_are_not_taken_for_background_alone(tmp_path):
+    plain(tmp_path)
+    (tmp_path / "classes.txt").write_text("background\ncell\n")
+    for name in SIZES:
+        Image.fromarray(np.where(mask_of(name) == 1, 255, 0).astype(np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    with pytest.raises(
+        UserError, match=r'0 and 255 only, .*classes.json: {"names": \["background", "cell"\], "values": \[0, 25'
+    ):
+        get_source(str(tmp_path), "train")
+    (tmp_path / "classes.json").write_text('{"names": ["background", "cell"], "values": [0, 255]}')
+    np.testing.assert_array_equal(get_source(str(tmp_path), "train")[1]["segmentation"], mask_of("b") == 1)
+
+
 @pytest.mark.parametrize("layout", [plain, split, ade20k, voc])
 def test_the_layouts_give_the_same(tmp_path, layout):
     layout(tmp_path)
@@ -165,6 +233,8 @@ def segment_settings():
         ("classes.json", b"[1]", "is no table of classes such as"),
         ("classes.json", b'{"names": ["a", ""]}', "is no table of classes"),
         ("classes.json", b'{"names": ["a"], "colors": [[1, 2, 300]]}', "is no table of classes"),
+        ("classes.json", b'{"names": ["a", "b"], "values": [0, 0]}', "is no table of classes"),
+        ("classes.json", b'{"names": ["a", "b"], "values": [0, 1.0]}', "is no table of classes"),
         ("classes.json", b"[" * 100_000, "is no table of classes"),
         ("classes.json", b"\xff", "is no text in UTF-8"),
         (None, b"", "has no classes.txt: write one, a name a line"),

@@ -26,6 +26,7 @@ OFFERS = "segmentation"
 MASKS = ("masks", "annotations")
 """What the folder beside `images` may be called."""
 TABLES = ("classes.json", "classes.txt", "objectInfo150.txt")
+_LOOKED_AT = 8  # so many masks, evenly spaced, are looked at when a folder is opened
 _TRAIN_NAMES, _TEST_NAMES = ("train", "training"), (*TEST_NAMES, "testing")
 VOC = tuple(
     "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,"
@@ -39,13 +40,15 @@ class Classes:
 
     Attributes:
       names: in the order of their numbers.
-      colors: (r, g, b) of each, for pictures; () where none are given.
+      colors: (r, g, b) of each, for pictures and for masks in RGB; () where none are given.
       reduce_zero_label: the masks count the classes from 1, and 0 is ignored, as in ADE20K.
+      values: what stands for each class in the masks, if not its number: (0, 255) for background and object.
     """
 
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...] = ()
     reduce_zero_label: bool = False
+    values: tuple[int, ...] = ()
 
 
 class SegmentationSource(ImageFiles):
@@ -65,9 +68,15 @@ class SegmentationSource(ImageFiles):
 def class_indices(data: bytes, classes: Classes, *, image: str, mask: str) -> UInt8[np.ndarray, "h w"]:
     """The numbers of the classes in an encoded mask, 255 for what is ignored. UserError names the image and its mask."""
     try:
-        indices = decode_indices(data)
+        pixels = decode_indices(data, colors=bool(classes.colors))
     except UserError as e:
         raise type(e)(f"{mask}: {e}") from e
+    where = f"{image} has pixels of {{}} in its mask {mask}, which stands for no class: name it in the table of classes"
+    if pixels.ndim == 3:
+        return _of_colors(pixels, classes, where)
+    if classes.values:
+        return _of_values(pixels, classes, where)
+    indices = pixels
     if classes.reduce_zero_label:
         indices = np.where(indices == 0, np.uint8(IGNORED), indices - np.uint8(indices != IGNORED))
     counts = np.bincount(indices.ravel(), minlength=256)
@@ -80,16 +89,35 @@ def class_indices(data: bytes, classes: Classes, *, image: str, mask: str) -> UI
     return indices
 
 
+def _of_values(pixels: UInt8[np.ndarray, "h w"], classes: Classes, where: str) -> UInt8[np.ndarray, "h w"]:
+    """The classes whose `values` the pixels have; 255 is ignored where it is none of them."""
+    table = np.full(256, IGNORED, np.uint8)
+    table[list(classes.values)] = np.arange(len(classes.values))
+    if others := set(np.unique(pixels).tolist()) - {*classes.values, IGNORED}:
+        raise UserError(where.format(min(others)))
+    return table[pixels]
+
+
+def _of_colors(pixels: UInt8[np.ndarray, "h w 3"], classes: Classes, where: str) -> UInt8[np.ndarray, "h w"]:
+    """The classes whose `colors` the pixels have; black is ignored where it is none of them."""
+    place = np.array([1 << 16, 1 << 8, 1])
+    number_of = {0: IGNORED} | {int(np.dot(color, place)): i for i, color in enumerate(classes.colors)}
+    found, inverse = np.unique(pixels @ place, return_inverse=True)
+    if others := [color for color in found.tolist() if color not in number_of]:
+        raise UserError(where.format(f"the colour {(others[0] >> 16, others[0] >> 8 & 255, others[0] & 255)}"))
+    return np.array([number_of[color] for color in found.tolist()], np.uint8)[inverse].reshape(pixels.shape[:2])
+
+
 def open_folder(path: str, split: str) -> SegmentationSource | None:
     """The examples of a split, or part of it, of a folder in one of the layouts; None for any other folder.
 
       images/NAME.jpg and masks/NAME.png, or both with a folder for each split in between: images/train/NAME.jpg,
-        masks/train/NAME.png. ADE20K's is one of them: annotations/training, annotations/validation.
+        masks/train/NAME.png; or train/images and train/masks. ADE20K's is one of them: annotations/training.
       VOC: JPEGImages, SegmentationClass, and ImageSets/Segmentation/{train,val}.txt.
 
-    Masks are PNGs, with a palette or grey, and belong to the image of the same name. Class names come from `classes.txt`,
-    one a line, or `classes.json`, {"names": […], "colors": [[r, g, b], …], "reduce_zero_label": true}, the latter two if
-    wanted. VOC's and ADE20K's own (objectInfo150.txt) are known.
+    Masks are PNGs, and belong to the image of the same name, with `_mask` behind it or not. Class names come from
+    `classes.txt`, one a line, or `classes.json` with `names` and, if wanted, the other fields of `Classes`. VOC's and ADE20K's
+    own (objectInfo150.txt) are known.
 
     Raises UserError for a split that is not there, a missing mask or image, and a table without names.
     """
@@ -101,36 +129,73 @@ def open_folder(path: str, split: str) -> SegmentationSource | None:
         names = read_text(lists[_which(asked, lists, root)]).split()
         pairs = [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in names]
     else:
-        masks = next((root / name for name in MASKS if (root / "images").is_dir() and _has_masks(root / name)), None)
-        if masks is None:
+        found = _folder_splits(root)
+        if not found:
             return None
-        pairs = _of_folders(root / "images", masks, asked)
+        pairs = _pairs(root, found, asked)
     for image, mask in pairs:
         if not is_file(image):
             raise UserError(f"{shown(image)} does not exist: add it, or take its name out of the list")
         if not is_file(mask):
             raise UserError(f"{shown(image)} has no mask: add {shown(mask)}, or remove the image")
-    part = part_of(split, len(pairs))
-    return SegmentationSource(pairs[part.start : part.stop], class_table(root, Classes(VOC) if is_voc else None))
+    part, classes = part_of(split, len(pairs)), class_table(root, Classes(VOC) if is_voc else None)
+    _check_some(pairs, classes)
+    return SegmentationSource(pairs[part.start : part.stop], classes)
+
+
+def _folder_splits(root: Path) -> dict[str, tuple[Path, Path]]:
+    """{split: (its images, its masks)}, of a folder without splits {"": …}; {} for a folder of another layout."""
+    splits = (*_TRAIN_NAMES, *_TEST_NAMES)
+    for masks in (name for name in MASKS if (root / "images").is_dir() and _has_masks(root / name)):
+        below = [p.name for p in sorted((root / "images").iterdir()) if p.is_dir() and p.name in splits]
+        return {name: (root / "images" / name, root / masks / name) for name in below or [""]}
+    below = {name: next((root / name / masks for masks in MASKS if _has_masks(root / name / masks)), None) for name in splits}
+    return {
+        name: (root / name / "images", masks) for name, masks in below.items() if masks and (masks.parent / "images").is_dir()
+    }
 
 
 def _has_masks(folder: Path) -> bool:
     return folder.is_dir() and (any(folder.glob("*.png")) or any(folder.glob("*/*.png")))
 
 
-def _of_folders(images: Path, masks: Path, asked: str) -> list[tuple[Path, Path]]:
+def _pairs(root: Path, splits: Mapping[str, tuple[Path, Path]], asked: str) -> list[tuple[Path, Path]]:
     """(image, where its mask must be) of a split."""
-    splits = {p.name: p.name for p in sorted(images.iterdir()) if p.is_dir() and p.name in (*_TRAIN_NAMES, *_TEST_NAMES)}
-    if not splits and asked not in _TRAIN_NAMES:
+    if "" in splits and asked not in _TRAIN_NAMES:
+        masks = splits[""][1]
         raise UserError(
-            f"{shown(images)} has no folder for {asked!r}: make images/{asked} and {masks.name}/{asked}, or name parts, such"
-            " as --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
+            f"{shown(root / 'images')} has no folder for {asked!r}: make images/{asked} and {masks.name}/{asked}, or name"
+            " parts, such as --config.pp.train='train[:90%]' and --config.pp.test='train[90%:]'"
         )
-    below = _which(asked, splits, images) if splits else ""
-    found = list_images(str(images / below))
+    images, masks = splits["" if "" in splits else _which(asked, splits, root)]
+    found = list_images(str(images))
     if not found.images:
-        raise UserError(f"{shown(images / below)} holds no images{found.report() and f': {found.report()}'}")
-    return [(images / below / name, (masks / below / name).with_suffix(".png")) for name in found.images]
+        raise UserError(f"{shown(images)} holds no images{found.report() and f': {found.report()}'}")
+    return [(images / name, _mask_of((masks / name).with_suffix(".png"))) for name in found.images]
+
+
+def _mask_of(path: Path) -> Path:
+    """The mask of this name, or of this name and `_mask` where that is there alone."""
+    other = path.with_stem(f"{path.stem}_mask")
+    return other if is_file(other) and not is_file(path) else path
+
+
+def _check_some(pairs: Sequence[tuple[Path, Path]], classes: Classes) -> None:
+    """Raises UserError for masks of 0 and 255, as many write an object: nothing but 0 would be learnt."""
+    if len(classes.names) == 1 or classes.values or classes.reduce_zero_label:
+        return
+    some = [pairs[i][1] for i in sorted({*np.linspace(0, len(pairs) - 1, _LOOKED_AT, dtype=int).tolist()})] if pairs else []
+    held: set[int] = set()
+    for mask in some:
+        try:
+            held |= set(np.unique(decode_indices(read_file(mask))).tolist())
+        except UserError:  # said when it is read
+            return
+    if held == {0, IGNORED}:
+        raise UserError(
+            f"{shown(some[0])} and others hold 0 and 255 only, and 255 is ignored. If it stands for a class, say so in a "
+            f'classes.json: {{"names": {json.dumps(list(classes.names[:2]))}, "values": [0, 255]}}'
+        )
 
 
 def _which(asked: str, splits: Mapping[str, Any], where: Path) -> str:
@@ -165,13 +230,15 @@ def _json(file: Path) -> Classes:
     try:
         content = json.loads(text)
         names, colors = content["names"], tuple(tuple(color) for color in content.get("colors", ()))
-        reduced = content.get("reduce_zero_label", False)
+        reduced, values = content.get("reduce_zero_label", False), tuple(content.get("values", ()))
         fine = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
-        fine &= isinstance(reduced, bool)
-        fine &= len(colors) in (0, len(names)) and all(len(c) == 3 and all(n in range(256) for n in c) for c in colors)
+        fine &= isinstance(reduced, bool) and not (reduced and values)
+        fine &= len(colors) in (0, len(names)) and all(len(c) == 3 for c in colors)
+        fine &= len(values) in (0, len(names)) and len(set(values)) == len(values)
+        fine &= all(type(n) is int and n in range(256) for n in (*values, *(n for color in colors for n in color)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fine = False
     if not fine:
-        example = '{"names": ["road", "sky"], "colors": [[128, 64, 128], [70, 130, 180]], "reduce_zero_label": false}'
-        raise UserError(f"{shown(file)} is no table of classes such as {example}; colors and reduce_zero_label may be left out")
-    return Classes(tuple(names), colors, reduced)
+        example = '{"names": ["road", "sky"], "colors": [[128, 64, 128], [70, 130, 180]], "values": [0, 255]}'
+        raise UserError(f"{shown(file)} is no table of classes such as {example}; all but names may be left out")
+    return Classes(tuple(names), colors, reduced, values)

@@ -85,15 +85,24 @@ def from_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     return _turn(_rgb(image), _orientation(b"", image))
 
 
-def decode_indices(image: bytes) -> UInt8[np.ndarray, "h w"]:
-    """Returns the numbers that a PNG holds at its pixels: places in its palette, or grey values. Raises ImageError."""
+def decode_indices(image: bytes, *, colors: bool = False) -> UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]:
+    """Returns the numbers that a PNG holds at its pixels: places in its palette, or grey values. Raises ImageError.
 
-    def decode_all(data: bytes) -> UInt8[np.ndarray, "h w"]:
+    With `colors` a PNG of RGB is allowed, too, of which those are returned.
+    """
+
+    def decode_all(data: bytes) -> UInt8[np.ndarray, "..."]:
         with _open(data) as opened:
-            if opened.format != "PNG" or opened.mode not in ("P", "L", "1"):
+            of_colors = colors and opened.format == "PNG" and opened.mode in ("RGB", "RGBA")
+            if not of_colors and (opened.format != "PNG" or opened.mode not in ("P", "L", "1")):
                 kind = f"{opened.format} of mode {opened.mode}"
-                raise ImageError(f"is a {kind}: a mask is a PNG of 8 bits with a palette, or grey, whose numbers are classes")
+                raise ImageError(
+                    f"is a {kind}: a mask is a PNG of 8 bits with a palette, or grey, whose numbers are classes, or one of RGB "
+                    'where classes.json gives the "colors" of the classes'
+                )
             _load(opened, data)
+            if of_colors:
+                return np.asarray(opened.convert("RGB"))
             indices = np.asarray(opened).astype(np.uint8)
             # Pillow stretches grey values of fewer than 8 bits to 0..255; how many they are stands in the header.
             return indices // (255 // (2 ** data[24] - 1)) if opened.mode == "L" else indices

@@ -14,7 +14,8 @@ Of a folder with captions both learn what the papers did; nobody has repeated th
 `show_attend_tell`: an LSTM on AugReg's ViT-B/16, which stays as it is and is fetched; published is BLEU-4 24.3 on COCO, for an
 LSTM on a VGG network (https://arxiv.org/abs/1502.03044).
 
-Both need a vocabulary, `--config.task.vocab=FILE`, see docs/captioning.md.
+Both need a vocabulary, `--config.task.vocab=FILE`, see docs/captioning.md, and stand on another ViT with
+`--config.pretrained=FILE --config.model.body.vit={}`.
 """
 
 import ml_collections

@@ -200,6 +200,10 @@ def test_dinov2_has_a_teacher_and_whole_patches(arg):
         assert settings.task["local_size"] % patch == 0 == settings.pp.crop % patch
 
 
+def test_dinov2_without_classes_is_not_scored_by_them():
+    assert dinov2.get_config("micro4,digits").evaluators and not dinov2.get_config("micro4,unlabelled:photos").evaluators
+
+
 def test_dinov2s_giant_has_the_published_number_of_parameters():
     settings = check(dinov2.get_config("vitg14"))
     model = architectures.build("ViT", {**settings.model, "num_classes": None})

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny
+from vit_jax import tasks
 from vit_jax.data import sources
 from vit_jax.errors import UserError
+from vit_jax.settings import Settings
 
 
 def test_every_image_below_a_folder_is_there_once(tmp_path):
@@ -29,6 +32,21 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path):
     (tmp_path / "a.mov").write_bytes(b"")
     with pytest.raises(UserError, match="holds 0 images, two or more are needed: ignored 1 files: 1 .mov"):
         sources.get_source(f"unlabelled:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("self_distill", "has no class folders.* For a task without classes, unlabelled:.* is all images below it"),
+        ("detect", "is in no layout with boxes that docs/data.md lists. As a folder of classes: .* has no class folders"),
+        ("classify", r"has no class folders, hence no images: expected \S+ or \S+$"),
+    ],
+)
+def test_a_folder_that_is_none_of_classes_says_what_the_task_takes(tmp_path, task, said):
+    Image.fromarray(np.zeros((3, 5, 3), np.uint8)).save(tmp_path / "a.png")
+    needs = tasks.needs(Settings.from_config(tiny.config(dataset=str(tmp_path), task={"type": task})))
+    with pytest.raises(UserError, match=said):
+        sources.get_source(str(tmp_path), "train", needs=needs)
 
 
 def test_a_canvas_depends_on_its_number_and_shows_its_digit():

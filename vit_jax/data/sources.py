@@ -67,7 +67,7 @@ def get_source(
         layouts = (detection, segmentation, captions, shards, class_shards, tables)
         layouts = sorted(layouts, key=lambda layout: layout.OFFERS not in needs)
         known = (source for layout in layouts if (source := layout.open_folder(path, split)))
-        return next(known, None) or FolderSource(path, split)
+        return next(known, None) or _folder_of_classes(path, split, needs)
     if shards.is_pattern(path):
         return (class_shards if class_shards.OFFERS in needs else shards).open_pattern(path, split)
     # tfds' own names: cifar10, cifar10:3.0.2, imagenet_resized/64x64, imagenet_resized/64x64:0.1.0, huggingface:mnist
@@ -84,6 +84,19 @@ def get_source(
         if "/" not in dataset:
             raise
         raise UserError(f"there is no folder {dataset}; as a tfds dataset: {e}") from e
+
+
+def _folder_of_classes(path: str, split: str, needs: Collection[str]) -> "FolderSource":
+    """A FolderSource, whose errors say what else there is for tasks that have no use for classes."""
+    try:
+        return FolderSource(path, split)
+    except UserError as e:
+        if not needs or "label" in needs:
+            raise
+        if lacking := [name for name in needs if name != "image"]:
+            what = f"{shown(path)} is in no layout with {' and '.join(lacking)} that docs/data.md lists"
+            raise UserError(f"{what}. As a folder of classes: {e}") from e
+        raise UserError(f"{e}. For a task without classes, {PREFIX}{shown(path)} is all images below it") from e
 
 
 class FolderSource(Source):
@@ -187,8 +200,7 @@ def _say_once(message: str) -> None:
 
 def _training_classes(root: str, train: str) -> tuple[str, ...]:
     """Returns the sorted class names: the folders of root/train, or of the root itself where `train` is empty."""
-    folder = os.path.join(root, train)
-    names = sorted({_composed(name) for name in listing.folders(folder)})
+    names = sorted({_composed(name) for name in listing.folders(os.path.join(root, train))})
     root = shown(root)
     expected = f"expected {os.path.join(root, '{train,test}/{class}/image')} or {os.path.join(root, '{class}/image')}"
     splits = [name for name in names if name.lower() in SPLIT_LIKE and name != "train"]
@@ -198,9 +210,7 @@ def _training_classes(root: str, train: str) -> tuple[str, ...]:
             " Rename the folders, or give the one with the classes as the dataset"
         )
     if not names:
-        has_images = listing.list_images(folder).images
-        hint = f". A task that needs no classes takes its images as {PREFIX}{root}" if has_images else ""
-        raise UserError(f"{os.path.join(root, train)} has no class folders, hence no images of a class: {expected}{hint}")
+        raise UserError(f"{os.path.join(root, train)} has no class folders, hence no images: {expected}")
     if len(names) == 1:
         raise UserError(
             f"{os.path.join(root, train)} has one class only, {names[0]!r}; two or more are needed: {expected}."

@@ -53,7 +53,10 @@ def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, range]:
     if part.start < 0 or part.stop > size:
         raise UserError(f"split {split!r} reaches beyond the {size:,} examples of {name!r}")
     if not part:
-        raise UserError(f"split {split!r} is empty: {name!r} has {size:,} examples")
+        raise UserError(
+            f"split {split!r} is empty: {name!r} has {size:,} examples. Name a split or other parts, such as"
+            f" --config.pp.train='{name}[:90%]' and --config.pp.test='{name}[90%:]'"
+        )
     return name, part
 
 

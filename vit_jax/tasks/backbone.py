@@ -16,6 +16,7 @@ from vit_jax.tasks import classify, images
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Loss, Model, Params, Task
 
+NEEDS = ("image",)
 Grid = tuple[int, int]
 
 
@@ -36,7 +37,7 @@ def features_task(setup: Setup, model: Model, kind: str) -> Task:
 
     return Task(
         model=model,
-        needs=("image",),
+        needs=NEEDS,
         train_example=eval_example,
         eval_example=eval_example,
         init=classify.make_init(model.module, setup.settings.image_size),

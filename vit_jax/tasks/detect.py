@@ -31,6 +31,7 @@ from vit_jax.tasks import backbone, images, matching
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
+NEEDS = ("image", "boxes")
 DETECTORS = ("DETR", "YOLOS", "TokenDetector")
 """Keys of `models.ARCHITECTURES`."""
 TOWERS = ("backbone",)
@@ -79,7 +80,7 @@ def make_task(
     options |= {"canvases": [list(size) for size in canvases]} if canvases else {}
     return Task(
         model=model,
-        needs=("image", "boxes"),
+        needs=NEEDS,
         train_example=make_train_example(sizes, max_boxes),
         eval_example=make_eval_example(sizes),
         init=make_init(model.module, sizes.image_size),

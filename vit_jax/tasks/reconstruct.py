@@ -18,6 +18,7 @@ from vit_jax.tasks import backbone, classify, images
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Shown, Task
 
+NEEDS = backbone.NEEDS
 HIDDEN = 32
 """What is folded into an example's key to draw what is hidden; augment.py and colors.py have other numbers."""
 EPS = 1e-6

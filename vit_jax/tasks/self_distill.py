@@ -28,6 +28,8 @@ from vit_jax.tasks.koleo import koleo_loss
 from vit_jax.tasks.setup import Setup
 from vit_jax.tasks.task import Batch, Context, Loss, Model, Params, Task, Tree, of_whole_batch
 
+NEEDS = backbone.NEEDS
+
 
 class Views(NamedTuple):
     """How an image is seen, see `make_task`."""

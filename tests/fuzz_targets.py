@@ -19,12 +19,12 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import vit_jax
-from tests.data import test_captions, test_detection, test_segmentation, test_shards, test_tables
+from tests.data import test_captions, test_class_lists, test_detection, test_segmentation, test_shards, test_tables
 from tests.fuzz import Files, Target
 from tests.models import small
 from vit_jax import checkpoint, convert, finite, models, tokenizer
 from vit_jax.checkpoint import describe, fit, lora_file
-from vit_jax.data import captions, class_shards, detection, embedding_index, segmentation, shards, tables
+from vit_jax.data import captions, class_lists, class_shards, detection, embedding_index, segmentation, shards, tables
 from vit_jax.data.host import decode, text, view
 from vit_jax.optimize import trainable
 from vit_jax.tasks import prompts
@@ -296,6 +296,22 @@ def _annotations(kind: str) -> Callable[[], Target]:
     return make
 
 
+# Lists of classes.
+
+
+def _class_list(name: str) -> Target:
+    with tempfile.TemporaryDirectory() as folder:
+        test_class_lists.write(Path(folder), dict(list(test_class_lists.LABELS.items())[:5]), name)
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+    def read(folder: Path) -> str | None:
+        source = class_lists.open_folder(str(folder), "train")
+        labels = [source[i]["label"] for i in range(len(source))] if source else []
+        return None if all(0 <= label < source.num_classes for label in labels) else "a class that has no name"
+
+    return Target(files, (name,), read)
+
+
 # Masks.
 
 
@@ -489,6 +505,7 @@ ANNOTATIONS = {kind: _annotations(kind) for kind in BOXES}
 ANNOTATIONS |= {f"{kind} captions": _captions(kind) for kind in ("coco", "jsonl", "csv")} | {"tar files": _tar_files}
 ANNOTATIONS |= {"tar files of classes": functools.partial(_class_files, _classes)}
 ANNOTATIONS |= {"tar files of images": functools.partial(_class_files, _images_alone)}
+ANNOTATIONS |= {name: functools.partial(_class_list, name) for name in ("labels.csv", "labels.jsonl")}
 ANNOTATIONS |= {f"{kind} masks": _masks(kind) for kind in ("split", "ade20k")}
 ANNOTATIONS |= {kind: functools.partial(_table, kind) for kind in ("parquet", "arrow")}
 ANNOTATIONS |= {"photo index": _photo_index, "labels": _labels}

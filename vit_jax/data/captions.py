@@ -4,9 +4,7 @@
 words are errors that name file and line.
 """
 
-import csv
 import functools
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from vit_jax.data import coco, listing
 from vit_jax.data.features import Image, Text, digest
 from vit_jax.data.image_files import ImageFiles
 from vit_jax.data.listing import shown
+from vit_jax.data.rows import rows_of, text_of
 from vit_jax.data.splits import TEST_NAMES, chosen, part_of
 from vit_jax.errors import UserError, printable
 
@@ -133,7 +132,7 @@ def _read(folder: Path) -> dict[Path, list[str]]:
 
 def _read_coco(file: Path, folders: Sequence[Path]) -> dict[Path, list[str]]:
     """The sentences of each image in COCO's JSON, in the order of its images."""
-    text = _text_of(file)
+    text = text_of(file)
     try:
         content = json.loads(text)
         names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -162,8 +161,7 @@ def _read_coco(file: Path, folders: Sequence[Path]) -> dict[Path, list[str]]:
 
 def _listed(file: Path) -> Iterator[tuple[str, str, str]]:
     """(where it stands, image, text) of every pair in a list."""
-    for number, row in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
-        where = f"{shown(file)}, line {number}"
+    for where, row in rows_of(file):
         image, texts = row.get("image"), row.get("text")
         texts = texts if isinstance(texts, list) else [texts]
         wrong = set() if isinstance(image, str) and image else {"image"}
@@ -175,38 +173,11 @@ def _listed(file: Path) -> Iterator[tuple[str, str, str]]:
         yield from ((where, image, text) for text in texts)
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number of the line, object) of every line that is not empty."""
-    for number, line in enumerate(_text_of(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{shown(file)}, line {number} is no JSON: {e}") from e
-        if not isinstance(row, dict):
-            raise UserError(f'{shown(file)}, line {number} must be an object such as {{"image": "a.jpg", "text": "a cat"}}')
-        yield number, row
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number of its last line, fields by the names in the first line) of every row."""
-    reader = csv.DictReader(io.StringIO(_text_of(file)), delimiter="\t" if file.suffix == ".tsv" else ",")
-    try:
-        yield from ((reader.line_num, row) for row in reader)
-    except csv.Error as e:
-        raise UserError(f"{shown(file)}, line {reader.line_num}: {e}") from e
-
-
 def _beside(folder: Path) -> Iterator[tuple[str, str, str]]:
     """The same of `name.txt` beside `name.jpg`, for the images at the top of a folder and below it."""
     for name in listing.list_images(os.fspath(folder)).images:
         file = (folder / name).with_suffix(".txt")
         if not file.exists():
             raise UserError(f"{shown(folder / name)} has no caption: write {shown(file)}, or remove the image")
-        lines = [line for line in _text_of(file).split("\n") if line.strip()]
+        lines = [line for line in text_of(file).split("\n") if line.strip()]
         yield from ((shown(file), name, line) for line in lines or [""])
-
-
-def _text_of(file: Path) -> str:
-    return listing.read_text(file).replace("\r\n", "\n")

@@ -1,16 +1,14 @@
 """Where examples come from: the bundled digits, a folder of images, or a tfds dataset, all with random access."""
 
-import hashlib
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Collection, Iterable
 from functools import cache
 
 import numpy as np
 
-from vit_jax.data import captions, class_shards, detection, listing, segmentation, shards, tables
+from vit_jax.data import captions, class_lists, class_shards, detection, listing, segmentation, shards, tables
 from vit_jax.data.digit_canvas import DigitCanvasSource
 from vit_jax.data.digit_pairs import DigitPairsSource
 from vit_jax.data.digit_scenes import DigitMasksSource, DigitScenesSource
@@ -18,7 +16,7 @@ from vit_jax.data.digit_sentences import DigitSentencesSource
 from vit_jax.data.digits import DigitsSource
 from vit_jax.data.features import Image, Label, Source, digest
 from vit_jax.data.listing import IMAGE_SUFFIXES, MOVED, Listing, read_file, shown
-from vit_jax.data.splits import HELD_OUT, TEST_NAMES, split_range
+from vit_jax.data.splits import TEST_NAMES, composed, hash_of, hold_out_of_classes, split_range
 from vit_jax.data.unlabelled import PREFIX, open_unlabelled
 from vit_jax.errors import UserError
 
@@ -42,7 +40,8 @@ def get_source(
     `dataset` is `digits`, `digits_0to4`, `digit_scenes`, `digit_masks`, `digit_sentences`, `digit_canvas`, `digit_pairs` (see
     their classes), the path of an existing folder (see FolderSource, detection.open_folder for images with boxes,
     segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences,
-    class_shards.open_folder and tables.open_folder for tar, Parquet and Arrow files with classes),
+    class_lists.open_folder for images whose classes stand in a list, class_shards.open_folder and tables.open_folder for tar,
+    Parquet and Arrow files with classes),
     `unlabelled:FOLDER` (see open_unlabelled), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
     alone the two tfds folders are. A folder of several layouts is read in the one that offers what a task `needs`.
 
@@ -64,7 +63,7 @@ def get_source(
         return open_unlabelled(dataset.removeprefix(PREFIX), split)
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        layouts = (detection, segmentation, captions, shards, class_shards, tables)
+        layouts = (detection, segmentation, captions, shards, class_lists, class_shards, tables)
         layouts = sorted(layouts, key=lambda layout: layout.OFFERS not in needs)
         known = (source for layout in layouts if (source := layout.open_folder(path, split)))
         return next(known, None) or _folder_of_classes(path, split, needs)
@@ -127,7 +126,7 @@ class FolderSource(Source):
             examples = self._list(test if asked in TEST_NAMES else train)
         else:
             examples = self._list(train)
-            trained, held_out = _hold_out(examples, path)
+            trained, held_out = hold_out_of_classes(examples, path)
             if asked in TEST_NAMES:
                 counts = len(held_out), len(examples)
                 log.info(
@@ -152,7 +151,7 @@ class FolderSource(Source):
         return os.path.join(self._root, self._names[index])
 
     def fingerprint(self) -> dict[str, str | int]:
-        names = [_composed(name) for name in self._names]
+        names = [composed(name) for name in self._names]
         return super().fingerprint() | {"names": digest(names), "labels": digest(self._labels), "sizes": digest(self._sizes())}
 
     def _sizes(self) -> list[int]:
@@ -169,7 +168,7 @@ class FolderSource(Source):
         strays = [os.path.splitext(entry.name)[1] for entry in listing.visible(top) if not listing.is_folder(entry)]
         total.left_out.update(f"{suffix} outside a class folder".strip() for suffix in strays)
         for folder_name in listing.folders(top):
-            folder, class_name = os.path.join(top, folder_name), _composed(folder_name)
+            folder, class_name = os.path.join(top, folder_name), composed(folder_name)
             found = listing.list_images(self._root, os.path.join(split, folder_name))
             total.left_out += found.left_out
             total.irregular += found.irregular
@@ -184,7 +183,7 @@ class FolderSource(Source):
                     f"{shown(folder)} is a class without images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
                     + (report and f". It has others: {report}")
                 )
-            examples += [(_hash(name), name, labels[class_name]) for name in found.images]
+            examples += [(hash_of(name), name, labels[class_name]) for name in found.images]
         if report := total.report():
             _say_once(f"{shown(top)}: {report}")
         if not examples:
@@ -200,7 +199,7 @@ def _say_once(message: str) -> None:
 
 def _training_classes(root: str, train: str) -> tuple[str, ...]:
     """Returns the sorted class names: the folders of root/train, or of the root itself where `train` is empty."""
-    names = sorted({_composed(name) for name in listing.folders(os.path.join(root, train))})
+    names = sorted({composed(name) for name in listing.folders(os.path.join(root, train))})
     root = shown(root)
     expected = f"expected {os.path.join(root, '{train,test}/{class}/image')} or {os.path.join(root, '{class}/image')}"
     splits = [name for name in names if name.lower() in SPLIT_LIKE and name != "train"]
@@ -219,34 +218,5 @@ def _training_classes(root: str, train: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _hash(name: str) -> int:
-    """Returns 64 bits that depend on nothing but the name."""
-    name = _composed(name.replace(os.sep, "/"))
-    return int.from_bytes(hashlib.blake2s(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
-
-
-def _composed(name: str) -> str:
-    """The one of the forms in which Unicode writes ö that the rest of the world uses: macOS takes it apart."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _some(names: Iterable[str]) -> str:
     return listing.some([shown(name) for name in names])
-
-
-def _hold_out(examples: list[tuple[int, str, int]], root: str) -> tuple[list, list]:
-    """Splits examples, sorted by hash, into (for training, held out): a hash in the lowest tenth is held out.
-
-    The last image of each class is always for training, and if no hash is that low, the lowest one is held out.
-    """
-    last = {label: position for position, (_, _, label) in enumerate(examples)}
-    spare = [example for position, example in enumerate(examples) if last[example[2]] != position]
-    if not spare:
-        raise UserError(
-            f"{shown(root)} has {len(examples)} images in as many classes: none can be held out for testing."
-            " Add images, or a test folder beside a train folder"
-        )
-    limit = max(HELD_OUT * 2**64, spare[0][0] + 1)
-    held_out = [example for example in spare if example[0] < limit]
-    held = set(held_out)
-    return [example for example in examples if example not in held], held_out

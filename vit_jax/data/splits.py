@@ -1,10 +1,13 @@
 """Splits of a dataset and parts of them, in tfds' syntax; and the files that splits are in."""
 
+import hashlib
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,6 +72,35 @@ def hold_out(order: Sequence[T]) -> dict[str, Sequence[T]]:
     """Examples without a split for testing, by split: the first `HELD_OUT` of them, or one, are for testing."""
     count = max(1, round(HELD_OUT * len(order)))
     return {"train": order[count:]} | dict.fromkeys(TEST_NAMES, order[:count])
+
+
+def hold_out_of_classes(examples: list[tuple[int, Any, Any]], root: str) -> tuple[list, list]:
+    """Splits examples (hash, name, class), sorted, into those for training and those held out: a hash in the lowest tenth.
+
+    The last image of each class is always for training, and if no hash is that low, the lowest one is held out.
+    """
+    last = {label: position for position, (_, _, label) in enumerate(examples)}
+    spare = [example for position, example in enumerate(examples) if last[example[2]] != position]
+    if not spare:
+        raise UserError(
+            f"{shown(root)} has {len(examples)} images in as many classes: none can be held out for testing."
+            " Add images, or a test folder beside a train folder"
+        )
+    limit = max(HELD_OUT * 2**64, spare[0][0] + 1)
+    held_out = [example for example in spare if example[0] < limit]
+    held = set(held_out)
+    return [example for example in examples if example not in held], held_out
+
+
+def hash_of(name: str) -> int:
+    """Returns 64 bits that depend on nothing but the name."""
+    name = composed(name.replace(os.sep, "/"))
+    return int.from_bytes(hashlib.blake2s(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+
+
+def composed(name: str) -> str:
+    """The one of the forms in which Unicode writes ö that the rest of the world uses: macOS takes it apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def taken(parts: Mapping[str, Sequence[T]], split: str) -> Sequence[T]:

@@ -75,6 +75,15 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
         get_source(str(tmp_path), "train")
 
 
+def test_images_may_lie_elsewhere(tmp_path):
+    write(tmp_path, LABELS)
+    (tmp_path / "lists").mkdir()
+    text = (tmp_path / "labels.csv").read_text().replace("pics/", "../pics/").replace("../pics/3.jpg", f"{tmp_path}/pics/3.jpg")
+    (tmp_path / "lists" / "labels.csv").write_text(text)
+    train, test = (get_source(str(tmp_path / "lists"), split) for split in ("train", "test"))
+    assert labels_of(train) | labels_of(test) == LABELS
+
+
 def test_one_class_is_not_enough(tmp_path):
     write(tmp_path, dict.fromkeys(LABELS, "cat"))
     with pytest.raises(UserError, match="has one class only, 'cat'"):

@@ -1,5 +1,6 @@
 """Images whose classes stand in a list: labels.csv, .tsv or .jsonl, or the metadata of Hugging Face's image folders."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def open_folder(path: str, split: str) -> ClassListSource | None:
     if len(names) < 2:
         raise UserError(f"{shown(lists['train'])} has one class only, {printable(names[0])!r}; two or more are needed")
     if len(lists) == 1:
-        names_of = ((str(image.relative_to(root)), image, label) for image, label in training)
-        trained, held_out = hold_out_of_classes(sorted((hash_of(name), image, label) for name, image, label in names_of), path)
+        by_hash = sorted((hash_of(os.path.relpath(image, root)), image, label) for image, label in training)
+        trained, held_out = hold_out_of_classes(by_hash, path)
         parts = {"train": trained} | dict.fromkeys(TEST_NAMES, held_out)
         parts = {name: [row[1:] for row in rows] for name, rows in parts.items()}
     else:

@@ -100,12 +100,14 @@ def _of_values(pixels: UInt8[np.ndarray, "h w"], classes: Classes, where: str) -
 
 def _of_colors(pixels: UInt8[np.ndarray, "h w 3"], classes: Classes, where: str) -> UInt8[np.ndarray, "h w"]:
     """The classes whose `colors` the pixels have; black is ignored where it is none of them."""
-    place = np.array([1 << 16, 1 << 8, 1])
-    number_of = {0: IGNORED} | {int(np.dot(color, place)): i for i, color in enumerate(classes.colors)}
-    found, inverse = np.unique(pixels @ place, return_inverse=True)
-    if others := [color for color in found.tolist() if color not in number_of]:
-        raise UserError(where.format(f"the colour {(others[0] >> 16, others[0] >> 8 & 255, others[0] & 255)}"))
-    return np.array([number_of[color] for color in found.tolist()], np.uint8)[inverse].reshape(pixels.shape[:2])
+    pack = np.array([1 << 16, 1 << 8, 1])
+    number_of = {0: IGNORED} | {int(np.dot(color, pack)): i for i, color in enumerate(classes.colors)}
+    known = np.array(sorted(number_of))
+    packed = pixels @ pack
+    place = np.minimum(np.searchsorted(known, packed), len(known) - 1)
+    if (others := packed[known[place] != packed]).size:
+        raise UserError(where.format(f"the colour {tuple(int(others[0]) >> shift & 255 for shift in (16, 8, 0))}"))
+    return np.array([number_of[color] for color in known.tolist()], np.uint8)[place]
 
 
 def open_folder(path: str, split: str) -> SegmentationSource | None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class OnDisk(_Kept):
         if side and Boxes in kinds:
             raise UserError("config.cache_side would make images smaller than their boxes say: leave it out")
         self._side, self._full = side, False
+        self._told = threading.Lock()  # taken by the one of the loader's threads that says that the disk is full
         self._like = features.example(source.features)
         about = source.fingerprint() | {"side": side, "simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__}
         self._folder = folder / hashlib.blake2s(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -125,8 +127,9 @@ class OnDisk(_Kept):
                 self._file.put(index, pixels, _packed(example), stamp)
             except OSError as e:
                 self._full = True
-                what = f"{shown(self._folder)}: {e.strerror}. No more images are kept there, and the others decoded each time"
-                log.warning("%s", what)
+                if self._told.acquire(blocking=False):
+                    what = f"{e.strerror}. No more images are kept there, and the others decoded each time"
+                    log.warning("%s: %s", shown(self._folder), what)
         return example | {"image": pixels}
 
     def size(self, index: int) -> tuple[int, int]:

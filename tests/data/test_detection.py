@@ -89,9 +89,9 @@ def cvat_coco(root):
 
 
 def label_studio_coco(root):
-    content = json.loads(coco(root).read_text().replace('"a.jpg"', '"images/a.jpg"'))
+    content = json.loads(coco(root).read_text())
     for image in content["images"]:
-        image["file_name"] = f"images/{image['file_name'].removeprefix('images/')}"
+        image["file_name"] = f"images/{image['file_name']}"
     (root / "train2017").rename(root / "images")
     (root / "result.json").write_text(json.dumps(content))
     (root / "annotations" / "instances_train2017.json").unlink()

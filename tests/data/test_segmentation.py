@@ -104,6 +104,7 @@ def test_masks_as_others_write_them_mean_the_same(tmp_path, layout):
 
 
 def test_a_pixel_that_stands_for_no_class_is_named(tmp_path):
+    tmp_path = tmp_path / "{0}{"
     values(tmp_path)
     Image.fromarray(np.full(SIZES["a"], 9, np.uint8)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(UserError, match=r"images/a.jpg has pixels of 9 in its mask .*masks/a.png, which stands for no class"):

@@ -11,7 +11,7 @@ import numpy as np
 from vit_jax.data.features import Boxes, Image, digest
 from vit_jax.data.host.decode import ImageError, header_size
 from vit_jax.data.image_files import ImageFiles
-from vit_jax.data.listing import is_file, read_file, shown
+from vit_jax.data.listing import read_file, shown
 from vit_jax.errors import UserError, printable
 
 _FAR = 0.1  # of a side of the image: so far a box may reach beyond it unnoticed
@@ -112,11 +112,6 @@ def _scale(picture: Picture, image: bytes) -> np.ndarray:
             f"{picture.size[1]:g} x {picture.size[0]:g}: annotate the images as they are, or change both together"
         )
     return np.ones(4, np.float32)
-
-
-def check_image(path: Path, where: str) -> None:
-    if not is_file(path):
-        raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the annotation")
 
 
 def check_names(names: Sequence[Any], file: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vit_jax.data import coco, listing
 from vit_jax.data.features import Image, Text, digest
-from vit_jax.data.image_files import ImageFiles
+from vit_jax.data.image_files import ImageFiles, check_image
 from vit_jax.data.listing import shown
 from vit_jax.data.rows import rows_of, text_of
 from vit_jax.data.splits import TEST_NAMES, chosen, part_of
@@ -67,8 +67,8 @@ def open_folder(path: str, split: str) -> CaptionSource | None:
 
 def _coco_splits(root: Path) -> dict[str, Read]:
     """What reads each split of COCO's folder; {} for other folders."""
-    files = {file.stem.removeprefix("captions_"): file for file in sorted(root.glob("annotations/captions_*.json"))}
-    return {name: functools.partial(_read_coco, file, coco.image_folders(root, name)) for name, file in files.items()}
+    annotated = coco.annotated(root, "captions")
+    return {name: functools.partial(_read_coco, file, folders) for name, (file, folders) in annotated.items()}
 
 
 def _folder_splits(root: Path) -> dict[str, Read]:
@@ -110,8 +110,8 @@ class _Captions:
 
     def add(self, path: Path, text: str, where: str, image: str) -> None:
         """Adds a pair. Raises UserError with `where` for an image that is not there, and a text without words."""
-        if path not in self.by_image and not listing.is_file(path):
-            raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the caption")
+        if path not in self.by_image:
+            check_image(path, where, "caption")
         if not text.strip():
             raise UserError(f"{where}: the caption of {printable(image)} is empty: write one, or remove the pair")
         self.by_image.setdefault(path, []).append(text.strip())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data.features import Image, Label, digest
-from vit_jax.data.image_files import ImageFiles
+from vit_jax.data.image_files import ImageFiles, check_image
 from vit_jax.data.listing import MOVED, is_file, read_file, shown
 from vit_jax.data.rows import rows_of
 from vit_jax.data.splits import TEST_NAMES, chosen, hash_of, hold_out_of_classes, taken
@@ -64,9 +64,9 @@ def open_folder(path: str, split: str) -> ClassListSource | None:
     else:
         file = chosen(lists, split, root, "labels")
         parts = {split.partition("[")[0]: training if file == lists["train"] else _read(file)}
-    rows = taken(parts, split)
+    rows, known = taken(parts, split), set(names)
     for image, label in rows:
-        if label not in names:
+        if label not in known:
             raise UserError(f"{shown(image)}: training has no class {printable(label)!r}, only {listed(names)}")
     return ClassListSource(rows, names)
 
@@ -84,6 +84,7 @@ def _list_of(folder: Path) -> Path | None:
 
 
 def _read(file: Path) -> list[Row]:
+    """All rows of a list, each checked."""
     rows, seen = [], set()
     for where, row in rows_of(file):
         image, label = next((row[name] for name in IMAGE if row.get(name)), None), row.get(LABEL)
@@ -91,8 +92,7 @@ def _read(file: Path) -> list[Row]:
             raise UserError(
                 f"{where}: needs the fields image (or file_name), a path, and label, a class; it has {printable(row)}"
             )
-        if not is_file(file.parent / image):
-            raise UserError(f"{where}: its image {shown(file.parent / image)} does not exist: add it, or remove the line")
+        check_image(file.parent / image, where, "line")
         if image in seen:
             raise UserError(f"{where}: {printable(image)} has a label already: an image has one class")
         seen.add(image)

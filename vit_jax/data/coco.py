@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vit_jax.data.boxes import Picture, Read, check_image, check_names
+from vit_jax.data.boxes import Picture, Read, check_names
+from vit_jax.data.image_files import check_image
 from vit_jax.data.listing import is_file, read_text, shown
 from vit_jax.errors import UserError, printable
 
@@ -21,18 +22,22 @@ def splits(root: Path) -> dict[str, Read]:
     {train,valid}/_annotations.coco.json beside the images; or one of the files `WHOLE`, with images beside it, in `images` or
     in `data`.
     """
-    prefix = "instances_"
-    if files := {p.stem.removeprefix(prefix): p for p in sorted(root.glob(f"annotations/{prefix}*.json"))}:
-        return {name: partial(_read, file, image_folders(root, name)) for name, file in files.items()}
+    if files := annotated(root, "instances"):
+        return {name: partial(_read, file, folders) for name, (file, folders) in files.items()}
     if files := sorted(root.glob("*/_annotations.coco.json")):
         return {file.parent.name: partial(_read, file, [file.parent]) for file in files}
-    file = next((root / name for name in WHOLE if _is_coco(root / name)), None)
-    return {"train": partial(_read, file, [root, root / "images", root / "data"])} if file else {}
+    folders = [root, root / "images", root / "data"]
+    for file in (root / name for name in WHOLE if is_file(root / name)):
+        content = None if file.name == WHOLE[0] else _lists(file)
+        if content or file.name == WHOLE[0]:
+            return {"train": partial(_read, file, folders, content)}
+    return {}
 
 
-def image_folders(root: Path, split: str) -> list[Path]:
-    """Where the images of a split may be whose annotations are in root/annotations."""
-    return [root / split, root / "images" / split, root / "images", root]
+def annotated(root: Path, kind: str) -> dict[str, tuple[Path, list[Path]]]:
+    """{split: (annotations/KIND_SPLIT.json, where its images may be)}."""
+    files = {file.stem.removeprefix(f"{kind}_"): file for file in sorted(root.glob(f"annotations/{kind}_*.json"))}
+    return {name: (file, [root / name, root / "images" / name, root / "images", root]) for name, file in files.items()}
 
 
 def holding(folders: Sequence[Path], images: Iterable[str]) -> Path:
@@ -41,21 +46,23 @@ def holding(folders: Sequence[Path], images: Iterable[str]) -> Path:
     return next((folder for folder in folders if is_file(folder / first)), folders[0])
 
 
-def _is_coco(file: Path) -> bool:
-    """Whether a file has COCO's lists; one of Roboflow's name must have them, another may be anything."""
-    if not is_file(file) or file.name.startswith("_"):
-        return is_file(file)
+def _lists(file: Path) -> dict[str, Any] | None:
+    """The content of a file with COCO's lists; None for any other, which may be anything."""
     try:
-        return {"images", "annotations", "categories"} <= set(json.loads(read_text(file)))
+        content = json.loads(read_text(file))
+        return content if {"images", "annotations", "categories"} <= set(content) else None
     except (UserError, ValueError, TypeError, RecursionError):
-        return False
+        return None
 
 
-def _read(file: Path, folders: Sequence[Path]) -> tuple[list[Picture], list[str]]:
-    """Classes are the categories by their numbers, which may have holes. Images are in the first folder that has one."""
-    text = read_text(file)
+def _read(file: Path, folders: Sequence[Path], content: Any = None) -> tuple[list[Picture], list[str]]:
+    """Classes are the categories by their numbers, which may have holes. Images are in the first folder that has one.
+
+    The file is read, unless its `content` is there already.
+    """
+    text = "" if content else read_text(file)
     try:
-        content = json.loads(text)
+        content = content or json.loads(text)
         categories = {c["id"]: c.get("name", "") for c in content["categories"]}
         records = {image["id"]: image for image in content["images"]}
         annotations = [dict(annotation) for annotation in content["annotations"]]
@@ -69,7 +76,7 @@ def _read(file: Path, folders: Sequence[Path]) -> tuple[list[Picture], list[str]
         raise UserError(f"{shown(file)}: category {printable(nameless[0], 60)} has no name")
     names = check_names([categories[number] for number in order], file)
     for picture in pictures.values():
-        check_image(picture.path, shown(file))
+        check_image(picture.path, shown(file), "annotation")
     for annotation in annotations:
         where = f"{shown(file)}: annotation {printable(annotation.get('id'), 60)}"
         for key in ("image_id", "category_id", "bbox"):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vit_jax.data.features import Source, digest
-from vit_jax.data.listing import shown
+from vit_jax.data.listing import is_file, shown
+from vit_jax.errors import UserError
 
 
 class ImageFiles(Source):
@@ -27,3 +28,9 @@ class ImageFiles(Source):
 
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"names": digest(path.name for path in self._images)}
+
+
+def check_image(path: Path, where: str, entry: str) -> None:
+    """Raises UserError for an image that is not there, which an `entry`, such as an annotation, at `where` names."""
+    if not is_file(path):
+        raise UserError(f"{where}: its image {shown(path)} does not exist: add it, or remove the {entry}")

@@ -71,11 +71,12 @@ def class_indices(data: bytes, classes: Classes, *, image: str, mask: str) -> UI
         pixels = decode_indices(data, colors=bool(classes.colors))
     except UserError as e:
         raise type(e)(f"{mask}: {e}") from e
-    where = f"{image} has pixels of {{}} in its mask {mask}, which stands for no class: name it in the table of classes"
-    if pixels.ndim == 3:
-        return _of_colors(pixels, classes, where)
-    if classes.values:
-        return _of_values(pixels, classes, where)
+    if pixels.ndim == 3 or classes.values:
+        try:
+            return _of_colors(pixels, classes.colors) if pixels.ndim == 3 else _of_values(pixels, classes.values)
+        except LookupError as e:
+            stands = f"{image} has pixels of {e.args[0]} in its mask {mask}, which stands for no class"
+            raise UserError(f"{stands}: name it in the table of classes") from e
     indices = pixels
     if classes.reduce_zero_label:
         indices = np.where(indices == 0, np.uint8(IGNORED), indices - np.uint8(indices != IGNORED))
@@ -89,25 +90,30 @@ def class_indices(data: bytes, classes: Classes, *, image: str, mask: str) -> UI
     return indices
 
 
-def _of_values(pixels: UInt8[np.ndarray, "h w"], classes: Classes, where: str) -> UInt8[np.ndarray, "h w"]:
-    """The classes whose `values` the pixels have; 255 is ignored where it is none of them."""
+def _of_values(pixels: UInt8[np.ndarray, "h w"], values: Sequence[int]) -> UInt8[np.ndarray, "h w"]:
+    """The classes whose `values` the pixels have; 255 is ignored where it is none of them. LookupError with any other."""
     table = np.full(256, IGNORED, np.uint8)
-    table[list(classes.values)] = np.arange(len(classes.values))
-    if others := set(np.unique(pixels).tolist()) - {*classes.values, IGNORED}:
-        raise UserError(where.format(min(others)))
+    table[list(values)] = np.arange(len(values))
+    if others := _held(pixels) - {*values, IGNORED}:
+        raise LookupError(min(others))
     return table[pixels]
 
 
-def _of_colors(pixels: UInt8[np.ndarray, "h w 3"], classes: Classes, where: str) -> UInt8[np.ndarray, "h w"]:
-    """The classes whose `colors` the pixels have; black is ignored where it is none of them."""
+def _of_colors(pixels: UInt8[np.ndarray, "h w 3"], colors: Sequence[tuple[int, int, int]]) -> UInt8[np.ndarray, "h w"]:
+    """The classes whose `colors` the pixels have; black is ignored where it is none of them. LookupError with any other."""
     pack = np.array([1 << 16, 1 << 8, 1])
-    number_of = {0: IGNORED} | {int(np.dot(color, pack)): i for i, color in enumerate(classes.colors)}
+    number_of = {0: IGNORED} | {int(np.dot(color, pack)): i for i, color in enumerate(colors)}
     known = np.array(sorted(number_of))
     packed = pixels @ pack
     place = np.minimum(np.searchsorted(known, packed), len(known) - 1)
     if (others := packed[known[place] != packed]).size:
-        raise UserError(where.format(f"the colour {tuple(int(others[0]) >> shift & 255 for shift in (16, 8, 0))}"))
+        raise LookupError(f"the colour {tuple(int(others[0]) >> shift & 255 for shift in (16, 8, 0))}")
     return np.array([number_of[color] for color in known.tolist()], np.uint8)[place]
+
+
+def _held(pixels: UInt8[np.ndarray, "h w"]) -> set[int]:
+    """The numbers that occur in a mask."""
+    return set(np.flatnonzero(np.bincount(pixels.ravel())).tolist())
 
 
 def open_folder(path: str, split: str) -> SegmentationSource | None:
@@ -186,12 +192,14 @@ def _check_some(pairs: Sequence[tuple[Path, Path]], classes: Classes) -> None:
     """Raises UserError for masks of 0 and 255, as many write an object: nothing but 0 would be learnt."""
     if len(classes.names) == 1 or classes.values or classes.reduce_zero_label:
         return
-    some = [pairs[i][1] for i in sorted({*np.linspace(0, len(pairs) - 1, _LOOKED_AT, dtype=int).tolist()})] if pairs else []
+    some = [pairs[i][1] for i in np.linspace(0, len(pairs) - 1, min(_LOOKED_AT, len(pairs)), dtype=int)]
     held: set[int] = set()
     for mask in some:
         try:
-            held |= set(np.unique(decode_indices(read_file(mask))).tolist())
+            held |= _held(decode_indices(read_file(mask)))
         except UserError:  # said when it is read
+            return
+        if held - {0, IGNORED}:
             return
     if held == {0, IGNORED}:
         raise UserError(

@@ -41,9 +41,9 @@ def get_source(
     their classes), the path of an existing folder (see FolderSource, detection.open_folder for images with boxes,
     segmentation.open_folder for images with masks, captions.open_folder and shards.open_folder for images with sentences,
     class_lists.open_folder for images whose classes stand in a list, class_shards.open_folder and tables.open_folder for tar,
-    Parquet and Arrow files with classes),
-    `unlabelled:FOLDER` (see open_unlabelled), tar files (see shards.open_pattern), or a tfds name such as `cifar10`, for which
-    alone the two tfds folders are. A folder of several layouts is read in the one that offers what a task `needs`.
+    Parquet and Arrow files with classes), `unlabelled:FOLDER` (see open_unlabelled), tar files (see shards.open_pattern), or a
+    tfds name such as `cifar10`, for which alone the two tfds folders are. A folder of several layouts is read in the one that
+    offers what a task `needs`.
 
     Raises UserError for an unknown dataset, split or empty part.
     """

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-from vit_jax.data.boxes import Picture, Read, check_image
+from vit_jax.data.boxes import Picture, Read
+from vit_jax.data.image_files import check_image
 from vit_jax.data.listing import read_file, read_text, shown, visible
 from vit_jax.data.splits import TEST_NAMES
 from vit_jax.errors import UserError, listed, printable
@@ -60,7 +61,7 @@ def _read(files: Mapping[str, Path], training: Mapping[str, Path], images: Path 
         tree = trees[file]
         candidates = [(images or file.parent) / n for n in (tree.findtext("filename") or f"{stem}.jpg", *_images_of(stem))]
         picture = Picture(next((p for p in candidates if p.is_file()), candidates[0]))
-        check_image(picture.path, shown(file))
+        check_image(picture.path, shown(file), "annotation")
         picture.size = _size(tree, file)
         for number, o in enumerate(tree.iter("object"), 1):
             _add_object(picture, o, names, f"{shown(file)}, object {number}")
@@ -97,7 +98,7 @@ def _xml(file: Path) -> ElementTree.Element:
     except ElementTree.ParseError as e:
         raise UserError(f"{shown(file)} is no valid XML: {e}") from e
     except UserError as e:
-        raise UserError(f"{e}; ImageSets/Main lists it") from e
+        raise UserError(f"{e}{'' if file.exists() else '; ImageSets/Main lists it'}") from e
 
 
 def _text(element: ElementTree.Element, name: str, where: str) -> str:

@@ -1,6 +1,7 @@
 """Boxes in YOLO's text files, as Ultralytics, Roboflow, CVAT and Label Studio lay them out."""
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ def splits(root: Path) -> dict[str, Read]:
     """
     file = _description(root)
     if file is None:
-        names, labels = root / CLASSES, root / "labels"
-        return {"train": partial(_read, [root / "images"], names)} if is_file(names) and any(labels.rglob("*.txt")) else {}
+        file = root / CLASSES
+        if not is_file(file) or not any((root / "labels").rglob("*.txt")):
+            return {}
+        content = {"names": [line.strip() for line in read_text(file).splitlines() if line.strip()]}
+        return {"train": partial(_read, [root / "images"], file, content)}
     content = _yaml(file)
     base = root / str(content.get("path", "."))
     base = base if base.is_dir() else root
@@ -32,7 +36,7 @@ def splits(root: Path) -> dict[str, Read]:
     for name in ("train", *TEST_NAMES):
         if entries := content.get(name):
             entries = entries if isinstance(entries, list) else [entries]
-            found[name] = partial(_read, [_place(file, name, str(entry), base) for entry in entries], file)
+            found[name] = partial(_read, [_place(file, name, str(entry), base) for entry in entries], file, content)
     if not found:
         raise UserError(f"{shown(file)} names no folder of images: add train: and val:")
     return found
@@ -75,9 +79,9 @@ def _place(file: Path, name: str, entry: str, base: Path) -> Path:
     )
 
 
-def _read(places: list[Path], file: Path) -> tuple[list[Picture], list[str]]:
-    """The images of folders and lists, and the names that a file gives the classes. An image without a text has no boxes."""
-    names, poses = _class_names(file), file.name != CLASSES and "kpt_shape" in _yaml(file)
+def _read(places: list[Path], file: Path, content: Mapping[str, Any]) -> tuple[list[Picture], list[str]]:
+    """The images of folders and lists, and the classes in the `content` of a file. An image without a text has no boxes."""
+    names, poses = _class_names(file, content["names"]), "kpt_shape" in content
     pictures = []
     for image in (image for place in places for image in _images(place, file.parent)):
         parts = list(image.parts)
@@ -111,10 +115,8 @@ def _images(place: Path, root: Path) -> list[Path]:
     return images
 
 
-def _class_names(file: Path) -> list[str]:
-    if file.name == CLASSES:
-        return check_names([line.strip() for line in read_text(file).splitlines() if line.strip()], file)
-    names = _yaml(file)["names"]
+def _class_names(file: Path, names: Sequence[Any] | Mapping[Any, Any]) -> list[str]:
+    """The names in the order of their numbers."""
     if isinstance(names, dict) and sorted(map(str, names)) != sorted(map(str, range(len(names)))):
         raise UserError(f"{shown(file)}: the names must be numbered from 0 to {len(names) - 1}, each once")
     named = [name for _, name in sorted(names.items(), key=lambda x: int(x[0]))] if isinstance(names, dict) else names

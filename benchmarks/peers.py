@@ -1,14 +1,16 @@
 """One way to compute a ViT, as a worker of `benchmarks.side_by_side`: ours, the reference's, timm's or transformers'.
 
 A job is {"peer", "model", "mode": "train", "infer" or "latency", "batch", "size", "dtype"} and "options": words among, for
-torch, compile, max-autotune, autocast (else the whole model is in `dtype`), flash, cudnn; and, for all, hugepages: glibc then
-asks Linux for pages of 2 MB. Training is softmax cross-entropy on integer labels and SGD with momentum 0.9 in float32,
-without dropout or augmentation; a step's parameters feed the next. Images lie on the device: uint8 with normalisation for
-ours, float32 for the others; but for latency, which is from uint8 on the host to logits on the host. Every peer has its own
-form of GELU, "gelu" of its facts. "peak" is no peer but the rate of the machine's matrix products.
+torch, compile, max-autotune, autocast (else the whole model is in `dtype`), flash, cudnn; for all, hugepages: glibc then asks
+Linux for pages of 2 MB; and for ours, devices: each core of the CPU is one. Training is softmax cross-entropy on integer
+labels and SGD with momentum 0.9 in float32, without dropout or augmentation; a step's parameters feed the next. Images lie on
+the device: uint8 with normalisation for ours, float32 for the others; but for latency, which is from uint8 on the host to
+logits on the host. Every peer has its own form of GELU, "gelu" of its facts. "peak" is no peer but the rate of the machine's
+matrix products.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,8 @@ def job(text: str) -> Job:
     """What a command line says of a peer, such as timm:compile:autocast, as part of a job."""
     peer, *options = text.split(":")
     variables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if "hugepages" in options else {}
+    if "devices" in options:
+        variables |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={os.cpu_count()}"}
     return {"peer": peer, "options": options, "variables": variables}
 
 

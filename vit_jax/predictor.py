@@ -21,7 +21,7 @@ from vit_jax.checkpoint.texts import find_vocabulary, open_tokenizer
 from vit_jax.data.host.text import Tokenizer
 from vit_jax.errors import UserError, printable, unknown
 from vit_jax.finite import check_outputs
-from vit_jax.models import attention_maps, token_merging
+from vit_jax.models import attention_maps, cores, token_merging
 from vit_jax.tasks import images, prompts
 from vit_jax.tasks.task import Example, Params, Shown, Task
 
@@ -243,9 +243,11 @@ class Predictor:
             order = [i for i in range(len(examples)) if i not in others] + others
             parts = [self._filled_up(function, [examples[i] for i in part], size) for part in (order[: -len(others)], others)]
             return {name: np.concatenate([part[name] for part in parts])[np.argsort(order)] for name in parts[0]}
-        batch = {name: _padded([x[name] for x in examples], size) for name in examples[0]}
-        outputs = jax.device_get(function(self.params, batch))
-        return {name: x[: len(examples)] for name, x in outputs.items()}
+        part = size // cores.parts(size)
+        n = -(-len(examples) // part)  # parts of nothing but zeros are left out
+        batch = {name: _padded([x[name] for x in examples], n * part) for name in examples[0]}
+        outputs = cores.by_parts(lambda part: jax.device_get(function(self.params, part)), batch, n)
+        return {name: np.concatenate([x[name] for x in outputs])[: len(examples)] for name in outputs[0]}
 
 
 def load(

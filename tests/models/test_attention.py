@@ -10,7 +10,7 @@ import pytest
 
 from tests.models import small
 from vit_jax.errors import UserError
-from vit_jax.models import attention
+from vit_jax.models import attention, cores
 from vit_jax.models.windows import Windows
 
 RNG = np.random.default_rng(0)
@@ -48,10 +48,10 @@ def by_numpy(q, k, v, mask, scale, dy, kind="softmax"):
     return *(x.swapaxes(1, 2) for x in found), dmask
 
 
-@pytest.mark.parametrize(("cores", "kind"), [(1, "softmax"), (2, "softmax"), (2, "sigmoid")])
+@pytest.mark.parametrize(("count", "kind"), [(1, "softmax"), (2, "softmax"), (2, "sigmoid")])
 @pytest.mark.parametrize("name", MASKS)
-def test_masked_attention_and_its_gradients_are_those_of_numpy(name, cores, kind, monkeypatch):
-    monkeypatch.setattr(attention, "_cores", lambda: cores)
+def test_masked_attention_and_its_gradients_are_those_of_numpy(name, count, kind, monkeypatch):
+    monkeypatch.setattr(cores, "cores", lambda: count)
     monkeypatch.setattr(attention, "_WORTH_SHARING", 0)
     mask, scale = MASKS[name], 0.3
     q, dy = RNG.standard_normal((2, B, N, K, H)).astype(np.float32)

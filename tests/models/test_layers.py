@@ -12,7 +12,7 @@ from flax.core import FrozenDict
 
 from tests.models import small
 from vit_jax.errors import UserError
-from vit_jax.models import attention, linear
+from vit_jax.models import attention, cores, linear
 from vit_jax.models.layers import Encoder
 
 HEIGHT, WIDTH = 40, 24
@@ -314,10 +314,10 @@ def test_attention_is_that_of_jax(size: int):
         np.testing.assert_allclose(found, expected, atol=2e-6 * size)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-def test_gradients_of_attention_under_dropout(cores: int, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_of_attention_under_dropout(count: int, monkeypatch):
     """Against autodiff of the formula."""
-    monkeypatch.setattr(attention, "_cores", lambda: cores)
+    monkeypatch.setattr(cores, "cores", lambda: count)
     monkeypatch.setattr(attention, "_WORTH_SHARING", 0)
     q, k, v, g = jax.random.normal(jax.random.key(0), (4, 3, 7, 3, 4))
     mask = jax.random.bernoulli(jax.random.key(1), 0.8, (3, 3, 7, 7)) / 0.8

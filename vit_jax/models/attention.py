@@ -13,7 +13,6 @@ Sigmoids in the place of the softmax (https://arxiv.org/abs/2409.04431) are alwa
 import functools
 import logging
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -25,6 +24,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.models import cores
 from vit_jax.models.linear import Linear, project
 from vit_jax.models.norms import make_norm
 from vit_jax.models.positions import rotate
@@ -40,8 +40,6 @@ CUDNN_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUDNN_CALLS]`."""
 _WORTH_SHARING = 2**22
 """Multiplications in q·kᵀ from which on a product is shared out to cores."""
-_MOST_PARTS = 4
-"""Every part is compiled by itself: with 8 a step of S/16 takes 10 s to compile, with 2 it takes 6."""
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -191,13 +189,7 @@ def attend_in_windows(
 def _parts(q: Array, k: Array) -> int:
     """Into how many parts of the batch attention is cut on CPUs; 1 for sizes that are symbols."""
     size = q.size * k.shape[1]
-    return min(_cores(), _MOST_PARTS, q.shape[0]) if isinstance(size, int) and size >= _WORTH_SHARING else 1
-
-
-def _cores() -> int:
-    """Of this machine, for each of this process's devices that are CPUs."""
-    devices = sum(device.platform == "cpu" for device in jax.local_devices())
-    return max(1, (os.cpu_count() or 1) // max(1, devices))
+    return min(cores.cores(), cores.MOST, q.shape[0]) if isinstance(size, int) and size >= _WORTH_SHARING else 1
 
 
 def _share_out(function: Any, parts: int, *arrays: Array | None) -> Float[Array, "b n k h"]:

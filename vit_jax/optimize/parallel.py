@@ -3,8 +3,10 @@
 Both kinds offer the same methods, and the step is written once for both. "Host" below is NumPy, or arrays on one device.
 """
 
+import functools
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from vit_jax.errors import UserError
+from vit_jax.models import cores
 from vit_jax.optimize import sharding
 from vit_jax.optimize.sharding import AXES, DATA, FSDP, RULES, TENSOR, Rule
 
@@ -69,11 +72,12 @@ class Pmap:
 
     def eval_sums(self, evaluate: Callable[[Tree, dict], dict]) -> Callable[[Tree, dict], dict]:
         """(params, batch) on the devices → the sums over all devices of `evaluate(params, batch)`."""
-        return jax.pmap(lambda params, batch: jax.lax.psum(evaluate(params, batch), _DEVICES), axis_name=_DEVICES)
+        run = jax.pmap(lambda params, batch: jax.lax.psum(evaluate(params, batch), _DEVICES), axis_name=_DEVICES)
+        return _by_cores(run, lambda *sums: functools.reduce(operator.add, sums))
 
     def eval_examples(self, function: Callable[[Tree, dict], Tree]) -> Callable[[Tree, dict], Tree]:
         """(params, batch) on the devices → results by example, to be read by `gather`."""
-        return jax.pmap(function, axis_name=_DEVICES)
+        return _by_cores(jax.pmap(function, axis_name=_DEVICES), lambda *parts: np.concatenate(parts, axis=1))
 
     def place(self, tree: Tree, path: str = "") -> Tree:
         """A host tree → a copy on every device of this process, behind a leading axis of devices.
@@ -304,6 +308,19 @@ def check_batch(batch_size: int, accum_steps: int, shards: int, pack: int = 1) -
 def is_main() -> bool:
     """Whether this process is the one that writes logs and models."""
     return jax.process_index() == 0
+
+
+def _by_cores(run: Callable[[Tree, dict], Tree], combine: Callable[..., Any]) -> Callable[[Tree, dict], Tree]:
+    """`run`, (params, batch) → results, or where the only device is a CPU, of parts of the batch at once."""
+
+    def by_cores(params: Tree, batch: dict[str, Array]) -> Tree:
+        n = cores.parts(next(iter(batch.values())).shape[1])
+        if n == 1:
+            return run(params, batch)
+        found = cores.by_parts(lambda part: jax.block_until_ready(run(params, part)), jax.device_get(batch), n, axis=1)
+        return jax.tree.map(combine, *found)
+
+    return by_cores
 
 
 def _mesh_shape(sizes: dict[str, int]) -> tuple[int, ...]:

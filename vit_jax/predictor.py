@@ -243,9 +243,9 @@ class Predictor:
             order = [i for i in range(len(examples)) if i not in others] + others
             parts = [self._filled_up(function, [examples[i] for i in part], size) for part in (order[: -len(others)], others)]
             return {name: np.concatenate([part[name] for part in parts])[np.argsort(order)] for name in parts[0]}
-        part = size // cores.parts(size)
-        n = -(-len(examples) // part)  # parts of nothing but zeros are left out
-        batch = {name: _padded([x[name] for x in examples], n * part) for name in examples[0]}
+        length = size // cores.parts(size)
+        n = -(-len(examples) // length)  # parts of nothing but zeros are left out
+        batch = {name: _padded([x[name] for x in examples], n * length) for name in examples[0]}
         outputs = cores.by_parts(lambda part: jax.device_get(function(self.params, part)), batch, n)
         return {name: np.concatenate([x[name] for x in outputs])[: len(examples)] for name in outputs[0]}
 
